@@ -1,0 +1,58 @@
+# The commands of the project. `make help` lists them; on a fresh machine each makes what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PEERS := .venv-peers
+BIN := $(VENV)/bin
+# The stamps say which environments are complete; they are redone when what they install changes.
+READY := $(VENV)/.ready
+PEERS_READY := $(PEERS)/.ready
+PYTEST_ARGS ?=
+
+.PHONY: help
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,lint,test]'
+	touch $@
+
+$(PEERS_READY): tests/benchmarks/peers-requirements.txt tests/benchmarks/peers-constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint tests/benchmarks/peers-constraints.txt \
+	    --requirement tests/benchmarks/peers-requirements.txt
+	touch $@
+
+.PHONY: demo
+demo: $(READY) ## train on digits, score on a local Dask cluster, draw what was found (demo-output/)
+	$(BIN)/python examples/digits_demo.py
+
+.PHONY: test
+test: lint ## style, types, layers, doctests and tests: what has to pass before a change lands
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(READY) ## style, types and layers alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(READY) ## put the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: $(READY) $(PEERS_READY) ## time the package beside pyDVL, values compared first
+	$(BIN)/python tests/benchmarks/against_peers.py --peer-python $(PEERS)/bin/python
+
+.PHONY: clean
+clean: ## remove caches and outputs, not the environments
+	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find dask_influence tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,29 @@
+"""What every test starts from: fixed seeds, sober thread counts, examples that come back."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Several pytest processes, each with worker processes of its own, share the machine: torch's
+# default of one thread per core in each of them is slower than one thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+# The time of one example says nothing on a shared machine, and a failure must come back.
+settings.register_profile(
+    "dask_influence",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("dask_influence")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
