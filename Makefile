@@ -19,12 +19,14 @@ help: ## list these commands
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,lint,test]'
+	@echo "installing into $(VENV): minutes the first time"
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[demo,lint,test]'
 	touch $@
 
 $(PEERS_READY): tests/benchmarks/peers-requirements.txt tests/benchmarks/peers-constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --constraint tests/benchmarks/peers-constraints.txt \
+	@echo "installing into $(PEERS): minutes the first time"
+	$(PEERS)/bin/python -m pip install -qq --constraint tests/benchmarks/peers-constraints.txt \
 	    --requirement tests/benchmarks/peers-requirements.txt
 	touch $@
 
