@@ -47,6 +47,10 @@ class StoreError(InfluenceError, OSError):
     """A store cannot be read or written: missing, unwritable, incomplete, no credentials."""
 
 
+class MissingObjectError(StoreError, FileNotFoundError):
+    """A store holds no object of the name asked for."""
+
+
 class StoreMismatchError(StoreError):
     """A store holds another run: names every entry of the fingerprint that differs."""
 

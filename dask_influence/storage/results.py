@@ -1,0 +1,427 @@
+"""Results in three acts: template, region writes by many processes, finish; and opening them.
+
+A store is one Zarr v3 group that ``xr.open_zarr`` opens. The unit of writing is the *tile*:
+one shard, or one chunk where the tile is small enough not to need inner chunks. Two
+processes may write different tiles of one array at the same time, never parts of the same.
+Arrays are named by the caller, so scores, factors and reductions are all written here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.abc.store import ByteRequest, Store
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.array_spec import ArrayConfig
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.errors import ZarrUserWarning
+from zarr.storage import StorePath, WrapperStore
+
+from dask_influence.errors import CorruptStoreError, DataError, InfluenceWarning, MissingObjectError, StoreError
+from dask_influence.storage.stores import Location, store_errors
+
+FORMAT = "dask_influence"
+FORMAT_VERSION = 1
+RUN_KEY = "_run/run.json"
+"""State and fingerprint of the run that writes, or wrote, the arrays beside it."""
+
+LARGEST_CHUNK = 16 * 2**20
+"""Tiles of more bytes become shards, so that a reader of one row decompresses a part."""
+
+INNER_CHUNK = 2 * 2**20
+"""Bytes aimed at for the inner chunks of a shard."""
+
+_ZARR_CONFIG = ArrayConfig(order="C", write_empty_chunks=True)  # an all-NaN tile is a result too
+
+
+@dataclass(frozen=True)
+class ArrayTemplate:
+    """Shape and layout of one array before anything is written to it.
+
+    Parameters
+    ----------
+    dims : tuple of str
+        Dimension names, one per axis.
+    shape, tile : tuple of int
+        Entries of the array, and of one tile; a tile larger than the array is cut to it.
+    dtype : numpy dtype
+        Floats are filled with NaN, signed integers with -1, the rest with zero.
+    coordinate : bool
+        Listed as a coordinate that is no index, such as a residual for every test point.
+    attrs : mapping
+        JSON attributes of the array.
+
+    Examples
+    --------
+    >>> scores = ArrayTemplate(("test", "train"), (7, 11), (3, 4), np.dtype("float32"))
+    >>> [tile.start for tile in scores.tiles()][:4]
+    [(0, 0), (0, 4), (0, 8), (3, 0)]
+    """
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    tile: tuple[int, ...]
+    dtype: np.dtype[Any]
+    coordinate: bool = False
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not len(self.dims) == len(self.shape) == len(self.tile):
+            raise ValueError(f"dims {self.dims}, shape {self.shape} and tile {self.tile} differ in length")
+        if min((*self.shape, *self.tile), default=1) < 1:
+            raise ValueError(f"shape {self.shape} and tile {self.tile} must be at least 1 along every axis")
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        object.__setattr__(self, "tile", tuple(min(t, s) for t, s in zip(self.tile, self.shape, strict=True)))
+
+    def tiles(self) -> Iterator[Tile]:
+        """All tiles in row-major order."""
+        for start in product(*(range(0, s, t) for s, t in zip(self.shape, self.tile, strict=True))):
+            yield Tile(start, tuple(map(min, map(sum, zip(start, self.tile, strict=True)), self.shape)))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The half-open box from ``start`` to ``stop``."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One stored object: its name, its length in bytes and the checksum of what was written."""
+
+    key: str
+    nbytes: int
+    checksum: str
+
+
+def checksum(data: bytes | np.ndarray[Any, Any]) -> str:
+    """CRC-32C of stored bytes, with the algorithm's name.
+
+    >>> checksum(b"123456789")
+    'crc32c:e3069283'
+    """
+    return f"crc32c:{google_crc32c.value(data):08x}"
+
+
+def check_record(location: Location, record: ShardRecord) -> None:
+    """Read one shard again and compare it with what was recorded when it was written.
+
+    Raises
+    ------
+    CorruptStoreError
+        Where it is missing, has another length or another checksum.
+    """
+    try:
+        data = location.get(record.key)
+    except MissingObjectError:
+        raise CorruptStoreError(f"{location.url} lacks {record.key!r}; resume the run to write it") from None
+    if len(data) != record.nbytes:
+        raise CorruptStoreError(
+            f"{record.key!r} of {location.url} has {len(data)} bytes; {record.nbytes} were written"
+        )
+    if checksum(data) != record.checksum:
+        raise CorruptStoreError(
+            f"{record.key!r} of {location.url} has {checksum(data)}; {record.checksum} was written"
+        )
+
+
+# -- act one: the template ----------------------------------------------------------------
+def create(
+    location: Location,
+    arrays: Mapping[str, ArrayTemplate],
+    *,
+    coordinates: Mapping[str, np.ndarray[Any, Any]],
+    attributes: Mapping[str, Any],
+) -> None:
+    """Write the metadata of an empty store, and its index arrays whole.
+
+    Parameters
+    ----------
+    location : Location
+        Where no Zarr group is yet.
+    arrays : mapping of str to ArrayTemplate
+        What :func:`write_region` will fill.
+    coordinates : mapping of str to numpy array
+        1-D index arrays, named after the dimensions they label: numbers or strings.
+    attributes : mapping
+        JSON attributes of the group.
+
+    Raises
+    ------
+    DataError
+        Where an index array is not 1-D, not of numbers or strings, or does not fit its dimension.
+    StoreError
+        Where a group is there already, or the store cannot be written.
+    """
+    indices = {name: _index_array(name, ids, arrays) for name, ids in coordinates.items()}
+    if location.exists("zarr.json"):
+        raise StoreError(f"{location.url} already holds a Zarr group; resume it, delete it or pass another URL")
+    labels = sorted(name for name, template in arrays.items() if template.coordinate)
+    marks = {"format": FORMAT, "format_version": FORMAT_VERSION, "coordinates": " ".join(labels)}
+    with store_errors(location, "create"):
+        group = zarr.create_group(location.zarr(), attributes={**attributes, **marks})
+        for name, ids in indices.items():
+            create_index(group, name, ids)
+        for name, template in arrays.items():
+            create_array(group, name, template)
+
+
+def create_array(group: zarr.Group, name: str, template: ArrayTemplate) -> zarr.Array[Any]:
+    """Write the metadata of one tiled array: Blosc lz4 with bit shuffle, then CRC-32C."""
+    inner = inner_chunk(template.tile, template.dtype.itemsize)
+    return group.create_array(
+        name,
+        shape=template.shape,
+        chunks=inner,
+        shards=None if inner == template.tile else template.tile,
+        dtype=template.dtype,
+        fill_value=_fill(template.dtype),
+        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+        dimension_names=template.dims,
+        attributes=dict(template.attrs),
+    )
+
+
+def create_index(group: zarr.Group, name: str, ids: np.ndarray[Any, Any]) -> None:
+    """Write a 1-D index array whole, in one chunk."""
+    # Fixed-length strings have no stable Zarr v3 type; variable-length ones do.
+    dtype = "str" if ids.dtype.kind in "UT" else ids.dtype
+    array = group.create_array(
+        name, shape=ids.shape, chunks=ids.shape, dtype=dtype, dimension_names=(name,)
+    )
+    array[:] = ids
+
+
+def inner_chunk(tile: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Chunk of a tile: the tile itself up to 16 MiB, else a slab of about 2 MiB that divides it.
+
+    Leading axes are cut first, so that a slab is contiguous.
+
+    >>> inner_chunk((512, 1024), 4), inner_chunk((4096, 4096), 4), inner_chunk((2, 4_000_000), 4)
+    ((512, 1024), (128, 4096), (1, 500000))
+    """
+    if math.prod(tile) * itemsize <= LARGEST_CHUNK:
+        return tile
+    inner = list(tile)
+    for axis, extent in enumerate(tile):
+        row = math.prod(inner) // extent * itemsize
+        inner[axis] = max((d for d in _divisors(extent) if d * row <= INNER_CHUNK), default=1)
+        if math.prod(inner) * itemsize <= INNER_CHUNK:
+            break
+    return tuple(inner)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in small]
+
+
+def _fill(dtype: np.dtype[Any]) -> Any:
+    return {"f": math.nan, "i": -1}.get(dtype.kind, dtype.type(0))
+
+
+def _index_array(
+    name: str, ids: np.ndarray[Any, Any], arrays: Mapping[str, ArrayTemplate]
+) -> np.ndarray[Any, Any]:
+    ids = np.asarray(ids)
+    if ids.dtype.kind == "O" and all(isinstance(i, str) for i in ids.flat):
+        ids = ids.astype(str)
+    if ids.ndim != 1 or ids.dtype.kind not in "iufUT":
+        raise DataError(
+            f"ids of {name!r} must be a 1-D array of numbers or strings; got {ids.ndim} axes of {ids.dtype}"
+        )
+    extents = {t.shape[t.dims.index(name)] for t in arrays.values() if name in t.dims}
+    if extents - {len(ids)}:
+        raise DataError(f"ids of {name!r} has {len(ids)} entries; the dimension has {max(extents)}")
+    return ids
+
+
+# -- act two: region writes ---------------------------------------------------------------
+class _Recorder(WrapperStore[Store]):
+    """Notes length and checksum of every object that zarr writes, and never reads a tile back.
+
+    Without the second part zarr reads the old object whenever a tile at the edge of the
+    array is written again, and a corrupt one could not be replaced.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.records: list[ShardRecord] = []
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        return None
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await self._store.set(key, value)
+        data = value.as_numpy_array().view()
+        data.flags.writeable = False  # what google_crc32c asks for
+        self.records.append(ShardRecord(key, data.nbytes, checksum(data)))
+
+
+def write_region(
+    location: Location, array: str, start: tuple[int, ...], block: np.ndarray[Any, Any]
+) -> list[ShardRecord]:
+    """Write whole tiles of one array, and say what bytes were stored under which name.
+
+    Any number of processes may write different tiles; writing a tile again replaces it.
+
+    Parameters
+    ----------
+    location : Location
+        A store made by :func:`create`.
+    array : str
+        Name of the array.
+    start : tuple of int
+        First entry of the block, on a tile boundary along every axis.
+    block : numpy array
+        Values up to the next tile boundary or the end of the array along every axis.
+
+    Returns
+    -------
+    list of ShardRecord
+        One for each tile, in row-major order of the tiles' names.
+
+    Raises
+    ------
+    ValueError
+        Where the block cuts a tile, or its dtype does not fit that of the array.
+    StoreError
+        Where the array is missing or the store cannot be written; names the tile.
+    """
+    metadata = _array_metadata(location.get(f"{array}/zarr.json"))
+    block = np.ascontiguousarray(block)
+    tiles = _tiles_covered(metadata, array, start, block)
+    recorder = _Recorder(location.zarr())
+    target = zarr.Array(zarr.AsyncArray(metadata, StorePath(recorder, array), config=_ZARR_CONFIG))
+    region = tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))
+    with store_errors(location, f"write {array}{list(start)} to"):
+        target[region] = block
+    if len(recorder.records) != tiles:
+        raise StoreError(
+            f"{len(recorder.records)} of {tiles} tiles of {array}{list(start)} reached {location.url}"
+        )
+    return sorted(recorder.records, key=lambda record: record.key)
+
+
+@lru_cache(maxsize=64)
+def _array_metadata(stored: bytes) -> ArrayV3Metadata:
+    # Cached by content, not by URL: a store may be deleted and made anew with another layout.
+    return ArrayV3Metadata.from_dict(json.loads(stored))
+
+
+def _tiles_covered(
+    metadata: ArrayV3Metadata, array: str, start: tuple[int, ...], block: np.ndarray[Any, Any]
+) -> int:
+    """Number of tiles in a block that must consist of whole ones."""
+    shape, tile = metadata.shape, metadata.chunk_grid.chunk_shape  # type: ignore[attr-defined]
+    if len(start) != len(shape) or block.ndim != len(shape):
+        raise ValueError(f"{array} has {len(shape)} axes; got start {start} and a block of {block.shape}")
+    for first, size, extent, step in zip(start, block.shape, shape, tile, strict=True):
+        stop = first + size
+        if size < 1 or first % step or not (stop == extent or (stop % step == 0 and stop < extent)):
+            raise ValueError(
+                f"a block of {block.shape} at {start} cuts the tiles of {array}: shape {shape}, tile {tile}"
+            )
+    stored = metadata.data_type.to_native_dtype()
+    if not np.can_cast(block.dtype, stored, "same_kind"):
+        raise ValueError(f"{array} holds {stored}; a block of {block.dtype} does not fit")
+    return math.prod(-(-size // step) for size, step in zip(block.shape, tile, strict=True))
+
+
+# -- act three: finish, and read ----------------------------------------------------------
+def finish(location: Location, attributes: Mapping[str, Any]) -> None:
+    """Add attributes to the group and write its consolidated metadata; done last of all."""
+    with store_errors(location, "finish"), warnings.catch_warnings():
+        # Zarr warns that consolidation is no part of the v3 text, and that _run is no array.
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        group = zarr.open_group(location.zarr(), mode="r+", use_consolidated=False)
+        group.update_attributes(dict(attributes))
+        zarr.consolidate_metadata(location.zarr())
+
+
+def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None) -> xr.Dataset:
+    """Open a store of scores, factors or reductions lazily.
+
+    Parameters
+    ----------
+    store : path, URL or Location
+        What ``influences_to_zarr`` wrote.
+    storage_options : mapping, optional
+        Credentials and client settings.
+
+    Returns
+    -------
+    xarray.Dataset
+        Dask-backed arrays with the ids as coordinates. Tiles of an unfinished run read as NaN, and an
+        :class:`~dask_influence.errors.InfluenceWarning` says so.
+
+    Raises
+    ------
+    StoreError
+        Where nothing is there, or the group was not written by this package.
+
+    Examples
+    --------
+    >>> location = Location.of("memory://results-example")
+    >>> scores = ArrayTemplate(("test", "train"), (1, 3), (1, 2), np.dtype("float32"))
+    >>> create(location, {"influence": scores}, coordinates={"train": np.array(["a", "b", "c"])},
+    ...        attributes={"lambda": 0.1})
+    >>> records = write_region(location, "influence", (0, 0), np.float32([[1, 2, 3]]))
+    >>> [record.key for record in records]
+    ['influence/c/0/0', 'influence/c/0/1']
+    >>> finish(location, {"state": "complete"})
+    >>> open_influences(location).influence.sel(train="b").values.tolist()
+    [2.0]
+    """
+    location = Location.of(store, storage_options)
+    attributes = _group_attributes(location)
+    if attributes.get("format") != FORMAT:
+        raise StoreError(
+            f"{location.url} is a Zarr group but not one written by dask_influence; open it with xarray.open_zarr"
+        )
+    state = _run_state(location, attributes)
+    if state != "complete":
+        warnings.warn(
+            f"{location.url} is not complete (state {state!r}): missing tiles read as NaN. "
+            "Run the same call again to resume it",
+            InfluenceWarning,
+            stacklevel=2,
+        )
+    with store_errors(location, "open"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        consolidated = None if state == "complete" else False
+        return xr.open_zarr(location.zarr(), consolidated=consolidated, chunks="auto")
+
+
+def _group_attributes(location: Location) -> dict[str, Any]:
+    try:
+        return dict(json.loads(location.get("zarr.json")).get("attributes", {}))
+    except MissingObjectError:
+        raise StoreError(
+            f"{location.url} holds no Zarr group; check the URL, or write it with influences_to_zarr"
+        ) from None
+    except ValueError as error:
+        raise CorruptStoreError(f"zarr.json of {location.url} is not JSON: {error}") from None
+
+
+def _run_state(location: Location, attributes: Mapping[str, Any]) -> str | None:
+    try:
+        return json.loads(location.get(RUN_KEY)).get("state")
+    except MissingObjectError:
+        return attributes.get("state")
