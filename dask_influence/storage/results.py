@@ -29,7 +29,13 @@ from zarr.core.metadata import ArrayV3Metadata
 from zarr.errors import ZarrUserWarning
 from zarr.storage import StorePath, WrapperStore
 
-from dask_influence.errors import CorruptStoreError, DataError, InfluenceWarning, MissingObjectError, StoreError
+from dask_influence.errors import (
+    CorruptStoreError,
+    DataError,
+    InfluenceWarning,
+    MissingObjectError,
+    StoreError,
+)
 from dask_influence.storage.stores import Location, store_errors
 
 FORMAT = "dask_influence"
@@ -169,7 +175,9 @@ def create(
     """
     indices = {name: _index_array(name, ids, arrays) for name, ids in coordinates.items()}
     if location.exists("zarr.json"):
-        raise StoreError(f"{location.url} already holds a Zarr group; resume it, delete it or pass another URL")
+        raise StoreError(
+            f"{location.url} already holds a Zarr group; resume it, delete it or pass another URL"
+        )
     labels = sorted(name for name, template in arrays.items() if template.coordinate)
     marks = {"format": FORMAT, "format_version": FORMAT_VERSION, "coordinates": " ".join(labels)}
     with store_errors(location, "create"):
@@ -200,9 +208,7 @@ def create_index(group: zarr.Group, name: str, ids: np.ndarray[Any, Any]) -> Non
     """Write a 1-D index array whole, in one chunk."""
     # Fixed-length strings have no stable Zarr v3 type; variable-length ones do.
     dtype = "str" if ids.dtype.kind in "UT" else ids.dtype
-    array = group.create_array(
-        name, shape=ids.shape, chunks=ids.shape, dtype=dtype, dimension_names=(name,)
-    )
+    array = group.create_array(name, shape=ids.shape, chunks=ids.shape, dtype=dtype, dimension_names=(name,))
     array[:] = ids
 
 
@@ -393,7 +399,7 @@ def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None
     attributes = _group_attributes(location)
     if attributes.get("format") != FORMAT:
         raise StoreError(
-            f"{location.url} is a Zarr group but not one written by dask_influence; open it with xarray.open_zarr"
+            f"{location.url} is a Zarr group that dask_influence did not write; open it with xarray.open_zarr"
         )
     state = _run_state(location, attributes)
     if state != "complete":

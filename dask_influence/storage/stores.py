@@ -316,15 +316,19 @@ def _normalise(store: str) -> str:
     return f"{SCHEMES[scheme]}://{rest}"
 
 
-def _client_settings(scheme: str, storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _client_settings(
+    scheme: str, storage_options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Client arguments and HTTP options, from any of the accepted spellings."""
     options = dict(storage_options)
     nested = dict(options.pop("client_kwargs", None) or {})
     styles = dict(options.pop("config_kwargs", None) or {})
     addressing = dict(styles.get("s3") or {}).get("addressing_style")
     http = dict(options.pop("client_options", None) or {})
-    settings = {_SPELLINGS[scheme].get(name, name): value for name, value in (nested | options).items()}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    spelled = _SPELLINGS[scheme]
+    settings: dict[str, Any] = {
+        spelled.get(name, name): value for name, value in (nested | options).items() if value is not None
+    }
     if addressing is not None:
         settings.setdefault("virtual_hosted_style_request", addressing == "virtual")
     if "allow_http" in settings:
@@ -443,5 +447,7 @@ def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _secrets(value)
-        elif isinstance(value, str) and len(value) > 3 and not any(shown in name for shown in _OPTIONS_TO_SHOW):
+        elif (
+            isinstance(value, str) and len(value) > 3 and not any(shown in name for shown in _OPTIONS_TO_SHOW)
+        ):
             yield value

@@ -1,0 +1,135 @@
+"""Ledger: what a run says about itself beside its arrays, and so what a resume may skip.
+
+``_run/run.json`` holds the fingerprint, the plan and the state; ``_run/ledger/<name>.json`` one
+entry for each piece of work, written *after* its data. Objects are whole or absent, so
+an entry that can be read stands for data that were written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dask_influence.errors import CorruptStoreError, MissingObjectError
+from dask_influence.storage.results import RUN_KEY
+from dask_influence.storage.stores import Location
+
+_ENTRIES = "_run/ledger"
+
+
+class Ledger:
+    """Run record and entries of the store at one location.
+
+    Parameters
+    ----------
+    location : Location
+        Root of the output store, or of a fit's own folder.
+
+    Examples
+    --------
+    >>> ledger = Ledger(Location.of("memory://ledger-example"))
+    >>> ledger.read_run() is None
+    True
+    >>> ledger.write_run({"state": "running", "fingerprint": {"rank": 10}})
+    >>> ledger.record("strip-0", {"seconds": 1.5})
+    >>> ledger.record("strip-1", {"error": "KilledWorker"})
+    >>> ledger.entries()["strip-0"], sorted(ledger.done())
+    ({'seconds': 1.5}, ['strip-0'])
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+
+    def read_run(self) -> dict[str, Any] | None:
+        """The run record, or None where no run has begun.
+
+        Raises
+        ------
+        CorruptStoreError
+            Where it is there but is not JSON.
+        """
+        try:
+            return self._decode(RUN_KEY, self.location.get(RUN_KEY))
+        except MissingObjectError:
+            return None
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Replace the run record as a whole."""
+        self.location.put(RUN_KEY, _encode(run))
+
+    def record(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Write the entry of one piece of work; call it after the data are stored.
+
+        An entry with the key ``"error"`` records a failure and does not count as done.
+        """
+        if not name or "/" in name:
+            raise ValueError(f"a ledger entry's name has no slash and is not empty; got {name!r}")
+        self.location.put(f"{_ENTRIES}/{name}.json", _encode(entry))
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """All entries by name.
+
+        Raises
+        ------
+        CorruptStoreError
+            Names the entry that is not JSON, and what to do about it.
+        """
+        keys = [key for key in self.location.list(_ENTRIES) if key.endswith(".json")]
+        fetched = self.location.get_many(keys)
+        return {_name(key): self._decode(key, data) for key, data in fetched.items()}
+
+    def done(self) -> set[str]:
+        """Names of the pieces whose data are stored, failures left out."""
+        return {name for name, entry in self.entries().items() if "error" not in entry}
+
+    def _decode(self, key: str, data: bytes) -> dict[str, Any]:
+        try:
+            return dict(json.loads(data))
+        except (ValueError, TypeError):
+            raise CorruptStoreError(
+                f"{key!r} of {self.location.url} is not a JSON object; delete it and run the same call again"
+            ) from None
+
+
+def compare_fingerprints(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Every entry in which two fingerprints differ, as a readable line; empty where they agree.
+
+    Nested mappings are compared entry by entry. Both sides are compared as the JSON they are stored as,
+    so that a tuple equals the list it was written as.
+
+    Examples
+    --------
+    >>> compare_fingerprints({"lambda": 0.01, "data": {"x": "a"}}, {"lambda": 0.1, "data": {"x": "a"}})
+    ['lambda: stored 0.01, asked 0.1']
+    >>> compare_fingerprints({"data": {"x": "a"}}, {"data": {"x": "b"}, "rank": 5})
+    ["data.x: stored 'a', asked 'b'", 'rank: stored nothing, asked 5']
+    """
+    return _differences(json.loads(_encode(stored)), json.loads(_encode(asked)), "")
+
+
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any], above: str) -> list[str]:
+    lines = []
+    for name in sorted({*stored, *asked}):
+        held, wanted = stored.get(name, _NOTHING), asked.get(name, _NOTHING)
+        if isinstance(held, dict) and isinstance(wanted, dict):
+            lines += _differences(held, wanted, f"{above}{name}.")
+        elif held != wanted:
+            lines.append(f"{above}{name}: stored {held!r}, asked {wanted!r}")
+    return lines
+
+
+class _Nothing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_NOTHING = _Nothing()
+
+
+def _encode(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1).encode()
+
+
+def _name(key: str) -> str:
+    return key.removeprefix(f"{_ENTRIES}/").removesuffix(".json")
