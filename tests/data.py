@@ -7,20 +7,19 @@ instead of samples, or a transposed pair of axes, cannot go unnoticed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tests import oracles
 
 Pair = tuple[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A trained model with its loss, training and test data, and λ."""
 
@@ -30,6 +29,7 @@ class Case:
     test: Pair
     regularization: float
 
+    @cached_property
     def hessian(self) -> Tensor:
         """Dense Hessian of the mean training loss."""
         return oracles.hessian(self.model, self.loss, *self.train)
@@ -42,9 +42,10 @@ class Case:
         """Oracle perturbation influences under a dense inverse, shape (N, M, *features)."""
         return oracles.perturbation(self.model, self.loss, inverse, test or self.test, train or self.train)
 
+    @cached_property
     def inverse(self) -> Tensor:
         """(H + λI)⁻¹."""
-        return oracles.inverse(self.hessian(), self.regularization)
+        return oracles.inverse(self.hessian, self.regularization)
 
 
 def trained(
@@ -89,16 +90,16 @@ def linear_regression() -> Case:
     x = normal(1, 23, 4)
     y = x @ normal(2, 4, 2) + 0.3 * normal(3, 23, 2)
     train, test = (x, y), (normal(4, 19, 4), normal(5, 19, 2))
-    model = trained(seeded(lambda: nn.Linear(4, 2)), F.mse_loss, train)
-    return Case(model, F.mse_loss, train, test, 0.05)
+    model = trained(seeded(lambda: nn.Linear(4, 2)), nn.functional.mse_loss, train)
+    return Case(model, nn.functional.mse_loss, train, test, 0.05)
 
 
 @cache
 def logistic_regression() -> Case:
     """5 features, 3 classes, P = 18; the Hessian is singular without λ."""
     train, test = (normal(11, 29, 5), classes(12, 29, 3)), (normal(13, 11, 5), classes(14, 11, 3))
-    model = trained(seeded(lambda: nn.Linear(5, 3)), F.cross_entropy, train)
-    return Case(model, F.cross_entropy, train, test, 0.01)
+    model = trained(seeded(lambda: nn.Linear(5, 3)), nn.functional.cross_entropy, train)
+    return Case(model, nn.functional.cross_entropy, train, test, 0.01)
 
 
 @cache
@@ -108,7 +109,9 @@ def mlp_regression() -> Case:
     train = (x, torch.sin(x.sum(1, keepdim=True)) + 0.1 * normal(22, 43, 1))
     test = (normal(23, 31, 3), normal(24, 31, 1))
     build = lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))  # noqa: E731
-    return Case(trained(seeded(build), F.mse_loss, train), F.mse_loss, train, test, 0.05)
+    return Case(
+        trained(seeded(build), nn.functional.mse_loss, train), nn.functional.mse_loss, train, test, 0.05
+    )
 
 
 @cache
@@ -116,8 +119,8 @@ def mlp_classification() -> Case:
     """4-6-3 tanh, P = 51."""
     train, test = (normal(31, 37, 4), classes(32, 37, 3)), (normal(33, 13, 4), classes(34, 13, 3))
     build = lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))  # noqa: E731
-    model = trained(seeded(build), F.cross_entropy, train, decay=1e-2)
-    return Case(model, F.cross_entropy, train, test, 0.05)
+    model = trained(seeded(build), nn.functional.cross_entropy, train, decay=1e-2)
+    return Case(model, nn.functional.cross_entropy, train, test, 0.05)
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -133,7 +136,13 @@ def digits_mlp() -> Case:
     x, y = digits()
     train, test = (x[:401], y[:401]), (x[1437:1474], y[1437:1474])
     build = lambda: nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))  # noqa: E731
-    return Case(trained(seeded(build), F.cross_entropy, train), F.cross_entropy, train, test, 0.02)
+    return Case(
+        trained(seeded(build), nn.functional.cross_entropy, train),
+        nn.functional.cross_entropy,
+        train,
+        test,
+        0.02,
+    )
 
 
 SMALL = {f.__name__: f for f in (linear_regression, logistic_regression, mlp_regression, mlp_classification)}

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 Loss = Callable[[Any, Any], Tensor]
 
+STENCIL = ((1, 2 / 3), (-1, -2 / 3), (2, -1 / 12), (-2, 1 / 12))
+"""Shifts and weights of the central first difference whose error is of fourth order in the step."""
+
 
 # -- trees of arrays, written out so that nothing of the package is used --------------------------
 def pick(tree: Any, index: Any) -> Any:
@@ -112,7 +115,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, names: Iterable[str] |
 
 
 def hessian_by_differences(
-    model: nn.Module, loss: Loss, x: Any, y: Any, names: Iterable[str] | None = None, step: float = 1e-5
+    model: nn.Module, loss: Loss, x: Any, y: Any, names: Iterable[str] | None = None, step: float = 1e-4
 ) -> Tensor:
     """∇²θ of the mean loss from central differences of its gradient, symmetrised, shape (P, P)."""
     model = prepared(model)
@@ -121,12 +124,12 @@ def hessian_by_differences(
         entries = parameter.data.view(-1)
         for i in range(len(entries)):
             kept = entries[i].item()
-            sides = []
-            for sign in (1, -1):
-                entries[i] = kept + sign * step
-                sides.append(_gradient(loss(call(model, x), y), theta(model, names)))
+            total = torch.zeros(())
+            for shift, weight in STENCIL:
+                entries[i] = kept + shift * step
+                total = total + weight / step * _gradient(loss(call(model, x), y), theta(model, names))
             entries[i] = kept
-            rows.append((sides[0] - sides[1]) / (2 * step))
+            rows.append(total)
     dense = torch.stack(rows)
     return (dense + dense.T) / 2
 
@@ -229,7 +232,7 @@ def perturbation_by_differences(
     test: Any,
     train: Any,
     names: Any = None,
-    step: float = 1e-5,
+    step: float = 1e-4,
 ) -> Tensor:
     """The same from central differences, along every feature, of per-sample gradients."""
     factors = gradients(model, loss, *test, names) @ inverse
@@ -239,10 +242,11 @@ def perturbation_by_differences(
     for f in range(features):
         shift = torch.zeros_like(leaf)
         shift.view(len(leaf), -1)[:, f] = step
-        sides = [
-            gradients(model, loss, with_leaf(train[0], leaf + s * shift), train[1], names) for s in (1, -1)
-        ]
-        result[:, :, f] = factors @ (sides[0] - sides[1]).T / (2 * step)
+        total = torch.zeros(())
+        for at, weight in STENCIL:
+            moved = with_leaf(train[0], leaf + at * shift)
+            total = total + weight / step * gradients(model, loss, moved, train[1], names)
+        result[:, :, f] = factors @ total.T
     return result.reshape(len(factors), *leaf.shape)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tests import data, oracles
 
@@ -38,7 +37,7 @@ def test_mean_gradient_is_mean_of_sample_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", data.SMALL)
 def test_hessian_by_double_backward_and_by_differences_agree(name: str) -> None:
     case = data.SMALL[name]()
-    dense = case.hessian()
+    dense = case.hessian
     assert oracles.relative_error(dense.T, dense) < 1e-13
     differences = oracles.hessian_by_differences(case.model, case.loss, *case.train)
     assert oracles.relative_error(differences, dense) < 1e-8
@@ -47,7 +46,7 @@ def test_hessian_by_double_backward_and_by_differences_agree(name: str) -> None:
 @pytest.mark.parametrize("name", data.SMALL)
 def test_perturbation_by_double_backward_and_by_differences_agree(name: str) -> None:
     case = data.SMALL[name]()
-    arguments = (case.model, case.loss, case.inverse(), case.test, case.train)
+    arguments = (case.model, case.loss, case.inverse, case.test, case.train)
     dense = oracles.perturbation(*arguments)
     assert dense.shape == (len(case.test[0]), *case.train[0].shape)
     assert oracles.relative_error(oracles.perturbation_by_differences(*arguments), dense) < 1e-8
@@ -69,14 +68,14 @@ def test_linear_regression_in_closed_form() -> None:
         weights, offset = slice(4 * k, 4 * k + 4), 8 + k
         dense[weights, weights], dense[offset, offset] = second, 1.0
         dense[weights, offset] = dense[offset, weights] = mean
-    assert oracles.relative_error(case.hessian(), dense) < 1e-13
+    assert oracles.relative_error(case.hessian, dense) < 1e-13
     assert (
         oracles.relative_error(oracles.gradients(case.model, case.loss, *case.test), gradient(*case.test))
         < 1e-13
     )
     shifted = dense + case.regularization * torch.eye(10, dtype=torch.float64)
     scores = gradient(*case.test) @ torch.linalg.solve(shifted, gradient(*case.train).T)
-    assert oracles.relative_error(case.up(case.inverse()), scores) < 1e-12
+    assert oracles.relative_error(case.up(case.inverse), scores) < 1e-12
 
 
 def test_logistic_regression_hessian_in_closed_form() -> None:
@@ -84,7 +83,7 @@ def test_logistic_regression_hessian_in_closed_form() -> None:
     probabilities = case.model(case.train[0]).detach().softmax(-1)
     inner = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
     weights = torch.einsum("nkl,nf,ng->kflg", inner, case.train[0], case.train[0]).reshape(15, 15)
-    dense = case.hessian()
+    dense = case.hessian
     assert oracles.relative_error(dense[:15, :15], weights / 29) < 1e-12
     assert oracles.relative_error(dense[15:, 15:], inner.mean(0)) < 1e-12
 
@@ -92,20 +91,20 @@ def test_logistic_regression_hessian_in_closed_form() -> None:
 def test_matrices_of_linear_models_coincide() -> None:
     """Linear in θ: GGN equals the Hessian; with cross-entropy the Fisher matrix is both."""
     for case in (data.linear_regression(), data.logistic_regression()):
-        assert oracles.relative_error(oracles.ggn(case.model, case.loss, *case.train), case.hessian()) < 1e-12
+        assert oracles.relative_error(oracles.ggn(case.model, case.loss, *case.train), case.hessian) < 1e-12
     case = data.mlp_classification()
     true = oracles.ggn(case.model, case.loss, *case.train)
     assert oracles.relative_error(oracles.fisher_of_categorical(case.model, case.train[0]), true) < 1e-12
-    assert oracles.relative_error(case.hessian(), true) > 1e-3
+    assert oracles.relative_error(case.hessian, true) > 1e-3
     assert oracles.relative_error(oracles.empirical_fisher(case.model, case.loss, *case.train), true) > 1e-1
 
 
 def test_low_rank_inverse_at_full_rank_is_the_inverse() -> None:
     case = data.mlp_classification()
-    dense = case.hessian()
+    dense = case.hessian
     for complement in (True, False):
         full = oracles.low_rank_inverse(dense, case.regularization, len(dense), complement)
-        assert oracles.relative_error(full, case.inverse()) < 1e-10
+        assert oracles.relative_error(full, case.inverse) < 1e-10
 
 
 def test_low_rank_inverse_keeps_largest_magnitude_and_treats_the_rest_as_documented() -> None:
@@ -134,21 +133,24 @@ def test_trees() -> None:
 
     model, values, tokens = data.seeded(Two).double(), data.normal(91, 5, 2), data.classes(92, 5, 3)
     y = data.normal(93, 5, 1)
-    positional = oracles.gradients(model, F.mse_loss, (values, tokens), y)
-    keywords = oracles.gradients(model, F.mse_loss, {"tokens": tokens, "values": values}, y)
+    positional = oracles.gradients(model, nn.functional.mse_loss, (values, tokens), y)
+    keywords = oracles.gradients(model, nn.functional.mse_loss, {"tokens": tokens, "values": values}, y)
     assert torch.equal(positional, keywords)
     assert positional.shape == (5, 6)
-    assert oracles.gradients(model, F.mse_loss, (values, tokens), y, ["table.weight"]).shape == (5, 3)
+    assert oracles.gradients(model, nn.functional.mse_loss, (values, tokens), y, ["table.weight"]).shape == (
+        5,
+        3,
+    )
 
 
 @pytest.mark.parametrize("name", data.ALL)
 def test_cases_are_well_posed_and_curvature_matters(name: str) -> None:
     """H + λI is safely positive definite, and scores without curvature would be wrong by half."""
     case = data.ALL[name]()
-    values = torch.linalg.eigvalsh(case.hessian())
+    values = torch.linalg.eigvalsh(case.hessian)
     smallest = float(values[0]) + case.regularization
     assert smallest > 0.1 * case.regularization
     assert float(values[-1] + case.regularization) / smallest < 1e5
     identity = torch.eye(len(values), dtype=torch.float64)
     plain = case.up(identity / case.regularization)
-    assert oracles.weight_of_curvature(case.up(case.inverse()), plain) > 0.5
+    assert oracles.weight_of_curvature(case.up(case.inverse), plain) > 0.5

@@ -1,0 +1,158 @@
+"""ArnoldiInfluence against a dense eigendecomposition, with and without the complement."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dask_influence import ArnoldiInfluence, DirectInfluence
+from tests import data, oracles
+
+RANKS = {
+    "linear_regression": 4,
+    "logistic_regression": 7,
+    "mlp_regression": 11,
+    "mlp_classification": 17,
+    "digits_mlp": 23,
+}
+EIGENVALUES, SCORES = 1e-8, 1e-6
+
+
+def fit(case: data.Case, rank: int, complement: bool = False, **how: object) -> ArnoldiInfluence:
+    model = ArnoldiInfluence(
+        case.model, case.loss, case.regularization, rank=rank, complement=complement, tol=1e-11, **how
+    )
+    return model.fit(case.train)
+
+
+def expected_inverse(case: data.Case, rank: int, complement: bool) -> Tensor:
+    """The dense low-rank inverse, where the choice of the leading eigenpairs is not a matter of rounding."""
+    values, _ = oracles.leading_eigenpairs(case.hessian, rank + 1)
+    assert float(values[-2].abs() - values[-1].abs()) > 1e-4 * float(values[0].abs())
+    return oracles.low_rank_inverse(case.hessian, case.regularization, rank, complement)
+
+
+@pytest.mark.parametrize("complement", [False, True], ids=["dropped", "woodbury"])
+@pytest.mark.parametrize("name", RANKS)
+def test_up_against_dense_eigendecomposition(name: str, complement: bool) -> None:
+    case, rank = data.ALL[name](), RANKS[name]
+    inverse = expected_inverse(case, rank, complement)
+    scores = fit(case, rank, complement).influences(*case.test, *case.train)
+    expected = case.up(inverse)
+    assert scores.dtype == torch.float64
+    assert oracles.relative_error(scores, expected) <= SCORES
+    plain = case.up(torch.eye(len(inverse), dtype=torch.float64) / case.regularization)
+    assert oracles.weight_of_curvature(expected, plain) > 0.5
+
+
+@pytest.mark.parametrize("complement", [False, True], ids=["dropped", "woodbury"])
+@pytest.mark.parametrize("name", ["linear_regression", "mlp_regression", "mlp_classification"])
+def test_perturbation_against_dense_eigendecomposition(name: str, complement: bool) -> None:
+    case, rank = data.SMALL[name](), RANKS[name]
+    expected = case.perturbation(expected_inverse(case, rank, complement))
+    values = fit(case, rank, complement).influences(*case.test, *case.train, mode="perturbation")
+    assert oracles.relative_error(values, expected) <= SCORES
+
+
+def operator_of(fitted: ArnoldiInfluence, case: data.Case, samples: data.Pair) -> Tensor:
+    """The matrix A of s = A g, read off factors of more test points than parameters."""
+    rows = oracles.gradients(case.model, case.loss, *samples)
+    assert torch.linalg.matrix_rank(rows) == rows.shape[1]
+    operator = torch.linalg.lstsq(rows, fitted.influence_factors(*samples)).solution
+    return (operator + operator.T) / 2
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 9])
+def test_eigenvalues_read_off_the_factors(rank: int) -> None:
+    """With the complement dropped, A has R eigenvalues 1/(Λ + λ) and P − R zeros."""
+    case = data.linear_regression()
+    samples = data.normal(71, 47, 4), data.normal(72, 47, 2)
+    values = torch.linalg.eigvalsh(operator_of(fit(case, rank), case, samples))
+    values = values[values.abs().argsort(descending=True)]
+    expected, _ = oracles.leading_eigenpairs(case.hessian, rank)
+    assert float(values[rank:].abs().max()) <= 1e-12 * float(values[0])
+    found = (1 / values[:rank] - case.regularization).sort(descending=True).values
+    assert float(((found - expected) / expected).abs().max()) <= EIGENVALUES
+
+
+def test_eigenvalues_of_largest_magnitude_include_negative_ones() -> None:
+    """An untrained network has an indefinite Hessian; λ above its lowest eigenvalue, so no warning."""
+    case = data.mlp_regression()
+    model = data.seeded(lambda: oracles.copy.deepcopy(case.model))
+    for parameter in model.parameters():
+        parameter.data.copy_(1.5 * data.normal(parameter.numel(), *parameter.shape))
+    hessian = oracles.hessian(model, case.loss, *case.train)
+    spectrum, _ = oracles.leading_eigenpairs(hessian, 8)
+    negative = int((spectrum < 0).sum())
+    assert negative >= 1
+    damping = 1.5 * float(-torch.linalg.eigvalsh(hessian)[0])
+    fitted = ArnoldiInfluence(model, case.loss, damping, rank=8, tol=1e-11).fit(case.train)
+    inverse = oracles.low_rank_inverse(hessian, damping, 8, complement=False)
+    expected = oracles.up(model, case.loss, inverse, case.test, case.train)
+    assert oracles.relative_error(fitted.influences(*case.test, *case.train), expected) <= SCORES
+
+
+@pytest.mark.parametrize("rank", [12, 14, 17])
+def test_whole_range_of_a_singular_hessian_with_complement_is_the_inverse(rank: int) -> None:
+    """P = 18, rank of H 12: the complement has eigenvalue λ in truth as well, up to R = P − 1."""
+    case = data.logistic_regression()
+    scores = fit(case, rank, complement=True).influences(*case.test, *case.train)
+    assert oracles.relative_error(scores, case.up(case.inverse)) <= SCORES
+
+
+def test_higher_rank_comes_closer_to_the_exact_scores() -> None:
+    case = data.mlp_classification()
+    exact = DirectInfluence(case.model, case.loss, case.regularization).fit(case.train)
+    exact = exact.influences(*case.test, *case.train)
+    errors = [
+        oracles.relative_error(fit(case, rank, complement=True).influences(*case.test, *case.train), exact)
+        for rank in (3, 12, 40)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.05
+
+
+def test_same_seed_same_scores_and_any_seed_same_values() -> None:
+    case = data.mlp_classification()
+    first, again, other = (fit(case, 17, seed=seed).influences(*case.test, *case.train) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert oracles.relative_error(other, first) <= SCORES
+
+
+@pytest.mark.parametrize("krylov_dimension", [31, 47])
+def test_krylov_dimension_does_not_change_converged_values(krylov_dimension: int) -> None:
+    case = data.mlp_classification()
+    fitted = fit(case, 11, krylov_dimension=krylov_dimension)
+    inverse = expected_inverse(case, 11, complement=False)
+    assert oracles.relative_error(fitted.influences(*case.test, *case.train), case.up(inverse)) <= SCORES
+
+
+def test_default_rank_and_tolerance() -> None:
+    case = data.logistic_regression()
+    fitted = ArnoldiInfluence(case.model, case.loss, case.regularization).fit(case.train)
+    inverse = expected_inverse(case, 10, complement=False)
+    assert oracles.relative_error(fitted.influences(*case.test, *case.train), case.up(inverse)) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical_fisher"])
+def test_other_curvatures(kind: str) -> None:
+    case = data.mlp_classification()
+    dense = getattr(oracles, kind)(case.model, case.loss, *case.train)
+    inverse = oracles.low_rank_inverse(dense, case.regularization, 13, complement=True)
+    scores = fit(case, 13, complement=True, curvature=kind).influences(*case.test, *case.train)
+    assert oracles.relative_error(scores, case.up(inverse)) <= SCORES
+
+
+@pytest.mark.parametrize("complement", [False, True], ids=["dropped", "woodbury"])
+def test_float32_within_what_it_allows(complement: bool) -> None:
+    case = data.mlp_classification()
+    model = oracles.copy.deepcopy(case.model).float()
+    test, train = ((x.float(), y) for x, y in (case.test, case.train))
+    fitted = ArnoldiInfluence(
+        model, case.loss, case.regularization, rank=17, complement=complement, tol=1e-5
+    ).fit(train)
+    scores = fitted.influences(*test, *train)
+    assert scores.dtype == torch.float32
+    expected = case.up(expected_inverse(case, 17, complement))
+    assert oracles.relative_error(scores, expected) <= 1e-3

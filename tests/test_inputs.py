@@ -1,0 +1,452 @@
+"""Kinds of data and of models: what goes in comes out, and the user's model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from dask_influence import ArnoldiInfluence, DirectInfluence, InfluenceMode
+from dask_influence.errors import ConfigurationError, DataWarning
+from tests import data, oracles
+
+EXACT = 1e-9
+MODES = pytest.mark.parametrize("mode", ["up", "perturbation"])
+
+
+def fit(case: data.Case, train: Any = None, **how: Any) -> DirectInfluence:
+    model = DirectInfluence(case.model, case.loss, case.regularization, **how)
+    return model.fit(case.train if train is None else train)
+
+
+def as_numpy(pair: data.Pair) -> tuple[np.ndarray, np.ndarray]:
+    x, y = pair
+    return x.numpy(), y.numpy()
+
+
+def as_dask(pair: data.Pair, chunk: int) -> tuple[da.Array, da.Array]:
+    x, y = as_numpy(pair)
+    return da.from_array(x, chunks=(chunk, -1)), da.from_array(y, chunks=(chunk, *y.shape[1:]))
+
+
+# -- what goes in comes out -----------------------------------------------------------------------
+@MODES
+def test_numpy_in_numpy_out(mode: str) -> None:
+    case = data.mlp_regression()
+    fitted = fit(case, as_numpy(case.train))
+    values = fitted.influences(*as_numpy(case.test), *as_numpy(case.train), mode=mode)
+    assert type(values) is np.ndarray
+    assert values.dtype == np.float64
+    assert oracles.relative_error(values, getattr(case, mode)(case.inverse)) <= EXACT
+    factors = fitted.influence_factors(*as_numpy(case.test))
+    assert type(factors) is np.ndarray
+    again = fitted.influences_from_factors(factors, *as_numpy(case.train), mode=mode)
+    assert type(again) is np.ndarray
+    assert oracles.relative_error(again, torch.from_numpy(values)) <= 1e-10
+
+
+@MODES
+def test_tensor_in_tensor_out(mode: str) -> None:
+    case = data.mlp_regression()
+    values = fit(case).influences(*case.test, *case.train, mode=mode)
+    assert type(values) is Tensor
+    assert not values.requires_grad
+
+
+@MODES
+def test_dask_in_lazy_dask_out_chunked_like_its_inputs(mode: str) -> None:
+    case = data.mlp_regression()
+    fitted = fit(case, as_dask(case.train, 10))
+    values = fitted.influences(*as_dask(case.test, 9), *as_dask(case.train, 13), mode=mode)
+    expected = getattr(case, mode)(case.inverse)
+    assert isinstance(values, da.Array)
+    assert values.shape == expected.shape
+    assert values.dtype == np.float64
+    assert values.chunks[:2] == ((9, 9, 9, 4), (13, 13, 13, 4))
+    assert all(len(sizes) == 1 for sizes in values.chunks[2:])
+    assert oracles.relative_error(values.compute(scheduler="threads"), expected) <= EXACT
+    part = values[3:5, 20:31].compute(scheduler="sync")
+    assert oracles.relative_error(part, expected[3:5, 20:31]) <= EXACT
+
+
+def test_dask_symmetric_case() -> None:
+    case = data.mlp_regression()
+    values = fit(case).influences(*as_dask(case.test, 9))
+    assert values.chunks == ((9, 9, 9, 4), (9, 9, 9, 4))
+    assert oracles.relative_error(values.compute(), case.up(case.inverse, train=case.test)) <= EXACT
+
+
+def test_dask_factors_and_scores_from_them() -> None:
+    case = data.mlp_regression()
+    fitted = fit(case)
+    factors = fitted.influence_factors(*as_dask(case.test, 9))
+    assert isinstance(factors, da.Array)
+    assert factors.shape == (31, 26)
+    assert factors.chunks[0] == (9, 9, 9, 4)
+    values = fitted.influences_from_factors(factors, *as_dask(case.train, 13))
+    assert isinstance(values, da.Array)
+    assert oracles.relative_error(values.compute(), case.up(case.inverse)) <= EXACT
+
+
+class CountedInput:
+    """Blocks of a dask array that note each time one of them is computed."""
+
+    def __init__(self, array: Tensor, chunk: int) -> None:
+        self.reads: list[int] = []
+        self.array, self.chunk = array.numpy(), chunk
+
+    def __array__(self) -> np.ndarray:
+        raise AssertionError("read as a whole")
+
+    def _block(self, block_info: Any = None) -> np.ndarray:
+        start, stop = block_info[None]["array-location"][0]
+        self.reads.append(start)
+        return self.array[start:stop]
+
+    def lazy(self) -> da.Array:
+        total, *rest = self.array.shape
+        sizes = tuple(min(self.chunk, total - i) for i in range(0, total, self.chunk))
+        chunks = (sizes, *((n,) for n in rest))
+        return da.map_blocks(self._block, chunks=chunks, dtype=self.array.dtype, meta=self.array[:0])
+
+
+def test_dask_graph_reads_nothing_when_built_and_each_chunk_once_when_computed() -> None:
+    case = data.mlp_regression()
+    fitted = fit(case)
+    x_test, x = CountedInput(case.test[0], 9), CountedInput(case.train[0], 13)
+    y_test, y = as_dask(case.test, 9)[1], as_dask(case.train, 13)[1]
+    values = fitted.influences(x_test.lazy(), y_test, x.lazy(), y)
+    assert x_test.reads == []
+    assert x.reads == []
+    assert oracles.relative_error(values.compute(scheduler="sync"), case.up(case.inverse)) <= EXACT
+    assert sorted(x_test.reads) == [0, 9, 18, 27]
+    assert sorted(x.reads) == [0, 13, 26, 39]
+
+
+@pytest.mark.parametrize("scheduler", ["sync", "threads"])
+def test_dask_result_composes_with_dask(scheduler: str) -> None:
+    case = data.mlp_regression()
+    values = fit(case).influences(*as_dask(case.test, 9), *as_dask(case.train, 13))
+    best, total = dask.compute(values.argmax(axis=1), values.sum(), scheduler=scheduler)
+    expected = case.up(case.inverse).numpy()
+    np.testing.assert_array_equal(best, expected.argmax(axis=1))
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-8)
+
+
+# -- other containers to fit on -------------------------------------------------------------------
+class Squares(Dataset):
+    """A map-style data set without tensors of its own: items are made when asked for."""
+
+    def __init__(self, pair: data.Pair) -> None:
+        self.pair = pair
+
+    def __len__(self) -> int:
+        return len(self.pair[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.pair[0][index], self.pair[1][index]
+
+
+def test_fit_on_a_map_style_dataset() -> None:
+    case = data.mlp_classification()
+    scores = fit(case, Squares(case.train)).influences(*case.test, *case.train)
+    assert oracles.relative_error(scores, case.up(case.inverse)) <= EXACT
+
+
+def test_fit_on_a_tensor_dataset_with_a_collate_function() -> None:
+    """The loader's own collate function makes the batches: here it swaps (label, image) items."""
+    case = data.mlp_classification()
+    swapped = Squares((case.train[1], case.train[0]))
+
+    def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        labels, inputs = zip(*items, strict=True)
+        return torch.stack(inputs), torch.stack(labels)
+
+    loader = DataLoader(swapped, batch_size=8, collate_fn=collate)
+    scores = fit(case, loader).influences(*case.test, *case.train)
+    assert oracles.relative_error(scores, case.up(case.inverse)) <= EXACT
+
+
+@pytest.mark.parametrize("option", [{"shuffle": True}, {"drop_last": True}], ids=["shuffle", "drop_last"])
+def test_order_and_ragged_end_of_a_loader_are_kept_with_a_warning(option: dict[str, bool]) -> None:
+    case = data.mlp_classification()
+    loader = DataLoader(TensorDataset(*case.train), batch_size=8, **option)
+    with pytest.warns(DataWarning, match=next(iter(option)).removesuffix("fle")):
+        fitted = fit(case, loader)
+    assert oracles.relative_error(fitted.influences(*case.test, *case.train), case.up(case.inverse)) <= EXACT
+
+
+def test_documentation_snippet_with_a_ragged_last_batch() -> None:
+    case = data.mlp_classification()
+    model, loss = case.model, case.loss
+    training_data_loader = DataLoader(TensorDataset(*case.train), batch_size=8)
+    assert len(case.train[0]) % 8 == 5
+    (x_test, y_test), (x, y) = case.test, case.train
+    # fmt: off
+    influences = DirectInfluence(model, loss, hessian_regularization=0.01).fit(training_data_loader).influences(x_test, y_test, x, y, mode=InfluenceMode.Perturbation)  # noqa: E501
+    # fmt: on
+    inverse = oracles.inverse(case.hessian, 0.01)
+    assert influences.shape == (13, 37, 4)
+    assert oracles.relative_error(influences, case.perturbation(inverse)) <= EXACT
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_fit_on_a_zarr_group(tmp_path: Path, kind: Any) -> None:
+    case = data.mlp_classification()
+    group = zarr.open_group(tmp_path / "train.zarr", mode="w")
+    for name, array in zip("xy", as_numpy(case.train), strict=True):
+        group.create_array(name, data=array, chunks=(10, *array.shape[1:]))
+    scores = fit(case, kind(tmp_path / "train.zarr")).influences(*case.test, *case.train)
+    assert oracles.relative_error(scores, case.up(case.inverse)) <= EXACT
+
+
+def test_fit_on_a_zarr_group_of_several_inputs(tmp_path: Path) -> None:
+    case = mapping_case()
+    group = zarr.open_group(tmp_path / "train.zarr", mode="w")
+    for name, array in case.train[0].items():
+        group.create_array(f"x/{name}", data=array.numpy(), chunks=(10, *array.shape[1:]))
+    group.create_array("y", data=case.train[1].numpy(), chunks=(10,))
+    scores = fit(case, str(tmp_path / "train.zarr")).influences(*case.test, *case.train)
+    assert oracles.relative_error(scores, case.up(case.inverse)) <= EXACT
+
+
+# -- models beyond Sequential ---------------------------------------------------------------------
+class Gated(nn.Module):
+    """Numbers and tokens in: a linear layer gated by an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(7, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, values: Tensor, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(values)) * self.table(tokens))
+
+
+def gated_case(train: tuple[Any, Tensor], test: tuple[Any, Tensor]) -> data.Case:
+    model = data.trained(data.seeded(Gated), nn.functional.cross_entropy, train, decay=1e-2)
+    return data.Case(model, nn.functional.cross_entropy, train, test, 0.05)
+
+
+def tuple_case() -> data.Case:
+    train = ((data.normal(41, 31, 4), data.classes(42, 31, 7)), data.classes(43, 31, 2))
+    test = ((data.normal(44, 11, 4), data.classes(45, 11, 7)), data.classes(46, 11, 2))
+    return gated_case(train, test)
+
+
+def mapping_case() -> data.Case:
+    """The keywords in another order than the signature's."""
+    case = tuple_case()
+    (train, test) = (({"tokens": x[1], "values": x[0]}, y) for x, y in (case.train, case.test))
+    return gated_case(train, test)
+
+
+@MODES
+@pytest.mark.parametrize("build", [tuple_case, mapping_case])
+def test_tuples_are_positional_and_mappings_keyword_arguments(build: Any, mode: str) -> None:
+    case = build()
+    expected = getattr(case, mode)(case.inverse)
+    values = fit(case, chunk_size=8).influences(*case.test, *case.train, mode=mode)
+    assert oracles.relative_error(values, expected) <= EXACT
+
+
+def test_tuple_of_numpy_arrays_in_numpy_out() -> None:
+    case = tuple_case()
+    train, test = ((tuple(a.numpy() for a in x), y.numpy()) for x, y in (case.train, case.test))
+    values = fit(case, train).influences(*test, *train)
+    assert type(values) is np.ndarray
+    assert oracles.relative_error(values, case.up(case.inverse)) <= EXACT
+
+
+def token_case(dtype: torch.dtype = torch.float64) -> data.Case:
+    build = lambda: nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(12, 3))  # noqa: E731
+    train = data.classes(51, 124, 9).view(31, 4), data.classes(52, 31, 3)
+    test = data.classes(53, 44, 9).view(11, 4), data.classes(54, 11, 3)
+    model = data.trained(data.seeded(build), nn.functional.cross_entropy, train, decay=1e-2)
+    return data.Case(model.to(dtype), nn.functional.cross_entropy, train, test, 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["tensor", "numpy", "dask"])
+def test_scores_of_integer_inputs_are_floating(dtype: torch.dtype, kind: str) -> None:
+    """The score dtype is the model's, whatever the dtype of x and y."""
+    case = token_case(dtype)
+    convert = {"tensor": lambda p: p, "numpy": as_numpy, "dask": lambda p: as_dask(p, 7)}[kind]
+    train, test = convert(case.train), convert(case.test)
+    scores = fit(case, train).influences(*test, *train)
+    if kind == "dask":
+        assert scores.dtype == np.dtype(str(dtype).removeprefix("torch."))
+        scores = scores.compute()
+    assert torch.as_tensor(scores).dtype == dtype
+    tolerance = EXACT if dtype == torch.float64 else 1e-4
+    assert oracles.relative_error(scores, case.up(case.inverse)) <= tolerance
+
+
+def test_perturbation_of_integer_inputs_is_refused() -> None:
+    case = token_case()
+    with pytest.raises(ConfigurationError, match=r"(?is)perturbation.*int64"):
+        fit(case).influences(*case.test, *case.train, mode="perturbation")
+
+
+def test_frozen_parameters_are_not_in_theta() -> None:
+    case = data.mlp_classification()
+    model = copy.deepcopy(case.model)
+    model[0].weight.requires_grad_(False)
+    frozen = data.Case(model, case.loss, case.train, case.test, case.regularization)
+    fitted = fit(frozen)
+    assert fitted.influence_factors(*case.test).shape == (13, 27)
+    for mode in ("up", "perturbation"):
+        values = fitted.influences(*case.test, *case.train, mode=mode)
+        assert oracles.relative_error(values, getattr(frozen, mode)(frozen.inverse)) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["2.*"], ["2.weight", "2.bias"]),
+        (["*.bias"], ["0.bias", "2.bias"]),
+        (["2.bias", "0.weight"], ["0.weight", "2.bias"]),
+    ],
+)
+def test_parameters_by_name_and_glob_in_the_order_of_the_model(patterns: list[str], names: list[str]) -> None:
+    case = data.mlp_classification()
+    fitted = fit(case, parameters=patterns)
+    arguments = (case.model, case.loss)
+    inverse = oracles.inverse(oracles.hessian(*arguments, *case.train, names), case.regularization)
+    expected = oracles.gradients(*arguments, *case.test, names) @ inverse
+    assert oracles.relative_error(fitted.influence_factors(*case.test), expected) <= EXACT
+    for mode in ("up", "perturbation"):
+        values = fitted.influences(*case.test, *case.train, mode=mode)
+        expected = getattr(oracles, mode)(*arguments, inverse, case.test, case.train, names)
+        assert oracles.relative_error(values, expected) <= EXACT
+
+
+class Tied(nn.Module):
+    """One weight used twice: as an encoder and, transposed, as a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 3), nn.Linear(3, 4)
+        self.decoder.weight = nn.Parameter(torch.empty(4, 3))
+        self.again = nn.Linear(4, 3)
+        self.again.weight = self.encoder.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(torch.tanh(self.encoder(x)) + torch.tanh(self.again(x)))
+
+
+def tied_case() -> data.Case:
+    model = data.seeded(Tied)
+    nn.init.normal_(model.decoder.weight)
+    train = (data.normal(61, 37, 4), data.normal(62, 37, 4))
+    test = (data.normal(63, 11, 4), data.normal(64, 11, 4))
+    model = data.trained(model, nn.functional.mse_loss, train, decay=1e-2)
+    return data.Case(model, nn.functional.mse_loss, train, test, 0.1)
+
+
+@MODES
+def test_tied_weights_count_once_and_in_both_places(mode: str) -> None:
+    case = tied_case()
+    values = fit(case).influences(*case.test, *case.train, mode=mode)
+    assert len(case.hessian) == 12 + 3 + 12 + 4 + 3
+    assert oracles.relative_error(values, getattr(case, mode)(case.inverse)) <= EXACT
+
+
+def normalised_case() -> data.Case:
+    """BatchNorm with running statistics and dropout, handed over in training mode."""
+    build = lambda: nn.Sequential(  # noqa: E731
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 2)
+    )
+    model = data.seeded(build).double()
+    train = data.normal(65, 37, 4), data.classes(66, 37, 2)
+    test = data.normal(67, 11, 4), data.classes(68, 11, 2)
+    model.train()
+    for _ in range(5):
+        model(train[0] + 1.0)
+    data.trained(model.eval(), nn.functional.cross_entropy, train, decay=1e-2)
+    return data.Case(model.train(), nn.functional.cross_entropy, train, test, 0.05)
+
+
+@MODES
+def test_dropout_and_batch_norm_are_put_in_eval_mode(mode: str) -> None:
+    case = normalised_case()
+    values = fit(case, chunk_size=7).influences(*case.test, *case.train, mode=mode)
+    assert oracles.relative_error(values, getattr(case, mode)(case.inverse)) <= EXACT
+    alone = oracles.pick(case.test, slice(2, 3))
+    single = fit(case, chunk_size=1).influences(*alone, *case.train, mode=mode)
+    assert oracles.relative_error(single, values[2:3]) <= 1e-10
+
+
+@pytest.mark.parametrize("estimator", [DirectInfluence, ArnoldiInfluence])
+def test_the_users_model_is_untouched(estimator: Any) -> None:
+    case = normalised_case()
+    case.model[0].bias.requires_grad_(False)
+    case.model[4].eval()
+    state = copy.deepcopy(case.model.state_dict())
+    flags = [p.requires_grad for p in case.model.parameters()]
+    modes = [module.training for module in case.model.modules()]
+    identities = [id(p) for p in case.model.parameters()]
+    fitted = estimator(case.model, case.loss, 0.05).fit(case.train)
+    fitted.influences(*case.test, *case.train, mode="perturbation")
+    assert [module.training for module in case.model.modules()] == modes
+    assert [p.requires_grad for p in case.model.parameters()] == flags
+    assert [id(p) for p in case.model.parameters()] == identities
+    assert all(p.grad is None for p in case.model.parameters())
+    for name, value in case.model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_the_fitted_model_does_not_follow_later_training() -> None:
+    case = data.mlp_classification()
+    model = copy.deepcopy(case.model)
+    fitted = DirectInfluence(model, case.loss, case.regularization).fit(case.train)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0
+    assert oracles.relative_error(fitted.influences(*case.test, *case.train), case.up(case.inverse)) <= EXACT
+
+
+def test_inputs_are_untouched_and_keep_no_graph() -> None:
+    case = data.mlp_classification()
+    x = case.train[0].clone().requires_grad_()
+    kept = x.detach().clone()
+    fitted = fit(case, (x, case.train[1]))
+    values = fitted.influences(*case.test, x, case.train[1], mode="perturbation")
+    assert torch.equal(x.detach(), kept)
+    assert x.requires_grad
+    assert x.grad is None
+    assert not values.requires_grad
+
+
+def test_global_random_state_and_grad_mode_are_left_alone() -> None:
+    case = data.mlp_classification()
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        scores = fit(case).influences(*case.test, *case.train)
+        assert not torch.is_grad_enabled()
+    ArnoldiInfluence(case.model, case.loss, 0.05, rank=5).fit(case.train)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert oracles.relative_error(scores, case.up(case.inverse)) <= EXACT
+
+
+def test_float32_data_with_a_float64_model() -> None:
+    """Inputs are cast to the model's dtype; integer labels stay what they are."""
+    case = data.mlp_classification()
+    train, test = ((x.float(), y) for x, y in (case.train, case.test))
+    scores = fit(case, train).influences(*test, *train)
+    assert scores.dtype == torch.float64
+    exact = data.Case(
+        case.model,
+        case.loss,
+        *((x.double(), y) for x, y in (train, test)),
+        regularization=case.regularization,
+    )
+    assert oracles.relative_error(scores, exact.up(exact.inverse)) <= EXACT

@@ -1,0 +1,149 @@
+"""Layers whose derivatives torch gets wrong or refuses, against differences of first-order gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from dask_influence import DirectInfluence
+from dask_influence.errors import DerivativeError
+from tests import data, oracles
+
+
+class Attended(nn.Module):
+    """Self attention over 3 steps of 4 features, then a linear head."""
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layer, self.head = layer(), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.view(-1, 3, 4)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            steps, _ = self.layer(steps, steps, steps, need_weights=False)
+        elif isinstance(self.layer, nn.RNNBase):
+            steps, _ = self.layer(steps)
+        else:
+            steps = self.layer(steps)
+        return self.head(steps.flatten(1))
+
+
+class Scaled(nn.Module):
+    """scaled_dot_product_attention called as a function in user code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 12)
+
+    def forward(self, steps: Tensor) -> Tensor:
+        q, k, v = self.project(steps).split(4, dim=-1)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def perceptron(*between: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 6), *between, nn.Linear(6, 2))
+
+
+def image(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (3, 2, 2)), *layers, nn.Flatten(), nn.Linear(16, 2))
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, dropout=0.3, batch_first=True)
+
+
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    "conv": lambda: image(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh()),
+    "layer_norm": lambda: perceptron(nn.LayerNorm(6), nn.Tanh()),
+    "instance_norm": lambda: image(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.Tanh()),
+    "group_norm": lambda: image(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Tanh()),
+    "rms_norm": lambda: perceptron(nn.RMSNorm(6), nn.Tanh()),
+    "prelu": lambda: perceptron(nn.PReLU()),
+    "glu": lambda: nn.Sequential(nn.Linear(12, 8), nn.GLU(), nn.Linear(4, 2)),
+    "gelu": lambda: perceptron(nn.GELU()),
+    "attention": lambda: Attended(lambda: nn.MultiheadAttention(4, 2, batch_first=True)),
+    "scaled_dot_product": lambda: Attended(Scaled),
+    "transformer": lambda: Attended(encoder),
+    "gru": lambda: Attended(lambda: nn.GRU(4, 4, batch_first=True)),
+    "lstm": lambda: Attended(lambda: nn.LSTM(4, 4, batch_first=True)),
+}
+
+
+def case_of(build: Callable[[], nn.Module]) -> data.Case:
+    """Briefly trained, so that the Hessian is not far from positive; λ is twice what is missing."""
+    train = data.normal(81, 13, 12), data.classes(82, 13, 2)
+    test = data.normal(83, 5, 12), data.classes(84, 5, 2)
+    model = data.trained(data.seeded(build).eval(), nn.functional.cross_entropy, train, 1e-2, steps=20)
+    hessian = oracles.hessian_by_differences(model, nn.functional.cross_entropy, *train)
+    lowest = float(torch.linalg.eigvalsh(hessian)[0])
+    case = data.Case(model, nn.functional.cross_entropy, train, test, max(0.05, -2 * lowest))
+    # Differences of first-order gradients stand in for double backward, which some layers refuse.
+    vars(case)["hessian"] = hessian
+    return case
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_layers_in_both_modes(name: str) -> None:
+    """Differences resolve about 1e-8; a fused LayerNorm differentiated twice is off by 1e-2 and more."""
+    case = case_of(ZOO[name])
+    fitted = DirectInfluence(case.model, case.loss, case.regularization, chunk_size=5).fit(case.train)
+    expected = case.up(case.inverse)
+    assert oracles.relative_error(fitted.influences(*case.test, *case.train), expected) <= 1e-7
+    train = oracles.pick(case.train, slice(0, 7))
+    values = fitted.influences(*case.test, *train, mode="perturbation")
+    differences = oracles.perturbation_by_differences(case.model, case.loss, case.inverse, case.test, train)
+    assert oracles.relative_error(values, differences) <= 1e-7
+
+
+def test_weight_norm_is_right_or_refused_by_name() -> None:
+    case = case_of(lambda: nn.Sequential(weight_norm(nn.Linear(12, 6)), nn.Tanh(), nn.Linear(6, 2)))
+    try:
+        fitted = DirectInfluence(case.model, case.loss, case.regularization).fit(case.train)
+    except DerivativeError as error:
+        message = str(error)
+    else:
+        message = None
+        scores = fitted.influences(*case.test, *case.train)
+        assert oracles.relative_error(scores, case.up(case.inverse)) <= 1e-7
+    assert message is None or (
+        "'0'" in message and "weight_norm" in message.lower().replace("weightnorm", "weight_norm")
+    )
+
+
+class Blind(torch.autograd.Function):
+    """x³ whose second derivative is wrong: its backward does not know that it depends on x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        ctx.slope = 3 * inputs[0].detach() ** 2
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient * ctx.slope
+
+
+class Cube(nn.Module):
+    """A module with a silently wrong second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Blind.apply(x)
+
+
+def test_a_wrong_derivative_in_the_users_own_module_is_refused_by_name() -> None:
+    case = case_of(lambda: nn.Sequential(nn.Linear(12, 3), Cube(), nn.Linear(3, 2)))
+    with pytest.raises(DerivativeError, match="Cube"):
+        DirectInfluence(case.model, case.loss, case.regularization).fit(case.train)
+    right = case_of(lambda: nn.Sequential(nn.Linear(12, 3), nn.Tanh(), nn.Linear(3, 2)))
+    DirectInfluence(right.model, right.loss, right.regularization).fit(right.train)
