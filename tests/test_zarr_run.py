@@ -1,0 +1,499 @@
+"""Runs to a Zarr store: the same values as in memory, on any executor, resumed, refused, overwritten."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+import zarr
+from distributed import Client, LocalCluster
+from torch.utils.data import DataLoader, TensorDataset
+
+from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
+from dask_influence.errors import ClusterError, StoreMismatchError
+from tests import data, oracles
+
+EXACT = 1e-9
+TILE = 1_500
+"""Bytes of a tile: 31 × 43 scores make several ragged tiles and several strips."""
+
+MODES = pytest.mark.parametrize("mode", ["up", "perturbation"])
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Two worker processes of one thread."""
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="2GiB"
+        ) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
+
+
+def direct(case: data.Case, client: Client | None = None, **how: Any) -> DirectInfluence:
+    model = DirectInfluence(
+        case.model, case.loss, how.pop("damping", case.regularization), client=client, **how
+    )
+    return model.fit(case.train)
+
+
+def shards(store: Path) -> dict[str, bytes]:
+    """Encoded tiles of the scores by key."""
+    return {
+        str(p.relative_to(store)): p.read_bytes()
+        for p in (store / "influence" / "c").rglob("*")
+        if p.is_file()
+    }
+
+
+def ledger(store: Path) -> dict[str, Path]:
+    """Entries of the ledger by strip."""
+    return {p.stem: p for p in sorted((store / "_run" / "ledger").glob("*.json"))}
+
+
+def modified(store: Path) -> dict[str, int]:
+    """Times of modification of every tile and ledger entry."""
+    paths = [store / key for key in shards(store)] + list(ledger(store).values())
+    return {str(p.relative_to(store)): p.stat().st_mtime_ns for p in paths}
+
+
+# -- what is written ------------------------------------------------------------------------------
+@MODES
+def test_store_holds_what_memory_holds(tmp_path: Path, mode: str) -> None:
+    case = data.mlp_regression()
+    fitted = direct(case, chunk_size=10)
+    written = fitted.influences_to_zarr(tmp_path / "run", case.test, case.train, mode=mode, tile_bytes=TILE)
+    expected = getattr(case, mode)(case.inverse)
+    in_memory = fitted.influences(*case.test, *case.train, mode=mode)
+    assert isinstance(written, xr.Dataset)
+    for dataset in (written, xr.open_zarr(tmp_path / "run"), open_influences(tmp_path / "run")):
+        assert dataset.influence.dims[:2] == ("test", "train")
+        assert dataset.influence.dtype == np.float64
+        assert oracles.relative_error(dataset.influence.values, expected) <= EXACT
+        assert oracles.relative_error(dataset.influence.values, in_memory) <= 1e-10
+        np.testing.assert_array_equal(dataset.test, np.arange(31))
+        np.testing.assert_array_equal(dataset.train, np.arange(43))
+        assert dataset.factor_residual.dims == ("test",)
+        assert float(dataset.factor_residual.max()) <= 1e-8
+        assert dataset.attrs
+
+
+def test_layout_of_the_group(tmp_path: Path) -> None:
+    """Zarr v3, dimension names, NaN fill, lz4 with bit shuffle and checksums, the run beside the arrays."""
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    group = zarr.open_group(store, mode="r")
+    array = group["influence"]
+    metadata = json.loads((store / "influence" / "zarr.json").read_text())
+    assert metadata["zarr_format"] == 3
+    assert metadata["dimension_names"] == ["test", "train"]
+    assert np.isnan(array.fill_value)
+    text = json.dumps(metadata["codecs"])
+    assert all(word in text for word in ("blosc", "lz4", "bitshuffle", "crc32c"))
+    assert group["factor_residual"].shape == (31,)
+    assert json.loads((store / "zarr.json").read_text())["consolidated_metadata"]
+    assert json.loads((store / "_run" / "run.json").read_text())["state"] == "complete"
+    assert len(shards(store)) > 4
+    assert len(ledger(store)) > 2
+
+
+def test_ledger_lists_every_tile_with_its_length(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    text = "".join(p.read_text() for p in ledger(store).values())
+    for key, content in shards(store).items():
+        assert f'{key.removeprefix("influence/")}"' in text, key
+        assert f" {len(content)}" in text.replace(":", ": "), key
+
+
+@pytest.mark.parametrize("complement", [False, True], ids=["dropped", "woodbury"])
+@MODES
+def test_arnoldi_store(tmp_path: Path, mode: str, complement: bool) -> None:
+    case = data.mlp_regression()
+    fitted = ArnoldiInfluence(
+        case.model, case.loss, case.regularization, rank=11, complement=complement, tol=1e-11
+    ).fit(case.train)
+    written = fitted.influences_to_zarr(tmp_path / "run", case.test, case.train, mode=mode, tile_bytes=TILE)
+    inverse = oracles.low_rank_inverse(case.hessian, case.regularization, 11, complement)
+    assert oracles.relative_error(written.influence.values, getattr(case, mode)(inverse)) <= 1e-6
+
+
+def test_factor_residual_is_that_of_the_system_asked_for(tmp_path: Path) -> None:
+    """‖(H + λI)s − g‖ / ‖g‖ with the whole H: a dropped complement shows, an exact solve does not."""
+    case = data.mlp_classification()
+    fitted = ArnoldiInfluence(case.model, case.loss, case.regularization, rank=9, tol=1e-11).fit(case.train)
+    written = fitted.influences_to_zarr(tmp_path / "run", case.test, case.train)
+    rows = oracles.gradients(case.model, case.loss, *case.test)
+    factors = rows @ oracles.low_rank_inverse(case.hessian, case.regularization, 9, complement=False)
+    left = factors @ case.hessian + case.regularization * factors - rows
+    expected = left.norm(dim=1) / rows.norm(dim=1)
+    assert float(expected.min()) > 1e-3
+    assert oracles.relative_error(written.factor_residual.values, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("ids", ["strings", "integers"])
+def test_ids_become_coordinates(tmp_path: Path, ids: str) -> None:
+    case = data.mlp_regression()
+    if ids == "strings":
+        test_ids, train_ids = (
+            [f"query-{i}" for i in range(31)],
+            np.array([f"image {j:03}" for j in range(43)]),
+        )
+    else:
+        test_ids, train_ids = list(range(100, 131)), np.arange(43) * 7
+    written = direct(case).influences_to_zarr(
+        tmp_path / "run", case.test, case.train, test_ids=test_ids, train_ids=train_ids
+    )
+    for dataset in (written, xr.open_zarr(tmp_path / "run"), open_influences(tmp_path / "run")):
+        assert list(dataset.test.values) == list(test_ids)
+        assert list(dataset.train.values) == list(train_ids)
+        one = float(dataset.influence.sel(test=test_ids[5], train=train_ids[40]))
+        assert one == pytest.approx(float(case.up(case.inverse)[5, 40]), rel=1e-8)
+
+
+def kinds_of(pair: data.Pair, folder: Path) -> dict[str, Any]:
+    """One data set in every form that is accepted."""
+    x, y = pair[0].numpy(), pair[1].numpy()
+    group = zarr.open_group(folder, mode="w")
+    group.create_array("x", data=x, chunks=(10, *x.shape[1:]))
+    group.create_array("y", data=y, chunks=(10, *y.shape[1:]))
+    return {
+        "tensors": pair,
+        "numpy": (x, y),
+        "dask": (da.from_array(x, chunks=(9, -1)), da.from_array(y, chunks=(9, -1))),
+        "dataset": TensorDataset(*pair),
+        "loader": DataLoader(TensorDataset(*pair), batch_size=8),
+        "zarr": str(folder),
+    }
+
+
+@pytest.mark.parametrize("executor", ["local", "dask"])
+@pytest.mark.parametrize("kind", ["tensors", "numpy", "dask", "dataset", "loader", "zarr"])
+def test_every_kind_of_data_gives_the_same_scores(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str, executor: str
+) -> None:
+    case = data.mlp_regression()
+    train = kinds_of(case.train, tmp_path / "train.zarr")[kind]
+    test = kinds_of(case.test, tmp_path / "test.zarr")[kind]
+    client = request.getfixturevalue("client") if executor == "dask" else None
+    fitted = DirectInfluence(case.model, case.loss, case.regularization, client=client).fit(train)
+    written = fitted.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE)
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
+
+
+def test_more_test_points_than_training_points_and_one_of_each(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    fitted = direct(case)
+    for n, m in ((31, 3), (1, 43), (31, 1), (1, 1)):
+        test, train = oracles.pick(case.test, slice(0, n)), oracles.pick(case.train, slice(0, m))
+        for mode in ("up", "perturbation"):
+            written = fitted.influences_to_zarr(
+                tmp_path / f"{n}-{m}-{mode}", test, train, mode=mode, tile_bytes=200
+            )
+            expected = getattr(case, mode)(case.inverse, test, train)
+            assert oracles.relative_error(written.influence.values, expected) <= EXACT
+
+
+def test_store_in_memory_for_a_local_run() -> None:
+    case = data.mlp_regression()
+    written = direct(case).influences_to_zarr("memory://scores", case.test, case.train, tile_bytes=TILE)
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
+    assert (
+        oracles.relative_error(open_influences("memory://scores").influence.values, case.up(case.inverse))
+        <= EXACT
+    )
+
+
+# -- executors ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("estimator", ["direct", "arnoldi", "woodbury"])
+@MODES
+def test_local_and_dask_agree_bit_for_bit(tmp_path: Path, client: Client, mode: str, estimator: str) -> None:
+    case = data.mlp_classification()
+    results = {}
+    for name, where in (("local", None), ("dask", client)):
+        if estimator == "direct":
+            fitted = direct(case, where, chunk_size=8)
+        else:
+            fitted = ArnoldiInfluence(
+                case.model,
+                case.loss,
+                case.regularization,
+                rank=11,
+                complement=estimator == "woodbury",
+                chunk_size=8,
+                client=where,
+            ).fit(case.train)
+        fitted.influences_to_zarr(tmp_path / name, case.test, case.train, mode=mode, tile_bytes=700)
+        results[name] = shards(tmp_path / name)
+    assert len(results["local"]) > 3
+    assert results["local"] == results["dask"]
+
+
+def test_in_memory_scores_of_a_cluster_are_those_of_this_process(client: Client) -> None:
+    case = data.mlp_classification()
+    here, there = (
+        direct(case, where, chunk_size=8).influences(*case.test, *case.train) for where in (None, client)
+    )
+    assert torch.equal(here, there)
+    assert oracles.relative_error(there, case.up(case.inverse)) <= EXACT
+
+
+def test_dask_arrays_of_a_cluster(client: Client) -> None:
+    case = data.mlp_classification()
+    fitted = direct(case, client, chunk_size=8)
+    x_test, y_test, x, y = (
+        da.from_array(a.numpy(), chunks=(5, *a.shape[1:])) for a in (*case.test, *case.train)
+    )
+    scores = fitted.influences(x_test, y_test, x, y)
+    assert isinstance(scores, da.Array)
+    assert oracles.relative_error(scores.compute(), case.up(case.inverse)) <= EXACT
+
+
+def test_several_threads_in_a_worker_give_the_same_bits(tmp_path: Path) -> None:
+    case = data.mlp_classification()
+    direct(case, chunk_size=8).influences_to_zarr(
+        tmp_path / "one", case.test, case.train, mode="perturbation", tile_bytes=700
+    )
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=4, processes=True, dashboard_address=None, memory_limit="2GiB"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        direct(case, client, chunk_size=8).influences_to_zarr(
+            tmp_path / "four", case.test, case.train, mode="perturbation", tile_bytes=700
+        )
+    assert shards(tmp_path / "one") == shards(tmp_path / "four")
+
+
+def test_cluster_without_workers_is_refused(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        pytest.raises(ClusterError, match=r"(?i)worker"),
+    ):
+        direct(case, client)
+
+
+def test_closed_client_is_refused(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        fitted = direct(case, client)
+    with pytest.raises(ClusterError, match=r"(?i)client|scheduler|cluster"):
+        fitted.influences_to_zarr(tmp_path / "run", case.test, case.train)
+    assert not list(tmp_path.iterdir())
+
+
+# -- resume ---------------------------------------------------------------------------------------
+def forget(store: Path, names: list[str], *, with_data: bool) -> None:
+    """Undo strips as a kill would have left them: before the ledger entry, or before the data."""
+    entries = ledger(store)
+    for name in names:
+        if with_data:
+            text = entries[name].read_text()
+            for key in shards(store):
+                if f'{key.removeprefix("influence/")}"' in text:
+                    (store / key).unlink()
+        entries[name].unlink()
+    run = json.loads((store / "_run" / "run.json").read_text())
+    assert run["state"] == "complete"
+
+
+@pytest.mark.parametrize("with_data", [False, True], ids=["entries", "entries and shards"])
+@pytest.mark.parametrize("executor", ["local", "dask"])
+def test_calling_again_finishes_what_is_missing_and_nothing_else(
+    tmp_path: Path, request: pytest.FixtureRequest, executor: str, with_data: bool
+) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    client = request.getfixturevalue("client") if executor == "dask" else None
+    fitted = direct(case, client, chunk_size=10)
+    fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    tiles, times, entries = shards(store), modified(store), ledger(store)
+    lost = list(entries)[1::2]
+    assert 0 < len(lost) < len(entries)
+    forget(store, lost, with_data=with_data)
+    again = direct(case, client, chunk_size=10)
+    resumed = again.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    assert shards(store) == tiles
+    assert oracles.relative_error(resumed.influence.values, case.up(case.inverse)) <= EXACT
+    redone = {key for key, time in modified(store).items() if times[key] != time}
+    assert {f"_run/ledger/{name}.json" for name in lost} == {k for k in redone if k.startswith("_run/ledger")}
+    text = "".join(entries[name].read_text() for name in lost)
+    expected = {key for key in tiles if f'{key.removeprefix("influence/")}"' in text}
+    assert {key for key in redone if key.startswith("influence/")} == expected
+
+
+def test_calling_again_on_a_complete_store_writes_no_tile(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    fitted = direct(case)
+    first = fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE).influence.values
+    times = modified(store)
+    second = fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE).influence.values
+    assert modified(store) == times
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_run_begun_here_is_finished_on_a_cluster(tmp_path: Path, client: Client) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    direct(case, chunk_size=10).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    tiles = shards(store)
+    forget(store, list(ledger(store))[::2], with_data=True)
+    direct(case, client, chunk_size=10).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    assert shards(store) == tiles
+
+
+def test_an_interrupted_run_is_marked_and_resumed(tmp_path: Path) -> None:
+    """A kill in the middle: some ledger entries, no consolidated metadata, state not complete."""
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+
+    class StopError(Exception):
+        """Raised by the progress callback below."""
+
+    class Interrupted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(case.model)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(ledger(store)) >= 2:
+                raise StopError
+            return self.inner(x)
+
+    model = Interrupted()
+    fitted = DirectInfluence(model, case.loss, case.regularization).fit(case.train)
+    with pytest.raises(Exception):  # noqa: B017 - how a failing strip is reported is another test's matter
+        fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    assert json.loads((store / "_run" / "run.json").read_text())["state"] != "complete"
+    assert len(ledger(store)) == 2
+    kept = {name: path.stat().st_mtime_ns for name, path in ledger(store).items()}
+    Interrupted.forward = lambda self, x: self.inner(x)
+    fitted = DirectInfluence(model, case.loss, case.regularization).fit(case.train)
+    written = fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
+    assert {name: ledger(store)[name].stat().st_mtime_ns for name in kept} == kept
+
+
+# -- refusals -------------------------------------------------------------------------------------
+def moved(case: data.Case) -> data.Case:
+    model = copy.deepcopy(case.model)
+    model[0].bias.data[0] += 1e-3
+    return data.Case(model, case.loss, case.train, case.test, case.regularization)
+
+
+def shifted(pair: data.Pair) -> data.Pair:
+    x = pair[0].clone()
+    x[3, 1] += 1e-6
+    return x, pair[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("regularization", r"regularization"),
+        ("weights", r"weight|model"),
+        ("train", r"\btrain"),
+        ("test", r"\btest"),
+        ("estimator", r"estimator|Arnoldi"),
+        ("mode", r"\bmode"),
+    ],
+)
+def test_a_store_of_another_run_is_refused_by_what_differs(tmp_path: Path, change: str, named: str) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    before, times = shards(store), modified(store)
+    fitted, test, train, mode = direct(case), case.test, case.train, "up"
+    if change == "regularization":
+        fitted = direct(case, damping=0.06)
+    elif change == "weights":
+        fitted = direct(moved(case))
+    elif change == "train":
+        train = shifted(train)
+    elif change == "test":
+        test = shifted(test)
+    elif change == "estimator":
+        fitted = ArnoldiInfluence(case.model, case.loss, case.regularization, rank=5).fit(case.train)
+    else:
+        mode = "perturbation"
+    with pytest.raises(StoreMismatchError, match=named) as caught:
+        fitted.influences_to_zarr(store, test, train, mode=mode, tile_bytes=TILE)
+    if change == "regularization":
+        assert "0.05" in str(caught.value)
+        assert "0.06" in str(caught.value)
+    assert shards(store) == before
+    assert modified(store) == times
+    assert oracles.relative_error(open_influences(store).influence.values, case.up(case.inverse)) <= EXACT
+
+
+def test_overwrite_replaces_another_run(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    few = oracles.pick(case.test, slice(0, 5))
+    written = direct(case, damping=0.5).influences_to_zarr(store, few, case.train, overwrite=True)
+    assert written.influence.shape == (5, 43)
+    expected = case.up(oracles.inverse(case.hessian, 0.5), few)
+    assert oracles.relative_error(written.influence.values, expected) <= EXACT
+    assert oracles.relative_error(open_influences(store).influence.values, expected) <= EXACT
+
+
+def test_two_runs_in_two_stores_do_not_disturb_each_other(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    first, second = direct(case), direct(case, damping=0.4)
+    for name, fitted in (("a", first), ("b", second)):
+        fitted.influences_to_zarr(tmp_path / name, case.test, case.train, tile_bytes=TILE)
+    for name, damping in (("a", 0.05), ("b", 0.4)):
+        expected = case.up(oracles.inverse(case.hessian, damping))
+        assert oracles.relative_error(open_influences(tmp_path / name).influence.values, expected) <= EXACT
+
+
+# -- factors --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("executor", ["local", "dask"])
+@MODES
+def test_scores_from_a_store_of_factors(
+    tmp_path: Path, request: pytest.FixtureRequest, mode: str, executor: str
+) -> None:
+    case = data.mlp_regression()
+    client = request.getfixturevalue("client") if executor == "dask" else None
+    fitted = direct(case, client)
+    factors = fitted.influence_factors_to_zarr(tmp_path / "factors", case.test)
+    assert isinstance(factors, xr.Dataset)
+    expected = oracles.gradients(case.model, case.loss, *case.test) @ case.inverse
+    (values,) = [v for v in factors.data_vars.values() if v.shape == (31, 26)]
+    assert oracles.relative_error(values.values, expected) <= EXACT
+    written = fitted.influences_to_zarr(
+        tmp_path / "run", tmp_path / "factors", case.train, mode=mode, tile_bytes=TILE
+    )
+    assert oracles.relative_error(written.influence.values, getattr(case, mode)(case.inverse)) <= EXACT
+
+
+def test_store_of_factors_outlives_its_neighbours(tmp_path: Path) -> None:
+    """Factors are read from their own store, so that a copy of it elsewhere is as good."""
+    case = data.mlp_regression()
+    fitted = direct(case)
+    fitted.influence_factors_to_zarr(tmp_path / "factors", case.test, test_ids=[f"t{i}" for i in range(31)])
+    shutil.move(tmp_path / "factors", tmp_path / "elsewhere")
+    written = fitted.influences_to_zarr(tmp_path / "run", str(tmp_path / "elsewhere"), case.train)
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
+    assert list(written.test.values) == [f"t{i}" for i in range(31)]
