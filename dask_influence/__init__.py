@@ -1,0 +1,20 @@
+"""dask_influence: which training points made the model do this?
+
+A distributed engine for influence functions: a coordinator builds the regularized
+curvature of a trained PyTorch model (or a low-rank sketch of it) from sums over data
+chunks, publishes it once, and maps strips of test × train scores over a Dask cluster into
+one Zarr group.
+"""
+
+from dask_influence.influence import ArnoldiInfluence, DirectInfluence, InfluenceFunctionModel, InfluenceMode
+from dask_influence.storage.results import open_influences
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArnoldiInfluence",
+    "DirectInfluence",
+    "InfluenceFunctionModel",
+    "InfluenceMode",
+    "open_influences",
+]

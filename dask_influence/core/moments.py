@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +39,10 @@ class Moments:
         summed = {name: value + other.total[name] for name, value in self.total.items()}
         return Moments(summed, self.count + other.count)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # numpy arrays travel out of band between processes; torch tensors are copied byte by byte
+        return _restored, ({name: value.numpy() for name, value in self.total.items()}, self.count)
+
     def mean(self, name: str) -> Tensor:
         """Sum over samples divided by their number, float64."""
         return self.total[name] / self.count
@@ -49,3 +55,8 @@ def merge(parts: Sequence[Moments]) -> Moments:
         paired = [a + b for a, b in zip(level[0::2], level[1::2], strict=False)]
         level = paired + level[len(level) - len(level) % 2 :]
     return level[0]
+
+
+def _restored(total: dict[str, np.ndarray], count: int) -> Moments:
+    # what arrives over the wire is read-only memory, which torch tensors may not wrap
+    return Moments({name: torch.tensor(value) for name, value in total.items()}, count)

@@ -1,0 +1,80 @@
+"""The hot primitive: directional derivatives of the per-sample loss along D directions.
+
+E[j, d] = ⟨v_d, ∇θ ℓ(z_j)⟩ for ``Up``, and its gradient in the input,
+E[j, d, :] = ∇x ⟨v_d, ∇θ ℓ(z_j)⟩, for ``Perturbation``. A tile of scores is then C Eᵀ with
+a small coefficient matrix C (N, D). Everything the training side of a run needs is here;
+an n × P gradient matrix is formed only where that is cheaper and fits, an n × F × P
+tensor never.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dask_influence.core import forms
+from dask_influence.core.objective import Tree, leading_size, sliced
+from dask_influence.core.problem import Problem
+
+BUDGET = 128 * 2**20
+"""Bytes that one call may keep alive beside its result, unless the caller says otherwise."""
+
+# Costs in nanoseconds per (sample × parameter), measured on one core; only their ratio
+# matters. A direction pushed forward costs two products with the weights; a gradient
+# costs its backward pass and, above all, being written and read again.
+_FORWARD_PER_DIRECTION = 0.12
+_GRADIENT = 2.5
+_PRODUCT_PER_DIRECTION = 0.04
+
+
+def directional_derivatives(
+    problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET
+) -> Tensor:
+    """E[j, d] = ⟨v_d, ∇θ ℓ(z_j)⟩ for directions (D, P): (n, D).
+
+    Chooses between pushing directions forward and forming gradients, by cost; either way
+    at most about ``budget`` bytes are alive beside the result.
+    """
+    if _gradients_are_cheaper(len(directions)):
+        return _by_gradients(problem, x, y, directions, budget)
+    count = leading_size(y)
+    block = problem.block_of_vectors(count, budget)
+    parts = [
+        forms.directional_derivatives(problem.objective, x, y, part, problem.forms)
+        for part in directions.split(block)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def mixed_derivatives(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET) -> Tensor:
+    """E[j, d, :] = ∇x ⟨v_d, ∇θ ℓ(z_j)⟩ for directions (D, P): (n, D, *features)."""
+    count = leading_size(y)
+    block = problem.block_of_vectors(count, budget)
+    parts = [
+        forms.mixed_derivatives(problem.objective, x, y, part, problem.forms)
+        for part in directions.split(block)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
+    """∇θ ℓ(z_j) for each sample, (n, P)."""
+    return forms.sample_gradients(problem.objective, x, y, problem.forms)
+
+
+def _gradients_are_cheaper(directions: int) -> bool:
+    forward = directions * _FORWARD_PER_DIRECTION
+    return forward > _GRADIENT + directions * _PRODUCT_PER_DIRECTION
+
+
+def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
+    """Form gradients of a few samples at a time, in memory that is reused, and multiply."""
+    count, itemsize = leading_size(y), problem.objective.dtype.itemsize
+    step = max(1, int(budget // (2 * itemsize * problem.objective.size)))
+    result = torch.empty(count, len(directions), dtype=directions.dtype, device=directions.device)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        rows = gradients(problem, sliced(x, part), sliced(y, part))
+        torch.matmul(rows, directions.mT, out=result[part])
+    return result
+

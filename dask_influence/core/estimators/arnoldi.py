@@ -1,0 +1,335 @@
+"""Arnoldi: the eigenpairs of largest magnitude, by a thick-restarted block Krylov method.
+
+Products with a block of B vectors cost one pass over the data, so the basis grows by B
+vectors a pass. The curvature is symmetric: Rayleigh-Ritz on the basis Q gives the
+eigenpairs, with residuals known exactly because the images HQ are kept. Full
+reorthogonalisation (twice) keeps Q orthonormal to machine precision. When the basis is
+full, it is restarted from its best Ritz vectors (Wu & Simon 2000); restarting loses
+nothing, because the images of Ritz vectors are combinations of the images held.
+
+Influence through a low-rank inverse: Schioppa et al. 2022, section 3. With ``complement``
+the orthogonal complement is kept with eigenvalue λ (the Woodbury identity).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dask_influence.core.estimators.base import (
+    Estimator,
+    Inverse,
+    Round,
+    System,
+    check_regularization,
+    relative_residuals,
+)
+from dask_influence.core.moments import Moments
+from dask_influence.errors import (
+    ConfigurationError,
+    ConvergenceWarning,
+    IndefiniteCurvatureWarning,
+    SingularCurvatureError,
+)
+
+
+class LowRankInverse(Inverse):
+    """V (Λ + λ)⁻¹ Vᵀ, plus (I − V Vᵀ)/λ where the complement is kept.
+
+    Parameters
+    ----------
+    vectors : Tensor
+        V as rows (R, P), orthonormal, float64.
+    values : Tensor
+        Λ (R,), by falling magnitude.
+    images : Tensor
+        H V as rows (R, P): they certify factors without another pass.
+    regularization : float
+        λ.
+    complement : bool
+        Whether the orthogonal complement of V counts, with eigenvalue λ.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        values: Tensor,
+        images: Tensor,
+        regularization: float,
+        complement: bool,
+        report: Mapping[str, Any],
+    ) -> None:
+        self.vectors, self.values, self.images = vectors, values, images
+        self.regularization, self.complement, self.report = regularization, complement, dict(report)
+
+    @classmethod
+    def checked(
+        cls,
+        vectors: Tensor,
+        values: Tensor,
+        images: Tensor,
+        regularization: float,
+        complement: bool,
+        report: Mapping[str, Any],
+    ) -> LowRankInverse:
+        """An inverse whose Λ + λ has been checked, with a warning where it is indefinite."""
+        shifted = values + regularization
+        scale = max(values.abs().max().item(), torch.finfo(torch.float64).tiny)
+        if shifted.abs().min().item() <= torch.finfo(torch.float64).eps * len(values) * scale:
+            raise SingularCurvatureError(
+                f"a kept eigenvalue plus hessian_regularization={regularization:g} is zero "
+                f"(eigenvalues from {values.min():.3g} to {values.max():.3g}); use a larger "
+                f"hessian_regularization, for example {1e-3 * scale:.2g}, or a smaller rank"
+            )
+        smallest = values.min().item()
+        if smallest + regularization < 0:
+            warnings.warn(
+                IndefiniteCurvatureWarning(
+                    f"H + λI is not positive definite: the smallest eigenvalue found is {smallest:.4g} and "
+                    f"hessian_regularization={regularization:g}; "
+                    f"hessian_regularization > {-smallest:.4g} makes the part found positive definite"
+                ),
+                stacklevel=2,
+            )
+        if complement and regularization == 0:
+            raise ConfigurationError(
+                "complement=True divides the orthogonal complement by hessian_regularization, which is 0; "
+                "give hessian_regularization > 0 or complement=False"
+            )
+        return cls(vectors, values, images, regularization, complement, report)
+
+    @property
+    def residuals_need_rounds(self) -> bool:
+        """H times the complement of a gradient is not known from the fit."""
+        return self.complement
+
+    @property
+    def directions(self) -> Tensor | None:
+        """V, unless the complement makes factors leave its span."""
+        return None if self.complement else self.vectors
+
+    def coefficients(self, gradients: Tensor) -> Tensor:
+        """(g V)(Λ + λ)⁻¹, shape (n, R)."""
+        return (gradients.to(torch.float64) @ self.vectors.mT) / (self.values + self.regularization)
+
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+        """C V, and (g − g V Vᵀ)/λ where the complement is kept."""
+        rows = gradients.to(torch.float64)
+        factors = self.coefficients(rows) @ self.vectors
+        if self.complement:
+            factors = factors + (rows - (rows @ self.vectors.mT) @ self.vectors) / self.regularization
+        return factors
+        yield  # no round is needed, but the contract is a generator
+
+    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
+        """Of the *full* system (H + λI) s = g, through HV; the complement's image needs a pass."""
+        if self.complement:
+            return None
+        products = (factors @ self.vectors.mT) @ self.images
+        return relative_residuals(products, self.regularization, gradients.to(torch.float64), factors)
+
+    def with_regularization(self, regularization: float) -> LowRankInverse:
+        """λ enters the kept eigenvalues alone: nothing is recomputed."""
+        return self.checked(
+            self.vectors,
+            self.values,
+            self.images,
+            check_regularization(regularization),
+            self.complement,
+            self.report,
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Eigenpairs and images."""
+        tensors = {"vectors": self.vectors, "values": self.values, "images": self.images}
+        values = {
+            "regularization": self.regularization,
+            "complement": self.complement,
+            "report": self.report,
+        }
+        return tensors, values
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> LowRankInverse:
+        """Take the eigenpairs as they are."""
+        return cls(tensors["vectors"], tensors["values"], tensors["images"], **values)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Spectrum kept, its residuals, and the rounds that it took."""
+        return {
+            "eigenvalues": self.values.tolist(),
+            "smallest_eigenvalue": self.values.min().item(),
+            "largest_eigenvalue": self.values.max().item(),
+            "positive_definite": self.values.min().item() + self.regularization > 0,
+            "complement": self.complement,
+            **self.report,
+        }
+
+
+@dataclass(frozen=True)
+class Arnoldi(Estimator):
+    """Eigenpairs of largest magnitude (negatives included) to a relative residual ``tol``.
+
+    Parameters
+    ----------
+    rank : int
+        R, 1 ≤ R < P.
+    complement : bool
+        Keep the orthogonal complement with eigenvalue λ.
+    krylov_dimension : int, optional
+        Vectors in the basis before a restart; default max(2R + 2B, 20), at most P.
+    tol : float
+        ‖H v − θ v‖ ≤ tol·|θ_max| for each kept pair.
+    seed : int
+        Of the random start block.
+    block_size : int, optional
+        B, vectors multiplied in one pass; default about a third of the rank, from 1 to 16.
+    maxiter : int
+        Passes after which the best pairs are taken, with a :class:`ConvergenceWarning`.
+    """
+
+    rank: int = 10
+    complement: bool = False
+    krylov_dimension: int | None = None
+    tol: float = 1e-6
+    seed: int = 0
+    block_size: int | None = None
+    maxiter: int = 300
+
+    @property
+    def own_directions(self) -> int | None:
+        """R, unless the complement is kept."""
+        return None if self.complement else self.rank
+
+    def validate(self, system: System) -> None:
+        """Rank, basis and tolerance against P and against each other."""
+        if not isinstance(self.rank, int) or not 1 <= self.rank < system.size:
+            raise ConfigurationError(
+                f"rank must be an integer from 1 to P − 1 = {system.size - 1} (the model has P = {system.size} "
+                f"parameters in θ); got {self.rank!r}"
+            )
+        if self.krylov_dimension is not None and not self.rank < self.krylov_dimension:
+            raise ConfigurationError(
+                f"krylov_dimension must be larger than rank={self.rank}; got {self.krylov_dimension!r}"
+            )
+        if not self.tol > 0:
+            raise ConfigurationError(f"tol must be positive; got {self.tol!r}")
+        if self.complement and system.regularization == 0:
+            raise ConfigurationError(
+                "complement=True divides the orthogonal complement by hessian_regularization, which is 0; "
+                "give hessian_regularization > 0 or complement=False"
+            )
+
+    def fit(self, system: System) -> Generator[Round, Moments, LowRankInverse]:
+        """Grow the basis B vectors a pass, restart when it is full, stop when R pairs have converged."""
+        block = min(self.block_size or max(1, min(16, -(-self.rank // 3))), system.size)
+        limit = min(self.krylov_dimension or max(2 * self.rank + 2 * block, 20), system.size)
+        limit = max(limit, min(self.rank + block, system.size))
+        tolerance = max(self.tol, 32 * torch.finfo(system.dtype).eps)  # below it products are noise
+        generator = torch.Generator().manual_seed(self.seed)
+        start = torch.randn(block, system.size, generator=generator, dtype=torch.float64)
+        basis = _Basis(system.size, limit)
+        fresh = basis.orthonormalised(start, generator)
+        passes = 0
+        while True:
+            moments = yield system.products(fresh)
+            passes += 1
+            basis.append(fresh, moments.mean("products"))
+            values, rotation = basis.ritz()
+            kept = min(self.rank, basis.length)
+            residuals = basis.residuals(rotation[:, :kept], values[:kept])  # (kept, P)
+            norms = residuals.norm(dim=1)
+            scale = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny)
+            worst = (norms.max() / scale).item()
+            complete = basis.length == system.size
+            if basis.length >= self.rank and (worst <= tolerance or complete or passes >= self.maxiter):
+                break
+            # The residuals of the pairs still open span what a Lanczos step would add next.
+            candidates = residuals[norms > tolerance * scale][:block]
+            if len(candidates) == 0:  # all found so far is exact, but fewer than the rank: look elsewhere
+                candidates = torch.zeros(block, system.size, dtype=torch.float64)
+            if basis.length + len(candidates) > limit:
+                basis.restart(rotation[:, : min(max(kept, limit - 2 * block), basis.length)])
+            fresh = basis.orthonormalised(candidates[: system.size - basis.length], generator)
+        if worst > tolerance and not complete:
+            warnings.warn(
+                ConvergenceWarning(
+                    f"after {passes} passes the worst of {self.rank} eigenpairs has relative residual "
+                    f"{worst:.2g} > tol={self.tol:g}; raise maxiter={self.maxiter} or krylov_dimension={limit}"
+                ),
+                stacklevel=2,
+            )
+        report = {"passes": passes, "block_size": block, "eigenpair_residual": worst, "krylov_dimension": limit}
+        vectors, images = basis.rotated(rotation[:, : self.rank])
+        return LowRankInverse.checked(
+            vectors, values[: self.rank], images, system.regularization, self.complement, report
+        )
+
+
+class _Basis:
+    """Orthonormal rows Q (K, P) with their images HQ, preallocated, float64."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        self._rows = torch.empty(limit, size, dtype=torch.float64)
+        self._images = torch.empty(limit, size, dtype=torch.float64)
+        self._projected = torch.empty(limit, limit, dtype=torch.float64)  # Q H Qᵀ
+        self.length = 0
+
+    def append(self, rows: Tensor, images: Tensor) -> None:
+        start, self.length = self.length, self.length + len(rows)
+        self._rows[start : self.length] = rows
+        self._images[start : self.length] = images
+        block = self._rows[: self.length] @ images.mT  # (K, B)
+        self._projected[: self.length, start : self.length] = block
+        self._projected[start : self.length, : self.length] = block.mT
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Ritz values by falling magnitude, and the rotation (K, K) of the basis to their vectors."""
+        projected = self._projected[: self.length, : self.length]
+        values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
+        order = values.abs().argsort(descending=True, stable=True)
+        return values[order], rotation[:, order]
+
+    def residuals(self, rotation: Tensor, values: Tensor) -> Tensor:
+        """H v − θ v for the Ritz pairs of ``rotation``, as rows."""
+        vectors, images = self.rotated(rotation)
+        return images - values[:, None] * vectors
+
+    def restart(self, rotation: Tensor) -> None:
+        """Replace the basis by the Ritz vectors of ``rotation``."""
+        vectors, images = self.rotated(rotation)
+        self.length = 0
+        self.append(vectors, images)
+
+    def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows rotationᵀ Q and their images."""
+        return rotation.mT @ self._rows[: self.length], rotation.mT @ self._images[: self.length]
+
+    def orthonormalised(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """``rows`` made orthonormal to the basis and to each other.
+
+        Rows that vanish (the Krylov space is exhausted) are replaced by random ones, so
+        that an invariant subspace never stops the search.
+        """
+        held = self._rows[: self.length]
+        rows = rows.clone()
+        for _ in range(2):
+            norms = rows.norm(dim=1, keepdim=True)
+            rows = torch.where(norms > 0, rows / norms.clamp_min(torch.finfo(torch.float64).tiny), rows)
+            rows = rows - (rows @ held.mT) @ held
+            orthonormal, triangle = torch.linalg.qr(rows.mT)
+            vanished = triangle.diagonal().abs() < 1e-12
+            if vanished.any():
+                random = torch.randn(int(vanished.sum()), rows.shape[1], generator=generator, dtype=torch.float64)
+                rows = orthonormal.mT.clone()
+                rows[vanished] = random / random.norm(dim=1, keepdim=True)
+                return self.orthonormalised(rows, generator)
+            rows = orthonormal.mT
+        return rows.contiguous()

@@ -1,0 +1,188 @@
+"""The contract of an estimator: a generator of rounds that returns an inverse curvature.
+
+The mathematics says *what* to sum over the data and never knows who sums it. A round is
+one pass over the fitted chunks; its answer is the merged :class:`Moments`. Executors
+drive the generators (``execution.drive``), so that the sequential and the distributed
+run execute the same code.
+
+An estimator splits by lifetime: :class:`Estimator` is the configuration, its ``fit`` runs
+once, the :class:`Inverse` it returns is applied many times, on any process.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dask_influence.core.curvature import product_sums
+from dask_influence.core.moments import Moments
+from dask_influence.core.objective import Tree
+from dask_influence.core.problem import Problem
+from dask_influence.errors import ConfigurationError
+
+ChunkFunction = Callable[[Problem, Tree, Tree, dict[str, Tensor]], Moments]
+"""(problem, x, y, operand) → sums over the chunk's samples. Picklable: a module's function or a partial of one."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pass over the fitted data.
+
+    Attributes
+    ----------
+    function : callable
+        Chunk function, picklable by reference.
+    operand : dict of Tensor
+        What every chunk needs beside its samples; published once, CPU tensors.
+    result_bytes : int
+        Size of the sums of one chunk, so that an executor can bound what is in flight.
+    """
+
+    function: ChunkFunction
+    operand: dict[str, Tensor] = field(default_factory=dict)
+    result_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class System:
+    """The linear system (C + λI) s = g that an estimator is asked to invert.
+
+    Attributes
+    ----------
+    names, shapes : tuple
+        Parameters of θ in flat order, and their shapes.
+    regularization : float
+        λ ≥ 0, added to the curvature of the mean loss.
+    curvature : str
+        ``"hessian"``, ``"ggn"``, ``"fisher"`` or ``"empirical_fisher"``.
+    samples : int
+        Number of samples fitted.
+    dtype : torch.dtype
+        The model's floating dtype.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    regularization: float
+    curvature: str
+    samples: int
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """P, the number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def products(self, vectors: Tensor) -> Round:
+        """The pass that multiplies (B, P) vectors by the curvature: ``"products"`` (B, P)."""
+        function = partial(product_sums, curvature=self.curvature)
+        return Round(function, {"vectors": vectors}, result_bytes=8 * vectors.numel())
+
+
+Rounds = Generator[Round, Moments, Any]
+"""A computation that asks for passes over the data and returns its result."""
+
+
+class Inverse(ABC):
+    """(C + λI)⁻¹ as an estimator knows it: arrays and numbers, no model, no data.
+
+    Attributes
+    ----------
+    kind : str
+        Name under which it is saved.
+    needs_rounds : bool
+        Whether :meth:`solve` asks for passes over the data.
+    """
+
+    kind: ClassVar[str]
+    needs_rounds: ClassVar[bool] = False
+    regularization: float
+
+    @abstractmethod
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+        """Influence factors (C + λI)⁻¹ g_i for rows g_i: (n, P) → (n, P), float64."""
+
+    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
+        """‖(C + λI) s_i − g_i‖ / ‖g_i‖ for each row, or None where that needs a pass over the data."""
+        return None
+
+    @property
+    def residuals_need_rounds(self) -> bool:
+        """Whether :meth:`residuals` cannot answer without a pass over the data."""
+        return False
+
+    @property
+    def directions(self) -> Tensor | None:
+        """(R, P) directions that all scores are combinations of, or None (then the factors are)."""
+        return None
+
+    def coefficients(self, gradients: Tensor) -> Tensor:
+        """C (n, R), so that influence factors are C @ directions."""
+        raise NotImplementedError(f"{type(self).__name__} has no directions of its own")
+
+    @abstractmethod
+    def with_regularization(self, regularization: float) -> Inverse:
+        """The same fit at another λ, equal to a refit."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able values from which :meth:`from_state` makes an equal inverse."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Inverse:
+        """Inverse of :meth:`state`."""
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What a user should know before trusting it: eigenvalues, captured spectrum, iterations."""
+        return {}
+
+
+class Estimator(ABC):
+    """Configuration of one algorithm; a frozen dataclass of its own arguments."""
+
+    @property
+    def own_directions(self) -> int | None:
+        """R, where the inverse will have directions of its own (:attr:`Inverse.directions`)."""
+        return None
+
+    def validate(self, system: System) -> None:  # noqa: B027 - most estimators accept any system
+        """Raise :class:`ConfigurationError` where this configuration cannot be fitted to ``system``."""
+
+    @abstractmethod
+    def fit(self, system: System) -> Generator[Round, Moments, Inverse]:
+        """Ask for passes over the data, then return the inverse."""
+
+
+def relative_residuals(products: Tensor, regularization: float, gradients: Tensor, factors: Tensor) -> Tensor:
+    """‖C s + λ s − g‖ / ‖g‖ row by row, 0 where g = 0; ``products`` holds C s."""
+    residual = (products + regularization * factors - gradients).norm(dim=1)
+    scale = gradients.norm(dim=1)
+    return torch.where(scale > 0, residual / scale, residual)
+
+
+def check_regularization(value: float) -> float:
+    """λ as a float, or a :class:`ConfigurationError` for a negative or non-finite one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ConfigurationError(f"hessian_regularization must be a finite number ≥ 0; got {value!r}")
+    return number
+
+
+def without_rounds(computation: Generator[Round, Moments, Any]) -> Any:
+    """The result of a computation that asks for no pass over the data."""
+    try:
+        next(computation)
+    except StopIteration as finished:
+        return finished.value
+    raise RuntimeError("a pass over the data was asked for where none can be made; needs_rounds must say so")

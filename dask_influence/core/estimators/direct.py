@@ -1,0 +1,193 @@
+"""Direct: the exact curvature as a dense matrix, factorised once.
+
+(H + λI) = L Lᵀ by Cholesky where it is positive definite; otherwise by the symmetric
+indefinite factorisation of Bunch and Kaufman, with a warning that names the λ that would
+make it definite. Koh & Liang 2017, equation 2.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+import scipy.linalg.lapack
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor
+
+from dask_influence.core.curvature import matrix_sums
+from dask_influence.core.estimators.base import (
+    Estimator,
+    Inverse,
+    Round,
+    System,
+    check_regularization,
+    relative_residuals,
+)
+from dask_influence.core.moments import Moments
+from dask_influence.errors import IndefiniteCurvatureWarning, SingularCurvatureError
+
+
+class DirectInverse(Inverse):
+    """(H + λI)⁻¹ through a symmetric factorisation; H is kept, so that λ can change.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        H (P, P), float64, symmetric.
+    regularization : float
+        λ.
+    precision : float
+        Unit roundoff of the arithmetic that H was computed in; at λ = 0 an eigenvalue
+        below it (relative to the largest) is indistinguishable from zero.
+    factor, pivots : Tensor, optional
+        A factorisation made before; ``pivots`` marks the indefinite one.
+    """
+
+    kind: ClassVar[str] = "direct"
+
+    def __init__(
+        self,
+        matrix: Tensor,
+        regularization: float,
+        precision: float,
+        factor: Tensor | None = None,
+        pivots: Tensor | None = None,
+    ) -> None:
+        self.matrix = matrix
+        self.regularization = regularization
+        self.precision = precision
+        if factor is None:
+            factor, pivots = self._factorise()
+        self._factor, self._pivots = factor, pivots
+
+    def _shifted(self) -> Tensor:
+        return self.matrix + self.regularization * torch.eye(len(self.matrix), dtype=self.matrix.dtype)
+
+    def _factorise(self) -> tuple[Tensor, Tensor | None]:
+        shifted = self._shifted()
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        tolerance = len(shifted) * torch.finfo(torch.float64).eps
+        if self.regularization == 0:
+            tolerance = max(tolerance, self.precision)
+        if info == 0 and self._reciprocal_condition(factor, shifted) > tolerance:
+            return factor, None
+        eigenvalues = torch.linalg.eigvalsh(self.matrix)
+        smallest = eigenvalues[0].item()
+        shifted_values = (eigenvalues + self.regularization).abs()
+        if shifted_values.min() <= tolerance * shifted_values.max():
+            raise SingularCurvatureError(
+                f"H + λI is singular at hessian_regularization={self.regularization:g}: an eigenvalue of it is "
+                f"{shifted_values.min():.2g} beside a largest of {shifted_values.max():.2g}; "
+                f"use hessian_regularization > {max(0.0, -smallest) + 1e-6 * float(eigenvalues.abs().max()):.3g}"
+            )
+        if smallest + self.regularization > 0:
+            return factor, None
+        warnings.warn(
+            IndefiniteCurvatureWarning(
+                f"H + λI is not positive definite: the smallest eigenvalue of H is {smallest:.4g} and "
+                f"hessian_regularization={self.regularization:g}. Scores can have the wrong sign and size; "
+                f"hessian_regularization > {-smallest:.4g} makes it positive definite"
+            ),
+            stacklevel=2,
+        )
+        packed, pivots, _ = torch.linalg.ldl_factor_ex(shifted)
+        return packed, pivots
+
+    @staticmethod
+    def _reciprocal_condition(factor: Tensor, shifted: Tensor) -> float:
+        # LAPACK is column major: the lower factor of a row-major array is its upper one.
+        norm = shifted.abs().sum(dim=0).max().item()
+        return float(scipy.linalg.lapack.dpocon(factor.mT.numpy(), norm, uplo="U")[0])
+
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+        """Factors of all rows at once: two triangular solves."""
+        return self._solve_rows(gradients.to(torch.float64))
+        yield  # no round is needed, but the contract is a generator
+
+    def _solve_rows(self, rows: Tensor) -> Tensor:
+        if self._pivots is None:
+            return torch.cholesky_solve(rows.mT, self._factor).mT
+        return torch.linalg.ldl_solve(self._factor, self._pivots, rows.mT.contiguous()).mT
+
+    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
+        """‖(H + λI) s − g‖ / ‖g‖, from H itself and not from its factorisation."""
+        return relative_residuals(factors @ self.matrix, self.regularization, gradients.to(torch.float64), factors)
+
+    def with_regularization(self, regularization: float) -> DirectInverse:
+        """Factorise the same H at another λ."""
+        return DirectInverse(self.matrix, check_regularization(regularization), self.precision)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """H and its factorisation."""
+        tensors = {"matrix": self.matrix, "factor": self._factor}
+        if self._pivots is not None:
+            tensors["pivots"] = self._pivots
+        return tensors, {"regularization": self.regularization, "precision": self.precision}
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> DirectInverse:
+        """Take the arrays as they are: nothing is factorised again."""
+        return cls(
+            tensors["matrix"],
+            values["regularization"],
+            values["precision"],
+            tensors["factor"],
+            tensors.get("pivots"),
+        )
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Extreme eigenvalues of H (estimates to 1e-6 of the largest) and the factorisation used."""
+        smallest, largest = self._extremes
+        return {
+            "factorisation": "cholesky" if self._pivots is None else "bunch-kaufman",
+            "smallest_eigenvalue": smallest,
+            "largest_eigenvalue": largest,
+            "positive_definite": smallest + self.regularization > 0,
+        }
+
+    @cached_property
+    def _extremes(self) -> tuple[float, float]:
+        size = len(self.matrix)
+        if size < 512:
+            values = torch.linalg.eigvalsh(self.matrix)
+            return values[0].item(), values[-1].item()
+        dense = self.matrix.numpy()
+        start = torch.ones(size, dtype=torch.float64).numpy()
+        solve = LinearOperator(
+            (size, size), matvec=lambda v: self._solve_rows(torch.from_numpy(v).reshape(1, -1))[0].numpy()
+        )
+        try:
+            largest = eigsh(dense, k=1, which="LA", tol=1e-6, v0=start, return_eigenvectors=False)[0]
+            if self._pivots is not None:
+                raise ArpackNoConvergence("indefinite: no shift-invert at the lower end", [], [])
+            # the eigenvalue of H next to −λ is its smallest one when H + λI is positive definite
+            smallest = eigsh(
+                dense,
+                k=1,
+                sigma=-self.regularization,
+                OPinv=solve,
+                which="LM",
+                tol=1e-6,
+                v0=start,
+                return_eigenvectors=False,
+            )[0]
+        except ArpackNoConvergence:
+            values = torch.linalg.eigvalsh(self.matrix)
+            smallest, largest = values[0].item(), values[-1].item()
+        return float(smallest), float(largest)
+
+
+@dataclass(frozen=True)
+class Direct(Estimator):
+    """Exact Hessian: one pass over the data, P² float64 sums."""
+
+    def fit(self, system: System) -> Generator[Round, Moments, DirectInverse]:
+        """One round: the matrix of the mean loss."""
+        function = partial(matrix_sums, curvature=system.curvature)
+        moments = yield Round(function, result_bytes=8 * system.size**2)
+        return DirectInverse(moments.mean("matrix"), system.regularization, torch.finfo(system.dtype).eps)
+

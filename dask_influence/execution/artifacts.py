@@ -1,0 +1,138 @@
+"""Artifacts: tensors published once to a store and loaded lazily, by digest, once per process.
+
+This is how weights, sketches, factorisations and vector blocks reach the workers. Nothing
+of size travels in a task graph, and no worker holds the only copy of anything: a worker
+that joins late or loses its memory loads the artifact again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import safetensors.torch
+from torch import Tensor
+
+from dask_influence.errors import ConfigurationError
+from dask_influence.storage.stores import Location
+
+CACHE_BYTES = 4 * 2**30
+"""Artifacts a process keeps; local files are memory-mapped, so most of it is shared pages."""
+
+RIDING_BYTES = 8 * 2**20
+"""Tensors that may travel inside a task where there is no store for them."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Where published tensors are: in a store, in the reference itself, or in this process.
+
+    Attributes
+    ----------
+    digest : str
+        Of the bytes; names the object in the store and the entry in each process's cache.
+    nbytes : int
+        Size of the tensors.
+    """
+
+    digest: str
+    nbytes: int
+    location: Location | None = None
+    inline: bytes | None = field(default=None, repr=False)
+    tensors: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Name of the object inside its location."""
+        return f"{self.digest}.safetensors"
+
+    def load(self) -> dict[str, Tensor]:
+        """The tensors, on CPU; read-only by agreement, since every caller in the process shares them."""
+        if self.tensors is not None:
+            return self.tensors
+        return _CACHE.get(self)
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors, read anew."""
+        if self.inline is not None:
+            return safetensors.torch.load(self.inline)
+        assert self.location is not None
+        path = self.location.local_path
+        if path is not None:
+            return safetensors.torch.load_file(path / self.key)
+        return safetensors.torch.load(self.location.get(self.key))
+
+
+class Artifacts:
+    """Publishes tensors to ``location``; without one they stay in this process.
+
+    Parameters
+    ----------
+    location : Location, optional
+        A store that every worker can read.
+    riding : bool
+        Without a location, let small tensors ride inside their reference.
+
+    Raises
+    ------
+    ConfigurationError
+        Where tensors that must ride are larger than ``RIDING_BYTES``.
+    """
+
+    def __init__(self, location: Location | None = None, *, riding: bool = False) -> None:
+        self.location = location
+        self.riding = riding
+
+    def publish(self, tensors: dict[str, Tensor]) -> Artifact:
+        """Write once (equal content is found again by its digest) and return the reference."""
+        tensors = {name: value.detach().to("cpu") for name, value in tensors.items()}
+        nbytes = sum(value.nbytes for value in tensors.values())
+        if self.riding and nbytes > RIDING_BYTES:
+            raise ConfigurationError(
+                f"{nbytes / 2**20:.0f} MB of tensors would travel inside the task graph; give the model "
+                "client= (and artifacts= where workers do not share this host's files), so that they go through a store"
+            )
+        if self.location is None and not self.riding:
+            return Artifact(digest=f"held-{next(_SERIAL)}", nbytes=nbytes, tensors=tensors)
+        data = safetensors.torch.save({name: owned(value) for name, value in tensors.items()})
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        if self.location is None:
+            return Artifact(digest, nbytes, inline=data)
+        artifact = Artifact(digest, nbytes, self.location)
+        if not self.location.exists(artifact.key):
+            self.location.put(artifact.key, data)
+        return artifact
+
+
+def owned(tensor: Tensor) -> Tensor:
+    # safetensors refuses views and tensors that share storage
+    dense = tensor.contiguous()
+    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
+
+
+_SERIAL = itertools.count()
+
+
+class _Cache:
+    """Least recently used artifacts of this process, bounded in bytes; loading is done once."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.RLock()
+        self._held: OrderedDict[str, tuple[int, dict[str, Tensor]]] = OrderedDict()
+
+    def get(self, artifact: Artifact) -> dict[str, Tensor]:
+        with self._lock:
+            if artifact.digest not in self._held:
+                self._held[artifact.digest] = (artifact.nbytes, artifact.read())
+                while len(self._held) > 1 and sum(size for size, _ in self._held.values()) > self._limit:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(artifact.digest)
+            return self._held[artifact.digest][1]
+
+
+_CACHE = _Cache(CACHE_BYTES)
+

@@ -1,0 +1,78 @@
+"""The contract of an executor: publish, sum over chunks in a fixed order, map tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dask_influence.core.estimators import Inverse
+from dask_influence.core.moments import Moments
+from dask_influence.core.problem import Problem
+from dask_influence.execution.artifacts import Artifact
+from dask_influence.storage.sources import Source
+from dask_influence.storage.stores import Location
+
+
+class Sealed(Protocol):
+    """A value that tasks open once per process."""
+
+    def open(self) -> Any:
+        """The value."""
+
+
+class Model(Protocol):
+    """A model in a form that tasks can carry."""
+
+    def problem(self) -> Problem:
+        """The problem, in this process."""
+
+
+class Solver(Protocol):
+    """An inverse curvature in a form that tasks can carry."""
+
+    def inverse(self) -> Inverse:
+        """The inverse, in this process."""
+
+
+class Executor(ABC):
+    """Runs the functions of ``execution.tasks``; what they compute does not depend on it."""
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that one task may hold, where that is known."""
+        return None
+
+    @abstractmethod
+    def at(self, location: Location) -> Executor:
+        """The same executor, with what it publishes kept at ``location``."""
+
+    @abstractmethod
+    def publish(self, tensors: dict[str, Tensor]) -> Artifact:
+        """Make tensors loadable by every task."""
+
+    @abstractmethod
+    def seal(self, value: Any) -> Sealed:
+        """Wrap what all tasks of one computation share."""
+
+    @abstractmethod
+    def model(self, problem: Problem, device: str) -> Model:
+        """Make a model available to every task."""
+
+    @abstractmethod
+    def inverse(self, inverse: Inverse) -> Solver:
+        """Make an inverse curvature available to every task."""
+
+    @abstractmethod
+    def reachable(self, source: Source, chunk_size: int) -> Source:
+        """``source`` in a form that every task can read, staged once where need be."""
+
+    @abstractmethod
+    def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
+        """Σ function(*call), added in a tree whose shape depends on the number of calls alone."""
+
+    @abstractmethod
+    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results of function(*call) as they complete, in any order."""

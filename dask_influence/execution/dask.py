@@ -1,0 +1,212 @@
+"""DaskExecutor: the only file that knows a scheduler."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed import Client, as_completed
+from distributed.scheduler import KilledWorker
+from torch import Tensor
+
+from dask_influence.core.estimators import Inverse
+from dask_influence.core.moments import Moments, merge
+from dask_influence.core.problem import Problem
+from dask_influence.errors import ClusterError, ConfigurationError
+from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.base import Executor
+from dask_influence.execution.shipping import Envelope, ShippedInverse, ShippedModel
+from dask_influence.storage.sources import Source, stage
+from dask_influence.storage.stores import Location
+
+WINDOW = 3
+"""Tasks in flight per worker thread."""
+
+FAN_IN = 8
+"""Partial sums that one task adds. A power of two: the tree is then the one of ``merge``."""
+
+SMALL_RESULT = 2**16
+"""Bytes of sums that travel through the scheduler; larger ones go through the store."""
+
+RETRIES = 3
+
+
+class DaskExecutor(Executor):
+    """Runs tasks on a cluster, a window at a time.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        A synchronous client.
+    location : Location, optional
+        Where artifacts go. By default a temporary folder, if every worker sees this host's files.
+    """
+
+    def __init__(self, client: Client, location: Location | None = None) -> None:
+        self.client = client
+        self._check_workers()
+        self.location = location if location is not None else self._temporary_folder()
+        self._artifacts = Artifacts(self.location)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes one task may hold on the smallest worker, or None where workers have no limit.
+
+        A worker's own limit is shared by its threads, and a quarter is left to the
+        interpreter and its libraries.
+        """
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        shares = [worker["memory_limit"] / worker["nthreads"] for worker in workers if worker["memory_limit"]]
+        return int(0.75 * min(shares)) if shares else None
+
+    def at(self, location: Location) -> DaskExecutor:
+        """The same cluster, with artifacts in another place."""
+        other = DaskExecutor.__new__(DaskExecutor)
+        other.client, other.location, other._artifacts = self.client, location, Artifacts(location)
+        return other
+
+    def publish(self, tensors: dict[str, Tensor]) -> Artifact:
+        """Write the tensors to the store."""
+        return self._artifacts.publish(tensors)
+
+    def seal(self, value: Any) -> Envelope:
+        """Pickle the value once."""
+        return Envelope.of(value)
+
+    def model(self, problem: Problem, device: str) -> ShippedModel:
+        """Publish the model's tensors."""
+        return ShippedModel.of(problem, device, self._artifacts)
+
+    def inverse(self, inverse: Inverse) -> ShippedInverse:
+        """Publish the inverse's tensors."""
+        return ShippedInverse.of(inverse, self._artifacts)
+
+    def reachable(self, source: Source, chunk_size: int) -> Source:
+        """Stage what only this process can read."""
+        if source.portable:
+            return source
+        with self.client.as_current():
+            return stage(source, self.location.child("data"), chunk_size)
+
+    def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
+        """Σ function(*call): partial sums meet on the workers, the total comes through the store."""
+        submit = self.client.submit
+        level = [submit(function, *call, pure=False, retries=RETRIES) for call in calls]
+        while len(level) > 1:
+            level = [
+                submit(_merge, level[low : low + FAN_IN], pure=False, retries=RETRIES)
+                for low in range(0, len(level), FAN_IN)
+            ]
+        total = submit(_deliver, level[0], self.location, pure=False, retries=RETRIES)
+        answer = self._result(total)
+        if isinstance(answer, Moments):
+            return answer
+        artifact, count = answer
+        return Moments(artifact.read(), count)
+
+    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Submit through a window and release each future as it completes."""
+        pending = iter(calls)
+        running = as_completed()
+        try:
+            for call in _first(pending, self._window()):
+                running.add(self.client.submit(function, *call, pure=False, retries=RETRIES))
+            for future in running:
+                result = self._result(future)
+                future.release()
+                for call in _first(pending, 1):
+                    running.add(self.client.submit(function, *call, pure=False, retries=RETRIES))
+                yield result
+        finally:
+            running.clear()
+
+    def _result(self, future: Any) -> Any:
+        try:
+            return future.result()
+        except KilledWorker as error:
+            raise ClusterError(
+                f"workers died while running {error.task}: {error}; "
+                "look at their logs, and give them more memory or smaller tiles (tile_bytes=)"
+            ) from error
+        except (OSError, TimeoutError) as error:
+            if self.client.status not in ("running", "connecting"):
+                raise ClusterError(f"the scheduler at {self.client} is gone ({error}); start it and call again") from error
+            raise
+
+    def _window(self) -> int:
+        threads = self.client.nthreads()
+        return WINDOW * max(1, sum(threads.values()))
+
+    # -- checks before anything runs --------------------------------------------------
+    def _check_workers(self) -> None:
+        if self.client.asynchronous:
+            raise ConfigurationError("client is asynchronous; pass a synchronous distributed.Client")
+        if self.client.status != "running":
+            raise ClusterError(f"client is {self.client.status}; connect it to a running scheduler")
+        try:
+            self.client.wait_for_workers(1, timeout=30)
+        except TimeoutError as error:
+            raise ClusterError("the cluster has no workers after 30 s; start at least one") from error
+        mine = versions()
+        for address, theirs in self._run(versions).items():
+            for package, version in mine.items():
+                if theirs.get(package) != version:
+                    raise ClusterError(
+                        f"worker {address} has {package} {theirs.get(package)} and this process has {version}; "
+                        "install the same version on both"
+                    )
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        try:
+            return self.client.run(function, *arguments)  # type: ignore[no-any-return]
+        except ModuleNotFoundError as error:
+            raise ClusterError(
+                f"a worker cannot import {error.name!r}; install dask_influence {version('dask_influence')} on all workers"
+            ) from error
+
+    def _temporary_folder(self) -> Location:
+        folder = Path(tempfile.mkdtemp(prefix="dask-influence-"))
+        token = folder / secrets.token_hex(8)
+        token.touch()
+        seen = self._run(os.path.exists, str(token))
+        token.unlink()
+        if not all(seen.values()):
+            folder.rmdir()
+            blind = ", ".join(address for address, found in seen.items() if not found)
+            raise ConfigurationError(
+                f"workers {blind} do not share this host's files, so artifacts= is needed: a URL that every worker "
+                'can read and write, such as artifacts="s3://bucket/scratch" (or config influence.artifacts.url)'
+            )
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Location.of(folder)
+
+
+def versions() -> dict[str, str]:
+    """What client and workers must agree on."""
+    return {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)}
+
+
+def _merge(parts: Sequence[Moments]) -> Moments:
+    return merge(parts)
+
+
+def _deliver(total: Moments, location: Location) -> Moments | tuple[Artifact, int]:
+    if sum(value.nbytes for value in total.total.values()) <= SMALL_RESULT:
+        return total
+    return Artifacts(location).publish(total.total), total.count
+
+
+def _first(items: Iterator[Any], count: int) -> Iterator[Any]:
+    for _ in range(count):
+        try:
+            yield next(items)
+        except StopIteration:
+            return

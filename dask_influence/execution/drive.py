@@ -1,0 +1,83 @@
+"""Drives a computation: rounds of a fit, factors of the test points, strips of scores.
+
+It knows what has to happen in which order and nothing about who runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dask_influence.core.estimators.base import Inverse, Round, System, relative_residuals
+from dask_influence.core.moments import Moments
+from dask_influence.execution import tasks
+from dask_influence.execution.base import Executor, Sealed
+from dask_influence.grid import Chunks
+
+MOST_GROUPS = 64
+"""Tasks of one round; each adds up a run of chunks, so that few partial sums are in flight."""
+
+SUMS_IN_FLIGHT = 4 * 2**30
+"""Bytes of partial sums that all groups of one round may hold together."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Answers rounds: one pass over the chunks of the fitted data each.
+
+    Attributes
+    ----------
+    executor : Executor
+        Who sums.
+    job : Sealed
+        A :class:`tasks.Job` whose source is the fitted data.
+    chunks : Chunks
+        How they are cut.
+    """
+
+    executor: Executor
+    job: Sealed
+    chunks: Chunks
+
+    def __call__(self, request: Round) -> Moments:
+        """Sum ``request.function`` over all chunks, in an order that depends on the chunks alone."""
+        operand = self.executor.publish(request.operand)
+        groups = self._groups(request.result_bytes)
+        return self.executor.reduce(
+            tasks.sum_group, [(self.job, request.function, operand, group) for group in groups]
+        )
+
+    def _groups(self, result_bytes: int) -> Iterator[Sequence[range]]:
+        most = min(MOST_GROUPS, max(4, SUMS_IN_FLIGHT // max(1, result_bytes)))
+        per_group = -(-len(self.chunks) // most)
+        chunks = list(self.chunks)
+        return (chunks[low : low + per_group] for low in range(0, len(chunks), per_group))
+
+
+def drive(computation: Generator[Round, Moments, Any], answer: Callable[[Round], Moments]) -> Any:
+    """Run ``computation`` to its result, answering every round it yields."""
+    try:
+        request = next(computation)
+        while True:
+            request = computation.send(answer(request))
+    except StopIteration as finished:
+        return finished.value
+
+
+def iterated_factors(
+    inverse: Inverse, system: System, passes: Passes, gradients: torch.Tensor, *, certify: bool
+) -> tasks.Factors:
+    """Factors of the rows of ``gradients`` where solving or certifying takes passes over the data."""
+    wide = gradients.to(torch.float64)
+    factors = drive(inverse.solve(wide), passes)
+    residual = inverse.residuals(wide, factors)
+    if residual is None and certify:
+        products = passes(system.products(factors)).mean("products")
+        residual = relative_residuals(products, system.regularization, wide, factors)
+    if residual is None:
+        residual = torch.full((len(wide),), torch.nan, dtype=torch.float64)
+    return tasks.Factors(factors.to(gradients.dtype), residual.numpy())
+

@@ -1,0 +1,169 @@
+"""Lazy scores: a dask array whose graph solves each test chunk once and differentiates each
+training chunk once.
+
+Only the graph is built here, from the same functions that tasks run; whoever computes the
+array brings the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import optree
+import torch
+from dask import delayed
+from dask.delayed import Delayed
+
+from dask_influence.core.objective import leading_size
+from dask_influence.execution import tasks
+from dask_influence.execution.base import Model, Solver
+from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.run import Fit
+from dask_influence.storage.sources import ArraySource, DaskSource, Source
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One data set as delayed (x, y) blocks.
+
+    Attributes
+    ----------
+    parts : list of Delayed
+        One for each chunk of the sample axis.
+    sizes : tuple of int
+        Samples of each.
+    """
+
+    parts: list[Delayed]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, source: Source) -> Blocks:
+        """Chunks of dask arrays as they are; anything else as one block, since it is here already."""
+        if not isinstance(source, DaskSource):
+            return cls([delayed(source.read(0, len(source)), traverse=False)], (len(source),))
+        leaves, structure = optree.tree_flatten(source.data)
+        sizes = leaves[0].chunks[0]
+        columns = [leaf.to_delayed().reshape(len(sizes), -1)[:, 0] for leaf in leaves]
+        gather = delayed(_gather, pure=False)
+        return cls([gather(structure, *parts) for parts in zip(*columns, strict=True)], tuple(map(int, sizes)))
+
+    @property
+    def starts(self) -> list[int]:
+        """First sample of each chunk."""
+        return [0, *np.cumsum(self.sizes)[:-1].tolist()]
+
+
+def lazy_factors(fit: Fit, test: Blocks, batch: int, *, project: bool) -> list[Delayed]:
+    """Factors (or coefficients) of each test chunk, solved once."""
+    shared = delayed(_Shared(fit.model, fit.threads), pure=False)
+    solver = delayed(fit if fit.inverse.needs_rounds else fit.solver, pure=False)
+    solve = delayed(_factors, pure=False)
+    return [
+        solve(shared, solver, block, start, batch, project)
+        for block, start in zip(test.parts, test.starts, strict=True)
+    ]
+
+
+def lazy_scores(
+    fit: Fit,
+    factors: Sequence[Delayed],
+    sizes: Sequence[int],
+    train: Blocks,
+    batch: int,
+    features: tuple[int, ...],
+    *,
+    project: bool,
+    perturbation: bool,
+) -> da.Array:
+    """Scores (N, M, *features), chunked like test and training data."""
+    shared = delayed(_Shared(fit.model, fit.threads), pure=False)
+    solver = delayed(fit.solver if project else None, pure=False)
+    strip, tile = delayed(_strip, pure=False), delayed(_rows, pure=False)
+    gathered = delayed(_concatenated, pure=False)(list(factors))
+    offsets = [0, *np.cumsum(sizes).tolist()]
+    columns = []
+    for block, start, count in zip(train.parts, train.starts, train.sizes, strict=True):
+        scores = strip(shared, solver, gathered, block, start, batch, perturbation)
+        tiles = [
+            da.from_delayed(tile(scores, low, high), (high - low, count, *features), fit.score_dtype)
+            for low, high in zip(offsets[:-1], offsets[1:], strict=True)
+        ]
+        columns.append(da.concatenate(tiles, axis=0))
+    return da.concatenate(columns, axis=1)
+
+
+def lazy_rows(fit: Fit, factors: Sequence[Delayed], sizes: Sequence[int], parameters: int) -> da.Array:
+    """Factors as a dask array (N, P)."""
+    rows = delayed(tasks.stored, pure=False)
+    return da.concatenate(
+        [
+            da.from_delayed(rows(part), (size, parameters), fit.score_dtype)
+            for part, size in zip(factors, sizes, strict=True)
+        ]
+    )
+
+
+def row_blocks(factors: Any) -> tuple[list[Delayed], tuple[int, ...]]:
+    """Row chunks of factors (N, P), a dask array or any other, and their sizes."""
+    if not isinstance(factors, da.Array):
+        return [delayed(np.asarray(factors), traverse=False)], (len(factors),)
+    whole = factors.rechunk({1: -1})
+    return list(whole.to_delayed()[:, 0]), tuple(map(int, whole.chunks[0]))
+
+
+# -- what the graph runs ---------------------------------------------------------------
+@dataclass(frozen=True)
+class _Shared:
+    """The model as a graph carries it: one node, whatever the number of chunks."""
+
+    model: Model
+    threads: int
+
+    def job(self, block: Any, argument: str) -> tasks.Job:
+        return tasks.Job(self.model, ArraySource(*block), argument, self.threads)
+
+
+def _gather(structure: Any, *leaves: np.ndarray) -> Any:
+    return optree.tree_unflatten(structure, [np.asarray(leaf) for leaf in leaves])
+
+
+def _factors(shared: _Shared, solver: Fit | Solver, block: Any, start: int, batch: int, project: bool) -> torch.Tensor:
+    job, count = shared.job(block, "test"), leading_size(block[1])
+    if isinstance(solver, Fit):
+        with tasks.torch_threads(shared.threads):
+            gradients = tasks.query_gradients(job, 0, count, batch)
+            assert solver.passes is not None
+            return iterated_factors(solver.inverse, solver.system, solver.passes, gradients, certify=False).rows
+    return tasks.closed_factors(job, solver, 0, count, batch, project).rows
+
+
+def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([torch.as_tensor(part) for part in parts])
+
+
+def _strip(
+    shared: _Shared,
+    solver: Solver | None,
+    factors: torch.Tensor,
+    block: Any,
+    start: int,
+    batch: int,
+    perturbation: bool,
+) -> np.ndarray:
+    """Scores of all test points against one training chunk, differentiated once."""
+    job = shared.job(block, "train")
+    own = None if solver is None else solver.inverse().directions
+    with tasks.torch_threads(shared.threads):
+        query = tasks.Query.of(factors, own, shared.model.problem())
+        columns = range(leading_size(block[1]))
+        derivatives = tasks.derivatives_of(job, query, columns, batch, perturbation)
+        return tasks.tile_of(query, derivatives, slice(None))
+
+
+def _rows(scores: np.ndarray, low: int, high: int) -> np.ndarray:
+    return scores[low:high]

@@ -1,0 +1,56 @@
+"""LocalExecutor: the readable sequential oracle that runs every task in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dask_influence.core.estimators import Inverse
+from dask_influence.core.moments import Moments, merge
+from dask_influence.core.problem import Problem
+from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.base import Executor
+from dask_influence.execution.shipping import Held
+from dask_influence.storage.sources import Source
+from dask_influence.storage.stores import Location
+
+
+class LocalExecutor(Executor):
+    """One task after the other, nothing serialised, nothing staged."""
+
+    def __init__(self) -> None:
+        self._artifacts = Artifacts()
+
+    def at(self, location: Location) -> LocalExecutor:
+        """The same: what stays in this process is in every location."""
+        return self
+
+    def publish(self, tensors: dict[str, Tensor]) -> Artifact:
+        """Keep the tensors in this process."""
+        return self._artifacts.publish(tensors)
+
+    def seal(self, value: Any) -> Held:
+        """The value itself."""
+        return Held(value)
+
+    def model(self, problem: Problem, device: str) -> Held:
+        """The problem itself."""
+        return Held(problem)
+
+    def inverse(self, inverse: Inverse) -> Held:
+        """The inverse itself."""
+        return Held(inverse)
+
+    def reachable(self, source: Source, chunk_size: int) -> Source:
+        """Every source can be read where it was made."""
+        return source
+
+    def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
+        """Evaluate all calls, then add them in the tree that every executor uses."""
+        return merge([function(*call) for call in calls])
+
+    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Evaluate lazily, in order."""
+        return (function(*call) for call in calls)

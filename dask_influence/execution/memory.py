@@ -1,0 +1,47 @@
+"""Factors and scores in this process's memory: the short way, for what fits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dask_influence.execution import tasks
+from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.plan import Plan
+from dask_influence.execution.run import Fit
+from dask_influence.storage.sources import Source
+
+
+def factors_in_memory(fit: Fit, source: Source, argument: str, rows: int, batch: int, *, project: bool) -> torch.Tensor:
+    """Factors (N, P), or coefficients (N, R) where ``project``, ``rows`` test points at a time."""
+    job = tasks.Job(fit.model, source, argument, fit.threads)
+    parts = []
+    for low in range(0, len(source), rows):
+        high = min(low + rows, len(source))
+        if fit.inverse.needs_rounds:
+            assert fit.passes is not None
+            with tasks.torch_threads(fit.threads):
+                gradients = tasks.query_gradients(job, low, high, batch)
+            parts.append(iterated_factors(fit.inverse, fit.system, fit.passes, gradients, certify=False).rows)
+        else:
+            parts.append(tasks.closed_factors(job, fit.solver, low, high, batch, project).rows)
+    return torch.cat(parts)
+
+
+def scores_in_memory(
+    fit: Fit, factors: torch.Tensor, source: Source, argument: str, plan: Plan, *, project: bool, perturbation: bool
+) -> np.ndarray:
+    """Scores (N, M, *features), strip by strip."""
+    job = tasks.Job(fit.model, source, argument, fit.threads)
+    problem = fit.model.problem()
+    own = fit.inverse.directions if project else None
+    scores = np.empty((plan.work.tests, plan.work.trains, *plan.work.features), dtype=fit.score_dtype)
+    with tasks.torch_threads(fit.threads):
+        block, query = -1, None
+        for strip in map(plan.strip, range(plan.strips)):
+            rows, columns = (slice(part.start, part.stop) for part in (strip.rows, strip.columns))
+            if query is None or strip.block != block:
+                block, query = strip.block, tasks.Query.of(factors[rows], own, problem)
+            derivatives = tasks.derivatives_of(job, query, strip.columns, plan.batch, perturbation)
+            scores[rows, columns] = tasks.tile_of(query, derivatives, slice(None))
+    return scores

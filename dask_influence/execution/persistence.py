@@ -1,0 +1,95 @@
+"""Saving and loading a fitted inverse: arrays and JSON, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dask_influence.core.estimators import INVERSES, Inverse
+from dask_influence.core.objective import Objective
+from dask_influence.errors import StoreError, StoreMismatchError
+from dask_influence.execution.artifacts import owned
+from dask_influence.storage.stores import Location
+
+RECORD = "influence.json"
+ARRAYS = "inverse.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A fitted model on disk: the inverse, and what is needed to use it with the same model again."""
+
+    inverse: Inverse
+    record: dict[str, Any]
+
+
+def save(location: Location, inverse: Inverse, record: dict[str, Any]) -> None:
+    """Write the arrays, then the record that names them."""
+    tensors, values = inverse.state()
+    location.check_writable()
+    location.put(ARRAYS, safetensors.torch.save({name: owned(value) for name, value in tensors.items()}))
+    content = {"format": FORMAT, "kind": inverse.kind, "values": values, **record}
+    location.put(RECORD, json.dumps(content, indent=1).encode())
+
+
+def load(location: Location) -> Saved:
+    """Read what :func:`save` wrote.
+
+    Raises
+    ------
+    StoreError
+        Nothing is there, or it was written by a format this version does not know.
+    """
+    if not location.exists(RECORD):
+        raise StoreError(f"{location.url} holds no saved influence model ({RECORD} is missing)")
+    record = json.loads(location.get(RECORD))
+    if record["format"] != FORMAT or record["kind"] not in INVERSES:
+        raise StoreError(
+            f"{location.url} was saved as kind {record['kind']!r} in format {record['format']}; "
+            f"this version reads format {FORMAT} of {', '.join(sorted(INVERSES))}"
+        )
+    tensors = safetensors.torch.load(location.get(ARRAYS))
+    return Saved(INVERSES[record["kind"]].from_state(tensors, record["values"]), record)
+
+
+def check_model(location: Location, record: dict[str, Any], objective: Objective) -> None:
+    """Refuse a model other than the one that was fitted."""
+    names = record["parameters"]
+    if list(objective.names) != names:
+        raise StoreMismatchError(
+            f"{location.url} was fitted on parameters {', '.join(names)}; the model given has "
+            f"{', '.join(objective.names)}"
+        )
+    digest = model_digest(objective.module)
+    if digest != record["model"]:
+        raise StoreMismatchError(
+            f"{location.url} was fitted on other weights (digest {record['model']}, given {digest}); "
+            "load the weights that the model had when it was fitted"
+        )
+
+
+def model_digest(module: nn.Module) -> str:
+    """Digest of all parameters and buffers, by name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def inverse_digest(inverse: Inverse) -> str:
+    """Digest of everything scores depend on beside model and data."""
+    tensors, values = inverse.state()
+    digest = hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

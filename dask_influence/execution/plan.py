@@ -1,0 +1,346 @@
+"""The plan of a run: tiles, strips, bytes and passes, as integers. No task runs here.
+
+A *tile* is what is written at once (one shard). A *strip* is one task: the tiles of one
+run of training samples for one *query block* of test points. Each training sample is
+differentiated once for each query block, and there is one block wherever its directions
+fit the budget.
+
+The plan depends on sizes alone, never on the workers that happen to be there, so that the
+same plan gives the same bits on any cluster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dask_influence.errors import ConfigurationError, MemoryLimitError
+from dask_influence.grid import Chunks, balanced
+
+DIRECTION_BYTES = 512 * 2**20
+"""Bytes of directions that one query block may hold, unless a memory limit says less."""
+
+LARGEST_TILE = 64 * 2**20
+SMALLEST_TILE = 2**18
+FEWEST_COLUMNS = 16
+MOST_STRIPS = 50_000
+STRIP_SECONDS = 2.0
+PRIMITIVE_BYTES = 128 * 2**20
+"""What one call of the hot primitive keeps alive (``core.directional.BUDGET``)."""
+
+# One core, nanoseconds: a training sample costs its gradient and its directions, a score its
+# product and its write. They only set how coarse strips are and the estimate shown to people.
+_NS_PER_PARAMETER = 2.5
+_NS_PER_DIRECTION = 0.05
+_NS_PER_SCORE_DIRECTION = 0.05
+_NS_PER_BYTE_WRITTEN = 1.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sizes of what is asked for.
+
+    Attributes
+    ----------
+    tests, trains : int
+        N and M.
+    features : tuple of int
+        Shape of one input in perturbation mode, () otherwise.
+    parameters : int
+        P.
+    rank : int or None
+        R, where the inverse has directions of its own.
+    itemsize : int
+        Bytes of a score and of a parameter.
+    activations : int
+        Elements one forward pass keeps for a sample.
+    sample_bytes : int
+        Bytes of one training sample as it is read.
+    """
+
+    tests: int
+    trains: int
+    features: tuple[int, ...]
+    parameters: int
+    rank: int | None
+    itemsize: int
+    activations: int
+    sample_bytes: int
+
+    @property
+    def width(self) -> int:
+        """F in perturbation mode, 1 otherwise: numbers per score."""
+        return math.prod(self.features)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One task: test points ``rows`` (a query block) against training points ``columns``."""
+
+    index: int
+    block: int
+    rows: range
+    columns: range
+
+    @property
+    def name(self) -> str:
+        """Name of its ledger entry."""
+        return f"strip-{self.index:06d}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is cut, and what it needs.
+
+    Attributes
+    ----------
+    work : Work
+        What is asked for.
+    query_rows : int
+        Test points of one query block.
+    tile : (int, int)
+        Test points × training points of one tile.
+    strip_columns : int
+        Training points of one strip, a multiple of the tile's.
+    batch : int
+        Training samples differentiated in one call.
+    factor_rows : int
+        Test points whose factors are solved in one task.
+    """
+
+    work: Work
+    query_rows: int
+    tile: tuple[int, int]
+    strip_columns: int
+    batch: int
+    factor_rows: int
+
+    # -- geometry ---------------------------------------------------------------------
+    @property
+    def query_blocks(self) -> Chunks:
+        """Test points, by query block."""
+        return Chunks(self.work.tests, self.query_rows)
+
+    @property
+    def factor_chunks(self) -> Chunks:
+        """Test points, by factor task."""
+        return Chunks(self.work.tests, self.factor_rows)
+
+    @property
+    def strips(self) -> int:
+        """Number of strips."""
+        return len(self.query_blocks) * len(self._runs)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles."""
+        rows = sum(-(-len(block) // self.tile[0]) for block in self.query_blocks)
+        return rows * -(-self.work.trains // self.tile[1])
+
+    @property
+    def _runs(self) -> Chunks:
+        return Chunks(self.work.trains, self.strip_columns)
+
+    def strip(self, index: int) -> Strip:
+        """Strip ``index``; those of one query block follow each other."""
+        block, run = divmod(index, len(self._runs))
+        return Strip(index, block, self.query_blocks[block], self._runs[run])
+
+    def columns(self, strip: Strip) -> Iterator[range]:
+        """Training points of the strip's tiles, one column of tiles after the other."""
+        return Chunks(self.work.trains, self.tile[1]).within(strip.columns.start, strip.columns.stop)
+
+    def rows(self, strip: Strip) -> Iterator[range]:
+        """Test points of the strip's tiles."""
+        return Chunks(self.work.tests, self.tile[0]).within(strip.rows.start, strip.rows.stop)
+
+    # -- cost -------------------------------------------------------------------------
+    @property
+    def directions(self) -> int:
+        """D: directions that one strip differentiates along."""
+        block = min(self.query_rows, self.work.tests)
+        return block if self.work.rank is None else min(self.work.rank, block)
+
+    @property
+    def passes(self) -> int:
+        """Times that each training sample is differentiated."""
+        return len(self.query_blocks)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the scores before compression."""
+        return self.work.tests * self.work.trains * self.work.width * self.work.itemsize
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile before compression."""
+        return self.tile[0] * self.tile[1] * self.work.width * self.work.itemsize
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes that one strip holds at once, beside the interpreter and its libraries."""
+        work, directions = self.work, self.directions
+        held = directions * work.parameters * work.itemsize  # directions
+        held += work.parameters * work.itemsize  # weights
+        if work.rank is not None:
+            held += self.query_rows * work.rank * work.itemsize  # coefficients
+        derivatives = self.tile[1] * directions * work.width * work.itemsize
+        reading = 2 * self.tile[1] * work.sample_bytes
+        # the tile, its bytes on their way through the codecs, and the product that made it
+        return held + derivatives + reading + 3 * self.tile_bytes + PRIMITIVE_BYTES
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes that one factor task holds at once: gradients, factors, residuals in float64."""
+        return self.factor_rows * self.work.parameters * (2 * self.work.itemsize + 3 * 8)
+
+    @property
+    def seconds(self) -> float:
+        """Rough time on one core."""
+        work = self.work
+        columns = self.passes * work.trains * work.parameters * (
+            _NS_PER_PARAMETER + _NS_PER_DIRECTION * self.directions * (1 if work.width == 1 else 3)
+        )
+        scores = work.tests * work.trains * work.width * _NS_PER_SCORE_DIRECTION * self.directions
+        return 1e-9 * (columns + scores + _NS_PER_BYTE_WRITTEN * self.output_bytes)
+
+    def validate(self, memory_limit: int | None) -> Plan:
+        """Return the plan, or refuse it before the first task.
+
+        Parameters
+        ----------
+        memory_limit : int or None
+            Bytes that one task may hold; None accepts.
+
+        Raises
+        ------
+        MemoryLimitError
+            Quoting the bytes needed and allowed, and the setting that would fit.
+        """
+        needed = max(self.peak_bytes, self.factor_bytes)
+        if memory_limit is not None and needed > memory_limit:
+            raise MemoryLimitError(
+                f"a task needs {format_bytes(needed)} ({needed} bytes) but memory_limit allows "
+                f"{format_bytes(memory_limit)} ({memory_limit} bytes); {self._nearest(memory_limit)}"
+            )
+        return self
+
+    def _nearest(self, memory_limit: int) -> str:
+        floor = arrange(self.work, tile_bytes=SMALLEST_TILE, memory_limit=memory_limit)
+        if max(floor.peak_bytes, floor.factor_bytes) <= memory_limit:
+            return f"tile_bytes={floor.tile_bytes} fits ({format_bytes(floor.peak_bytes)})"
+        least = max(floor.peak_bytes, floor.factor_bytes)
+        return f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
+
+    # -- as data and as text ----------------------------------------------------------
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        """Inverse of :meth:`to_json`."""
+        work = Work(**{**values["work"], "features": tuple(values["work"]["features"])})
+        return cls(**{**values, "work": work, "tile": tuple(values["tile"])})
+
+    def __str__(self) -> str:
+        work = self.work
+        shape = (work.tests, work.trains, *work.features)
+        rows = [
+            ("scores", " × ".join(f"{n:,}" for n in shape) + f", {format_bytes(self.output_bytes)}"),
+            ("tiles", f"{self.tiles:,} of {self.tile[0]:,} × {self.tile[1]:,}, {format_bytes(self.tile_bytes)} each"),
+            ("strips (tasks)", f"{self.strips:,} of {min(self.strip_columns, work.trains):,} training samples"),
+            ("factor tasks", f"{len(self.factor_chunks):,} of {min(self.factor_rows, work.tests):,} test points"),
+            ("directions", f"{self.directions:,} of P = {work.parameters:,}"),
+            ("passes over training data", f"{self.passes:,}"),
+            ("peak bytes per task", format_bytes(max(self.peak_bytes, self.factor_bytes))),
+            ("estimated time", f"{format_seconds(self.seconds)} on one core"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def arrange(work: Work, *, tile_bytes: int | None = None, memory_limit: int | None = None) -> Plan:
+    """Cut ``work`` into query blocks, tiles and strips.
+
+    Parameters
+    ----------
+    work : Work
+        Sizes of the run.
+    tile_bytes : int, optional
+        Bytes of one tile; by default a 64th of the output, from 256 KiB to 64 MiB.
+    memory_limit : int, optional
+        Bytes one task may hold; a quarter of it goes to directions.
+
+    Examples
+    --------
+    >>> work = Work(360, 1437, (), 2410, None, 4, 42, 264)
+    >>> plan = arrange(work)
+    >>> plan.passes, plan.tile[0], sum(len(plan.strip(i).columns) for i in range(plan.strips))
+    (1, 360, 1437)
+    """
+    if tile_bytes is not None and tile_bytes < 1:
+        raise ConfigurationError(f"tile_bytes must be positive; got {tile_bytes}")
+    score_bytes = work.width * work.itemsize
+    share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
+    per_row = work.itemsize * (work.parameters if work.rank is None else work.rank)
+    query_rows = min(work.tests, max(1, share // per_row))
+    output = work.tests * work.trains * score_bytes
+    target = tile_bytes or min(LARGEST_TILE, max(SMALLEST_TILE, output // 64))
+    per_tile = max(1, target // score_bytes)  # scores of one tile
+    columns = min(work.trains, FEWEST_COLUMNS)
+    rows = min(query_rows, max(math.isqrt(per_tile), per_tile // work.trains, 1))
+    if query_rows * columns <= per_tile:
+        rows = query_rows
+    tile = (rows, balanced(work.trains, min(work.trains, max(1, per_tile // rows))).size)
+    if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
+        query_rows = max(rows, query_rows // rows * rows)  # no tile straddles two query blocks
+    factor_share = min(DIRECTION_BYTES, share)
+    factor_rows = min(work.tests, max(1, factor_share // (work.parameters * (2 * work.itemsize + 24))))
+    plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
+    return Plan(work, query_rows, tile, _strip_columns(plan), plan.batch, _spread(plan.factor_rows, work.tests))
+
+
+def _batch(work: Work) -> int:
+    """Samples per derivative call: enough to feed the matrix products, few enough to bound memory."""
+    return int(min(1024, max(16, PRIMITIVE_BYTES // (24 * work.activations * work.itemsize))))
+
+
+def _strip_columns(plan: Plan) -> int:
+    """Columns of one strip: about two seconds of work, at least eight strips where there are tiles for them."""
+    columns = -(-plan.work.trains // plan.tile[1])
+    wanted = max(8, math.ceil(plan.seconds / STRIP_SECONDS))
+    runs = min(columns, -(-wanted // plan.passes), max(1, MOST_STRIPS // plan.passes))
+    return plan.tile[1] * -(-columns // runs)
+
+
+def _spread(factor_rows: int, tests: int) -> int:
+    """Rows of a factor task: small enough that a few workers share even a small test set."""
+    return min(factor_rows, max(32, -(-tests // 8)))
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people.
+
+    >>> format_bytes(1536), format_bytes(5 * 2**30)
+    ('1.5 KiB', '5.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} PiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> format_seconds(0.25), format_seconds(75), format_seconds(7200)
+    ('0.2 s', '1.2 min', '2.0 h')
+    """
+    for limit, unit, size in ((60, "s", 1), (3600, "min", 60), (86400, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} d"

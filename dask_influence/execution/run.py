@@ -1,0 +1,383 @@
+"""A run that writes to a store: plan, validate, factors, strips, consolidate; and resume.
+
+``_run/run.json`` holds fingerprint, plan and state; the ledger holds what is done. A run
+that is called again lists the ledger and does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+from dask_influence.core.estimators.base import Inverse, System
+from dask_influence.errors import StoreError, StoreMismatchError
+from dask_influence.execution import tasks
+from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.base import Executor, Model, Solver
+from dask_influence.execution.drive import Passes, iterated_factors
+from dask_influence.execution.ledger import Ledger, compare_fingerprints
+from dask_influence.execution.plan import Plan
+from dask_influence.execution.progress import Report, reporting
+from dask_influence.grid import Chunks
+from dask_influence.storage.results import ArrayTemplate, create, finish, open_influences, write_region
+from dask_influence.storage.sources import Source
+from dask_influence.storage.stores import Location
+
+
+FACTORS = "factors-"
+"""Prefix of the ledger entries of factor tasks."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a run needs of a fitted model.
+
+    Attributes
+    ----------
+    model : Model
+        Loadable by every task.
+    inverse, solver : Inverse, Solver
+        The inverse, here and as tasks load it.
+    system : System
+        What it inverts.
+    passes : Passes or None
+        Answers rounds over the fitted data, where they are still at hand.
+    certify : bool
+        Spend a pass on residuals that need one.
+    threads : int
+        torch threads per task.
+    """
+
+    model: Model
+    inverse: Inverse
+    solver: Solver
+    system: System
+    passes: Passes | None
+    certify: bool
+    threads: int
+
+    @property
+    def score_dtype(self) -> np.dtype[Any]:
+        """The model's floating dtype as numpy has it."""
+        return tasks.stored(torch.empty(0, dtype=self.system.dtype)).dtype
+
+    @property
+    def needs_rounds(self) -> bool:
+        """Whether factors are solved or certified by passes, which the client has to drive."""
+        if self.inverse.needs_rounds:
+            return True
+        return self.certify and self.passes is not None and self.inverse.residuals_need_rounds
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes, and what it must not overwrite.
+
+    Attributes
+    ----------
+    location : Location
+        The store.
+    fingerprint : dict
+        Everything that the stored numbers depend on.
+    attributes : dict
+        Provenance, readable by people.
+    ids : dict
+        Coordinates by dimension name.
+    """
+
+    location: Location
+    fingerprint: dict[str, Any]
+    attributes: dict[str, Any]
+    ids: dict[str, np.ndarray[Any, Any]]
+    ledger: Ledger = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ledger", Ledger(self.location))
+
+    @property
+    def artifacts(self) -> Location:
+        """Artifacts of this run."""
+        return self.location.child("_run", "artifacts")
+
+    def prepare(
+        self, plan: Plan, templates: Mapping[str, ArrayTemplate], *, resume: bool, overwrite: bool
+    ) -> tuple[Plan, bool]:
+        """Make the store ready and return the plan to follow, and whether it is already complete.
+
+        A store of the same fingerprint is continued under the plan that it was begun with.
+
+        Raises
+        ------
+        StoreMismatchError
+            The store holds something else, or may not be resumed.
+        StoreError
+            It cannot be written.
+        """
+        if overwrite:
+            self.location.check_writable()
+            self.location.delete()
+        stored = self.ledger.read_run()
+        if stored is not None and stored["state"] != "created":
+            return self._resumed(stored, resume), stored["state"] == "complete"
+        self.location.check_writable()
+        if stored is not None:  # killed while the template was being written: nothing to lose
+            self.location.delete()
+        if self.location.list():
+            raise StoreMismatchError(
+                f"{self.location.url} holds data that no run of dask_influence wrote; "
+                "choose another store or pass overwrite=True"
+            )
+        run = {"fingerprint": self.fingerprint, "plan": plan.to_json()}
+        self.ledger.write_run({**run, "state": "created"})
+        create(self.location, templates, coordinates=self.ids, attributes=self.attributes)
+        self.ledger.write_run({**run, "state": "running"})
+        return plan, False
+
+    def _resumed(self, stored: dict[str, Any], resume: bool) -> Plan:
+        differing = compare_fingerprints(stored["fingerprint"], self.fingerprint)
+        if differing:
+            raise StoreMismatchError(
+                f"{self.location.url} holds another run: {'; '.join(differing)}. "
+                "Choose another store, or pass overwrite=True to replace it"
+            )
+        if not resume:
+            raise StoreMismatchError(
+                f"{self.location.url} already holds this run ({stored['state']}) and resume=False; "
+                "pass resume=True to continue it or overwrite=True to replace it"
+            )
+        return Plan.from_json(stored["plan"])
+
+    def complete(self) -> None:
+        """Consolidate metadata, then say that the run is complete."""
+        finish(self.location, {**self.attributes, "state": "complete"})
+        run = self.ledger.read_run()
+        if run is None:
+            raise StoreError(f"{self.location.url}: _run/run.json vanished while the run was going on")
+        self.ledger.write_run({**run, "state": "complete"})
+
+
+def score_templates(plan: Plan, dtype: np.dtype[Any], feature_names: tuple[str, ...]) -> dict[str, ArrayTemplate]:
+    """Arrays of a store of scores."""
+    work = plan.work
+    return {
+        "influence": ArrayTemplate(
+            dims=("test", "train", *feature_names),
+            shape=(work.tests, work.trains, *work.features),
+            tile=(*plan.tile, *work.features),
+            dtype=np.dtype(dtype),
+        ),
+        "factor_residual": residual_template(work.tests),
+    }
+
+
+def residual_template(tests: int) -> ArrayTemplate:
+    """‖(H + λI) s − g‖ / ‖g‖ for each test point."""
+    return ArrayTemplate(
+        dims=("test",), shape=(tests,), tile=(tests,), dtype=np.dtype("float64"), coordinate=True
+    )
+
+
+def factor_templates(plan: Plan, dtype: np.dtype[Any]) -> dict[str, ArrayTemplate]:
+    """Arrays of a store of factors."""
+    work = plan.work
+    return {
+        "factors": ArrayTemplate(
+            dims=("test", "parameter"),
+            shape=(work.tests, work.parameters),
+            tile=(plan.factor_rows, work.parameters),
+            dtype=np.dtype(dtype),
+        ),
+        "factor_residual": residual_template(work.tests),
+    }
+
+
+# -- factors ---------------------------------------------------------------------------
+def solve_factors(
+    executor: Executor,
+    fit: Fit,
+    source: Source,
+    output: Output,
+    plan: Plan,
+    project: bool,
+    progress: Report,
+) -> tuple[Artifact, ...]:
+    """Factors of all test points, each solved once, kept in the run's artifacts, with residuals written.
+
+    Chunks that the ledger already lists are not solved again.
+    """
+    chunks = plan.factor_chunks
+    known = output.ledger.entries(FACTORS)
+    missing = [index for index in range(len(chunks)) if _factor_name(index) not in known]
+    job = executor.seal(tasks.Job(fit.model, executor.reachable(source, chunks.size), "test", fit.threads))
+    calls = [(job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing]
+    if fit.needs_rounds:
+        solved = _by_rounds(executor, fit, calls, output.artifacts)
+    else:
+        solved = executor.map(tasks.factor_task, [(*call, fit.solver, project) for call in calls])
+    done = len(chunks) - len(missing)
+    progress("factors", done, len(chunks))
+    for start, artifact, residual in solved:
+        index = start // chunks.size
+        entry = {"digest": artifact.digest, "nbytes": artifact.nbytes, "residual": list(residual)}
+        output.ledger.record(_factor_name(index), entry)
+        known[_factor_name(index)] = entry
+        done += 1
+        progress("factors", done, len(chunks))
+    entries = [known[_factor_name(index)] for index in range(len(chunks))]
+    residuals = np.array([value for entry in entries for value in entry["residual"]], dtype=np.float64)
+    write_region(output.location, "factor_residual", (0,), residuals)
+    return tuple(Artifact(entry["digest"], entry["nbytes"], output.artifacts) for entry in entries)
+
+
+def _factor_name(index: int) -> str:
+    return f"{FACTORS}{index:06d}"
+
+
+def _by_rounds(
+    executor: Executor, fit: Fit, calls: list[tuple[Any, ...]], location: Location
+) -> Iterator[tuple[int, Artifact, list[float]]]:
+    """Where solving or certifying takes passes: gradients by tasks, rounds driven from here."""
+    assert fit.passes is not None
+    for start, gradients in executor.map(tasks.gradient_task, calls):
+        rows = gradients.read()["rows"]
+        factors = iterated_factors(fit.inverse, fit.system, fit.passes, rows, certify=fit.certify)
+        yield start, Artifacts(location).publish({"rows": factors.rows}), factors.residual.tolist()
+
+
+# -- scores ----------------------------------------------------------------------------
+def score_strips(
+    executor: Executor,
+    fit: Fit,
+    source: Source,
+    output: Output,
+    plan: Plan,
+    factors: tuple[Artifact, ...],
+    project: bool,
+    perturbation: bool,
+    progress: Report,
+) -> None:
+    """Every strip that the ledger does not list."""
+    done = output.ledger.done()
+    missing = [index for index in range(plan.strips) if plan.strip(index).name not in done]
+    total = plan.strips
+    progress("strips", total - len(missing), total)
+    if not missing:
+        return
+    job = executor.seal(tasks.Job(fit.model, executor.reachable(source, plan.tile[1]), "train", fit.threads))
+    scoring = executor.seal(
+        tasks.Scoring(plan, factors, fit.solver if project else None, perturbation, output.location)
+    )
+    finished = total - len(missing)
+    for _ in executor.map(tasks.score_strip, ((job, scoring, index) for index in missing)):
+        finished += 1
+        progress("strips", finished, total)
+
+def write_scores(
+    executor: Executor,
+    fit: Fit,
+    test: Source | StoredFactors,
+    train: Source,
+    output: Output,
+    plan: Plan,
+    templates: Mapping[str, ArrayTemplate],
+    *,
+    project: bool,
+    perturbation: bool,
+    resume: bool,
+    overwrite: bool,
+    progress: bool | Report | None,
+) -> None:
+    """The whole run: store, factors, strips, metadata; what the ledger lists is not done again."""
+    plan, complete = output.prepare(plan, templates, resume=resume, overwrite=overwrite)
+    if complete:
+        return
+    with reporting(progress) as report:
+        if isinstance(test, StoredFactors):
+            factors = import_factors(test, output, plan.factor_chunks)
+        else:
+            factors = solve_factors(executor, fit, test, output, plan, project, report)
+        score_strips(executor, fit, train, output, plan, factors, project, perturbation, report)
+    output.complete()
+
+
+def write_factors(
+    executor: Executor,
+    fit: Fit,
+    test: Source,
+    output: Output,
+    plan: Plan,
+    templates: Mapping[str, ArrayTemplate],
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: bool | Report | None,
+) -> None:
+    """Factors of all test points as an array, one tile for each factor task."""
+    plan, complete = output.prepare(plan, templates, resume=resume, overwrite=overwrite)
+    if complete:
+        return
+    with reporting(progress) as report:
+        factors = solve_factors(executor, fit, test, output, plan, False, report)
+        for rows, artifact in zip(plan.factor_chunks, factors, strict=True):
+            write_region(output.location, "factors", (rows.start, 0), tasks.stored(artifact.read()["rows"]))
+    output.complete()
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """Factors that an earlier run wrote, in place of test data."""
+
+    location: Location
+    fingerprint: dict[str, Any]
+    ids: np.ndarray[Any, Any]
+
+    @classmethod
+    def found(cls, test: Any, storage_options: Mapping[str, Any] | None) -> StoredFactors | None:
+        """The factors at ``test``, or None where it is not the path of a store of factors.
+
+        Raises
+        ------
+        StoreError
+            The store is one of factors, but its run never completed.
+        """
+        if not isinstance(test, (str, PathLike, Location)):
+            return None
+        location = Location.of(test, storage_options)
+        run = Ledger(location).read_run()
+        if run is None or run["fingerprint"].get("kind") != "factors":
+            return None
+        if run["state"] != "complete":
+            raise StoreError(f"{location.url} holds factors of a run that is {run['state']}; call influence_factors_to_zarr again")
+        return cls(location, run["fingerprint"], np.asarray(open_influences(location)["test"]))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def digest(self) -> str:
+        """Digest of what the factors were computed from."""
+        return str(self.fingerprint["test"])
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Refuse factors of another model, estimator or λ."""
+        differing = compare_fingerprints({name: self.fingerprint.get(name) for name in identity}, dict(identity))
+        if differing:
+            raise StoreMismatchError(
+                f"{self.location.url} holds factors of another fit: {'; '.join(differing)}. "
+                "Score them with the model they were computed with"
+            )
+
+
+def import_factors(stored: StoredFactors, output: Output, chunks: Chunks) -> tuple[Artifact, ...]:
+    """Factors of an earlier run as artifacts of this one, with their residuals."""
+    dataset = open_influences(stored.location)
+    artifacts = Artifacts(output.artifacts)
+    write_region(output.location, "factor_residual", (0,), np.asarray(dataset["factor_residual"]))
+    return tuple(
+        artifacts.publish({"rows": torch.from_numpy(np.asarray(dataset["factors"][rows.start : rows.stop]))})
+        for rows in chunks
+    )

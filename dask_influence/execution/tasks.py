@@ -1,0 +1,300 @@
+"""Tasks: the functions a worker runs. Each is idempotent and returns a few hundred bytes.
+
+They load artifacts by digest, differentiate under the process-wide lock on the process's
+private copy of the module, write whole tiles, and only then the ledger entry.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optree
+import torch
+from torch import Tensor
+
+from dask_influence.core import directional
+from dask_influence.core.estimators.base import ChunkFunction, without_rounds
+from dask_influence.core.moments import Moments
+from dask_influence.core.objective import Objective, Tree
+from dask_influence.core.problem import Problem
+from dask_influence.errors import DataError
+from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.ledger import Ledger
+from dask_influence.execution.plan import Plan
+from dask_influence.execution.base import Model, Sealed, Solver
+from dask_influence.storage.results import write_region
+from dask_influence.storage.sources import Source, check_finite
+from dask_influence.storage.stores import Location
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of one computation shares: opened once per process.
+
+    Attributes
+    ----------
+    model : Model
+        Model, loss, θ and forms.
+    source : Source
+        The data this job reads.
+    argument : str
+        Name of those data in the call, for errors.
+    threads : int
+        torch threads per task; part of the job, because the bits may depend on it.
+    """
+
+    model: Model
+    source: Source
+    argument: str
+    threads: int
+
+    def batch(self, start: int, stop: int) -> tuple[Problem, Tree, Tree]:
+        """The problem, and samples ``start`` to ``stop`` as tensors in its dtype, on its device."""
+        problem = self.model.problem()
+        batch = self.source.read(start, stop)
+        check_finite(batch, self.argument, start)
+        x, y = to_tensors(batch, problem.objective)
+        return problem, x, y
+
+
+def to_tensors(batch: Any, objective: Objective) -> Any:
+    """Arrays as tensors on the model's device: floats in the model's dtype, integers as they are."""
+
+    def convert(array: np.ndarray) -> Tensor:
+        # torch's own memory: aligned the same wherever the array came from, hence the same bits
+        tensor = torch.tensor(array)
+        return tensor.to(objective.device, objective.dtype if tensor.is_floating_point() else None)
+
+    return optree.tree_map(convert, batch)
+
+
+# -- fit -------------------------------------------------------------------------------
+def sum_group(job: Sealed, function: ChunkFunction, operand: Artifact, chunks: Sequence[range]) -> Moments:
+    """Moments of consecutive chunks, added one after the other."""
+    opened: Job = job.open()
+    total: Moments | None = None
+    with torch_threads(opened.threads):
+        for chunk in chunks:
+            problem, x, y = opened.batch(chunk.start, chunk.stop)
+            part = function(problem, x, y, operand.load())
+            total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+# -- factors ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Factors:
+    """What is known of a run of test points: factors, or coefficients of the inverse's directions.
+
+    ``rows`` (n, P) or (n, R) in the model's dtype; ``residual`` (n,) float64, NaN where it
+    was not computed.
+    """
+
+    rows: Tensor
+    residual: np.ndarray
+
+
+def query_gradients(job: Job, start: int, stop: int, batch: int) -> Tensor:
+    """∇θ ℓ of test points, (n, P), on CPU; NaN and inf are refused by sample."""
+    parts = []
+    for low in range(start, stop, batch):
+        problem, x, y = job.batch(low, min(low + batch, stop))
+        parts.append(directional.gradients(problem, x, y).cpu())
+    gradients = torch.cat(parts)
+    bad = ~torch.isfinite(gradients).all(dim=1)
+    if bad.any():
+        first = start + int(bad.nonzero()[0])
+        raise DataError(
+            f"{job.argument}: the gradient of sample {first} is not finite; "
+            "look at its loss, or leave the sample out"
+        )
+    return gradients
+
+
+def closed_factors(job: Job, inverse: Solver, start: int, stop: int, batch: int, project: bool) -> Factors:
+    """Factors of test points where the inverse needs no pass over the data."""
+    with torch_threads(job.threads):
+        solver = inverse.inverse()
+        gradients = query_gradients(job, start, stop, batch)
+        wide = gradients.to(torch.float64)
+        factors = without_rounds(solver.solve(wide))
+        residual = solver.residuals(wide, factors)
+        rows = solver.coefficients(wide) if project else factors
+    measured = torch.full((len(wide),), torch.nan, dtype=torch.float64) if residual is None else residual
+    return Factors(rows.to(gradients.dtype), measured.numpy())
+
+
+def factor_task(
+    job: Sealed, start: int, stop: int, batch: int, location: Location, inverse: Solver, project: bool
+) -> tuple[int, Artifact, list[float]]:
+    """:func:`closed_factors`, published."""
+    factors = closed_factors(job.open(), inverse, start, stop, batch, project)
+    artifact = Artifacts(location).publish({"rows": factors.rows})
+    return start, artifact, factors.residual.tolist()
+
+
+def gradient_task(job: Sealed, start: int, stop: int, batch: int, location: Location) -> tuple[int, Artifact]:
+    """:func:`query_gradients`, published: for inverses that need passes, which the client drives."""
+    opened: Job = job.open()
+    with torch_threads(opened.threads):
+        gradients = query_gradients(opened, start, stop, batch)
+    return start, Artifacts(location).publish({"rows": gradients})
+
+
+# -- scores ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Query:
+    """The test side of a strip: scores are ``coefficients`` @ E(``directions``)ᵀ.
+
+    Attributes
+    ----------
+    directions : Tensor
+        (D, P).
+    coefficients : Tensor or None
+        (rows, D); None stands for the identity.
+    """
+
+    directions: Tensor
+    coefficients: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, own: Tensor | None, problem: Problem) -> Query:
+        """From factors (``own`` None), or from coefficients of the inverse's ``own`` directions.
+
+        With fewer test points than directions their factors are the cheaper directions.
+        """
+        objective = problem.objective
+        if own is not None and len(rows) < len(own):
+            rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None
+        if own is None:
+            return cls(rows.to(objective.device, objective.dtype), None)
+        directions = own.to(objective.device, objective.dtype)
+        return cls(directions, rows.to(objective.device, objective.dtype))
+
+
+def derivatives_of(job: Job, query: Query, columns: range, batch: int, perturbation: bool) -> Tensor:
+    """E of training samples ``columns``: (n, D) or (n, D, *features)."""
+    primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
+    parts = []
+    for low in range(columns.start, columns.stop, batch):
+        problem, x, y = job.batch(low, min(low + batch, columns.stop))
+        derivatives = primitive(problem, x, y, query.directions)
+        bad = ~torch.isfinite(derivatives).flatten(1).all(dim=1)
+        if bad.any():
+            raise DataError(
+                f"{job.argument}: the gradient of sample {low + int(bad.nonzero()[0])} is not finite; "
+                "look at its loss, or leave the sample out"
+            )
+        parts.append(derivatives)
+    return torch.cat(parts)
+
+
+def tile_of(query: Query, derivatives: Tensor, rows: slice) -> np.ndarray:
+    """C Eᵀ for test points ``rows`` of the query: (rows, n) or (rows, n, *features)."""
+    if query.coefficients is None:
+        tile = derivatives[:, rows].transpose(0, 1)
+    else:
+        tile = torch.einsum("rd,nd...->rn...", query.coefficients[rows], derivatives)
+    return stored(tile.contiguous())
+
+
+def stored(tensor: Tensor) -> np.ndarray:
+    """As numpy; bfloat16, which numpy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What the strips of one run share beside the job.
+
+    Attributes
+    ----------
+    plan : Plan
+        Its geometry.
+    factors : tuple of Artifact
+        Rows of the test points, by factor chunk.
+    inverse : Solver or None
+        Holds the directions, where the rows are coefficients.
+    perturbation : bool
+        Mode.
+    location : Location
+        The output store.
+    """
+
+    plan: Plan
+    factors: tuple[Artifact, ...]
+    inverse: Solver | None
+    perturbation: bool
+    location: Location
+
+    def query(self, rows: range, problem: Problem) -> Query:
+        """The query of test points ``rows``, from the chunks that hold them."""
+        own = None if self.inverse is None else self.inverse.inverse().directions
+        chunks = self.plan.factor_chunks
+        parts = []
+        for part in chunks.within(rows.start, rows.stop):
+            index = part.start // chunks.size
+            offset = chunks[index].start
+            parts.append(self.factors[index].load()["rows"][part.start - offset : part.stop - offset])
+        return Query.of(torch.cat(parts), own, problem)
+
+
+def score_strip(job: Sealed, scoring: Sealed, index: int) -> str:
+    """Differentiate the strip's training samples once, write its tiles, then its ledger entry."""
+    opened: Job = job.open()
+    run: Scoring = scoring.open()
+    began = time.perf_counter()
+    strip = run.plan.strip(index)
+    records = []
+    with torch_threads(opened.threads):
+        query = run.query(strip.rows, opened.model.problem())
+        for columns in run.plan.columns(strip):
+            derivatives = derivatives_of(opened, query, columns, run.plan.batch, run.perturbation)
+            for rows in run.plan.rows(strip):
+                tile = tile_of(query, derivatives, slice(rows.start - strip.rows.start, rows.stop - strip.rows.start))
+                origin = (rows.start, columns.start, *([0] * (tile.ndim - 2)))
+                records += write_region(run.location, "influence", origin, tile)
+    entry = {
+        "rows": [strip.rows.start, strip.rows.stop],
+        "columns": [strip.columns.start, strip.columns.stop],
+        "shards": [[record.key, record.nbytes, record.checksum] for record in records],
+        "seconds": round(time.perf_counter() - began, 6),
+        "worker": f"{socket.gethostname()}:{os.getpid()}",
+    }
+    Ledger(run.location).record(strip.name, entry)
+    return strip.name
+
+
+# -- torch's threads -------------------------------------------------------------------
+_THREADS_LOCK = threading.Lock()
+_THREADS_DEPTH = 0
+_THREADS_BEFORE = 0
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch's thread count while tasks run, restored when the last one of the process ends."""
+    global _THREADS_DEPTH, _THREADS_BEFORE
+    with _THREADS_LOCK:
+        if _THREADS_DEPTH == 0:
+            _THREADS_BEFORE = torch.get_num_threads()
+            torch.set_num_threads(count)
+        _THREADS_DEPTH += 1
+    try:
+        yield
+    finally:
+        with _THREADS_LOCK:
+            _THREADS_DEPTH -= 1
+            if _THREADS_DEPTH == 0:
+                torch.set_num_threads(_THREADS_BEFORE)
+

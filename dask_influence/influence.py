@@ -1,0 +1,868 @@
+"""The models a user holds: configure, fit once, ask many times.
+
+:class:`InfluenceFunctionModel` is the one interface; what differs between estimators is
+their configuration (``core.estimators``), so each model here is a name, a docstring and
+one line that says which estimator it drives.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import inspect
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from importlib.metadata import version
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+import dask.config
+import numpy as np
+import optree
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from dask_influence.core.curvature import PRODUCTS
+from dask_influence.core.estimators import Arnoldi, Direct, Estimator, Inverse, Round, System
+from dask_influence.core.estimators.base import check_regularization
+from dask_influence.core.forms import Forms, input_leaf
+from dask_influence.core.moments import Moments
+from dask_influence.core.objective import Loss, Objective
+from dask_influence.core.problem import Problem, prepare, with_mixed_form
+from dask_influence.errors import ConfigurationError, DataError, NotFittedError, StoreError
+from dask_influence.execution import memory, persistence, tasks
+from dask_influence.execution.base import Executor
+from dask_influence.execution.drive import Passes, drive
+from dask_influence.execution.lazy import Blocks, lazy_factors, lazy_rows, lazy_scores, row_blocks
+from dask_influence.execution.local import LocalExecutor
+from dask_influence.execution.plan import Plan, Work, arrange
+from dask_influence.execution.run import (
+    Fit,
+    Output,
+    StoredFactors,
+    factor_templates,
+    score_templates,
+    write_factors,
+    write_scores,
+)
+from dask_influence.execution.shipping import resolve_device
+from dask_influence.grid import Chunks
+from dask_influence.storage.results import open_influences
+from dask_influence.storage.sources import DaskSource, Source, as_source
+from dask_influence.storage.stores import Location
+
+LARGE_MODEL = 2**16
+"""Parameters from which one process uses all its torch threads."""
+
+DEFAULT_CHUNK = 512
+"""Training samples summed in one call, unless data or caller say otherwise."""
+
+CHUNK_BYTES = 512 * 2**20
+"""Bytes that the activations of one chunk may take, whatever chunks the data come in."""
+
+SAMPLES_CHECKED = 4
+"""Samples on which loss and derivatives are checked before a fit."""
+
+
+class InfluenceMode(StrEnum):
+    """What a score measures: the effect of removing a sample, or of perturbing its input."""
+
+    Up = "up"
+    Perturbation = "perturbation"
+
+
+class InfluenceFunctionModel:
+    """Influence of training points on test points: + g_testᵀ (C + λI)⁻¹ g_train.
+
+    C is the curvature of the *mean* loss over the fitted data. A positive score says that
+    the training point helps the test point: leaving it out raises the test loss by about
+    score / n. In perturbation mode a score is ∇x ⟨(C + λI)⁻¹ g_test, ∇θ ℓ(z_train)⟩, one
+    number for each feature of the training input.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Copied at :meth:`fit` and put in eval mode; the one given is never changed.
+    loss : callable
+        ``loss(output, target)``, mean-reduced over the leading axis, as in
+        :mod:`torch.nn.functional`.
+    hessian_regularization : float
+        λ ≥ 0, added to the curvature of the mean loss.
+    curvature : str
+        ``"hessian"``: the second derivative of the mean loss.
+    block_structure : None
+        The full matrix.
+    parameters : sequence of str, optional
+        Names or glob patterns of the parameters in θ; by default all that require gradients.
+    device : str
+        ``"auto"`` is CUDA where a process has it.
+    dtype : torch.dtype, optional
+        Floating dtype to compute in; by default the model's own.
+    chunk_size : int, optional
+        Training samples summed in one call; by default that of the data, or 512. Results
+        do not depend on it beyond rounding.
+    client : distributed.Client, optional
+        Cluster that does the work; None works in this process.
+    artifacts : str or path, optional
+        URL that every worker can read and write, for what is published to them. By default
+        (and config ``influence.artifacts.url``) a temporary folder, where all workers share
+        this host's files.
+    certify : bool
+        Write ``factor_residual`` even where it takes a pass over the training data.
+
+    Raises
+    ------
+    ConfigurationError
+        An argument cannot be used; names it, what arrived and what to do.
+
+    References
+    ----------
+    Koh & Liang 2017, "Understanding Black-box Predictions via Influence Functions", with the
+    sign and the scale of pyDVL.
+    """
+
+    estimator: ClassVar[type[Estimator]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        hessian_regularization: float = 0.0,
+        *,
+        curvature: str = "hessian",
+        block_structure: None = None,
+        parameters: Sequence[str] | None = None,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        client: Any = None,
+        artifacts: str | PathLike[str] | None = None,
+        certify: bool = True,
+        **own: Any,
+    ) -> None:
+        if type(self) is InfluenceFunctionModel:
+            raise TypeError("InfluenceFunctionModel is abstract; use DirectInfluence or another of its models")
+        self.configuration = self._configured(own)
+        self.hessian_regularization = check_regularization(hessian_regularization)
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        if not callable(loss):
+            raise ConfigurationError(f"loss must be callable as loss(output, target); got {type(loss).__name__}")
+        if curvature not in PRODUCTS:
+            raise ConfigurationError(f"curvature must be one of {', '.join(map(repr, PRODUCTS))}; got {curvature!r}")
+        if block_structure is not None:
+            raise ConfigurationError(f"block_structure must be None (the full matrix); got {block_structure!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigurationError(f"dtype must be a floating torch dtype such as torch.float64; got {dtype!r}")
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ConfigurationError(f"chunk_size must be a positive integer; got {chunk_size!r}")
+        resolve_device(device)
+        self.model, self.loss, self.curvature = model, loss, curvature
+        self.parameters, self.device, self.dtype = parameters, device, dtype
+        self.chunk_size, self.client, self.artifacts, self.certify = chunk_size, client, artifacts, certify
+        self._fitted: _Fitted | None = None
+
+    def __init_subclass__(cls, estimator: type[Estimator], **kwargs: Any) -> None:
+        """Give the model its estimator, and a signature that shows the estimator's arguments."""
+        super().__init_subclass__(**kwargs)
+        cls.estimator = estimator
+        shared = inspect.signature(InfluenceFunctionModel.__init__).parameters.values()
+        names = [p for p in shared if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in dataclasses.fields(estimator)
+        ]
+        cls.__signature__ = inspect.Signature(names[:3] + own + names[3:])  # type: ignore[attr-defined]
+
+    @classmethod
+    def _configured(cls, own: Mapping[str, Any]) -> Estimator:
+        known = [f.name for f in dataclasses.fields(cls.estimator)]
+        unknown = sorted(set(own) - set(known))
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__} has no argument {unknown[0]!r}; its own are {', '.join(known) or 'none'}, "
+                f"see help({cls.__name__})"
+            )
+        return cls.estimator(**own)
+
+    def __repr__(self) -> str:
+        fitted = "fitted" if self._fitted else "not fitted"
+        return f"{type(self).__name__}({type(self.model).__name__}, λ={self.hessian_regularization:g}, {fitted})"
+
+    # -- fit --------------------------------------------------------------------------
+    def fit(self, train: Any) -> Self:
+        """Estimate the curvature of the mean loss over ``train``; returns self.
+
+        Parameters
+        ----------
+        train : pair, Dataset, DataLoader, or path
+            ``(x, y)`` of tensors, numpy or dask arrays (each may be a tuple or mapping of
+            them); a map-style torch Dataset; a DataLoader (order and ``drop_last`` ignored);
+            the path or URL of a Zarr group with arrays ``x`` and ``y``.
+
+        Raises
+        ------
+        DataError, LossError, SampleMixingError, DerivativeError
+            Data, loss or model cannot be used; nothing has run on the cluster then.
+        SingularCurvatureError
+            C + λI cannot be inverted.
+        """
+        source = as_source(train, "train")
+        executor = self._executor()
+        objective = self._objective()
+        problem, report = prepare(objective, *self._sample(objective, source))
+        system = System(
+            objective.names,
+            tuple(tuple(shape) for shape in objective.shapes),
+            self.hessian_regularization,
+            self.curvature,
+            len(source),
+            objective.dtype,
+        )
+        self.configuration.validate(system)
+        chunks = Chunks(len(source), self._chunk_size(source, problem))
+        threads = self._threads(problem)
+        job = tasks.Job(
+            executor.model(problem, self.device), executor.reachable(source, chunks.size), "train", threads
+        )
+        passes = _Counted(Passes(executor, executor.seal(job), chunks))
+        inverse = drive(self.configuration.fit(system), passes)
+        counts = {
+            "samples": len(source),
+            "parameters": system.size,
+            "curvature": self.curvature,
+            "passes": passes.count,
+            "derivatives": report,
+        }
+        digest = persistence.inverse_digest(inverse)
+        self._fitted = _Fitted(problem, system, inverse, passes.answer, digest, counts)
+        return self
+
+    def with_regularization(self, hessian_regularization: float) -> Self:
+        """A new fitted model at another λ that shares this fit; equal to a refit."""
+        fitted = self._require_fit()
+        other = copy.copy(self)
+        other.hessian_regularization = check_regularization(hessian_regularization)
+        other._fitted = dataclasses.replace(
+            fitted,
+            inverse=fitted.inverse.with_regularization(other.hessian_regularization),
+            system=dataclasses.replace(fitted.system, regularization=other.hessian_regularization),
+        )
+        return other
+
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        """What a user should know before trusting the scores.
+
+        Samples, parameters, λ, passes over the data, the form of each derivative and how it
+        was checked; extreme eigenvalues, spectrum, iterations and residuals as the estimator
+        knows them.
+        """
+        fitted = self._require_fit()
+        return {
+            **fitted.counts,
+            "hessian_regularization": self.hessian_regularization,
+            **fitted.inverse.diagnostics(),
+        }
+
+    # -- in memory, or lazily ---------------------------------------------------------
+    def influences(
+        self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
+    ) -> Any:
+        """Scores of every training point for every test point.
+
+        Parameters
+        ----------
+        x_test, y_test : arrays
+            N test points: tensors, numpy or dask arrays, or tuples or mappings of them.
+        x, y : arrays, optional
+            M training points; by default the test points themselves.
+        mode : InfluenceMode or str
+            ``"up"`` or ``"perturbation"``.
+
+        Returns
+        -------
+        scores
+            (N, M), or (N, M, *features) in perturbation mode, of the kind of ``x_test``; a
+            lazy dask array where any input is one, chunked like the inputs. Its dtype is
+            the model's floating dtype.
+        """
+        fitted, mode = self._require_fit(), _mode(mode)
+        test = as_source((x_test, y_test), "x_test, y_test")
+        train = self._train_source(x, y, test)
+        sources = (test, train)
+        if any(isinstance(source, DaskSource) for source in sources):
+            return self._lazy_influences(fitted, test, train, mode)
+        if self.client is not None:
+            return _like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
+        fit = self._fit(fitted, LocalExecutor(), mode, train)
+        plan, project = self._plan(fitted, test, train, mode), self._projects()
+        factors = memory.factors_in_memory(fit, test, "test", plan.factor_rows, plan.batch, project=project)
+        scores = memory.scores_in_memory(
+            fit, factors, train, "train", plan, project=project, perturbation=mode is InfluenceMode.Perturbation
+        )
+        return _like(scores, x_test, fitted.system.dtype)
+
+    def influence_factors(self, x: Any, y: Any) -> Any:
+        """Influence factors (C + λI)⁻¹ g_i, shape (N, P), of the kind of ``x``.
+
+        Columns are in the order of the model's named parameters in θ.
+        """
+        fitted = self._require_fit()
+        test = as_source((x, y), "x, y")
+        executor = LocalExecutor()
+        fit = self._fit(fitted, executor, InfluenceMode.Up, test)
+        plan = self._plan(fitted, test, test, InfluenceMode.Up)
+        if isinstance(test, DaskSource):
+            blocks = Blocks.of(test)
+            parts = lazy_factors(self._fit(fitted, self._executor(), InfluenceMode.Up, test), blocks, plan.batch, project=False)
+            return lazy_rows(fit, parts, blocks.sizes, fitted.system.size)
+        factors = memory.factors_in_memory(fit, test, "x, y", plan.factor_rows, plan.batch, project=False)
+        return _like(tasks.stored(factors), x, fitted.system.dtype)
+
+    def influences_from_factors(
+        self, factors: Any, x: Any, y: Any, mode: InfluenceMode | str = InfluenceMode.Up
+    ) -> Any:
+        """Scores (N, M) or (N, M, *features) from factors (N, P) of :meth:`influence_factors`."""
+        fitted, mode = self._require_fit(), _mode(mode)
+        train = as_source((x, y), "x, y")
+        shape = tuple(getattr(factors, "shape", ()))
+        if len(shape) != 2 or shape[1] != fitted.system.size:
+            raise DataError(
+                f"factors must have shape (N, P = {fitted.system.size}), as influence_factors returns; got {shape}"
+            )
+        if isinstance(train, DaskSource) or hasattr(factors, "dask"):
+            return self._lazy_from_factors(fitted, factors, train, mode)
+        fit = self._fit(fitted, LocalExecutor(), mode, train)
+        rows = torch.as_tensor(factors).detach().cpu().to(fitted.system.dtype)
+        if not torch.isfinite(rows).all():
+            raise DataError("factors hold NaN or inf; compute them again")
+        plan = arrange(self._work(fitted, len(rows), train, mode, rank=None))
+        scores = memory.scores_in_memory(
+            fit, rows, train, "x, y", plan, project=False, perturbation=mode is InfluenceMode.Perturbation
+        )
+        return _like(scores, factors, fitted.system.dtype)
+
+    # -- to a store -------------------------------------------------------------------
+    def influences_to_zarr(
+        self,
+        store: str | PathLike[str],
+        test: Any,
+        train: Any,
+        *,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+        reduce: None = None,
+        test_ids: Any = None,
+        train_ids: Any = None,
+        resume: bool = True,
+        overwrite: bool = False,
+        memory_limit: int | None = None,
+        tile_bytes: int | None = None,
+        progress: bool | Callable[[str, int, int], None] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> xr.Dataset:
+        """Write the scores to a Zarr group and open it: planned, windowed, resumable.
+
+        Parameters
+        ----------
+        store : str or path
+            Path or URL (``file``, ``s3``, ``gs``, ``az``, ``memory``).
+        test : data, or path
+            As for :meth:`fit`; or the path of a store of factors that
+            :meth:`influence_factors_to_zarr` wrote.
+        train : data
+            As for :meth:`fit`.
+        mode : InfluenceMode or str
+            ``"up"`` or ``"perturbation"``.
+        test_ids, train_ids : array of int or str, optional
+            Coordinates of the result; by default positions.
+        resume : bool
+            Continue what the store already holds of this same run.
+        overwrite : bool
+            Delete whatever the store holds first.
+        memory_limit : int, optional
+            Bytes that one task may hold; by default what the workers have.
+        tile_bytes : int, optional
+            Bytes of one tile, the unit of writing.
+        progress : bool or callable, optional
+            True shows bars; a callable gets (stage, done, total).
+        storage_options : mapping, optional
+            Credentials and endpoint of the store; never written or shown.
+
+        Returns
+        -------
+        xarray.Dataset
+            As :func:`open_influences` returns it.
+
+        Raises
+        ------
+        StoreMismatchError
+            The store holds something else; names what differs.
+        MemoryLimitError
+            The plan does not fit; quotes the bytes needed and allowed.
+        DataError, StoreError, ClusterError
+            Nothing has been written then.
+        """
+        fitted, mode = self._require_fit(), _mode(mode)
+        if reduce is not None:
+            raise ConfigurationError(f"reduce must be None (keep every score); got {reduce!r}")
+        location = Location.of(store, storage_options)
+        train_source = as_source(train, "train", storage_options)
+        held = StoredFactors.found(test, storage_options)
+        test_source = held or as_source(test, "test", storage_options)
+        executor = self._executor()
+        project = self._projects() and held is None
+        plan = self._plan(
+            fitted, test_source, train_source, mode, tile_bytes=tile_bytes, memory_limit=memory_limit, project=project
+        ).validate(memory_limit or executor.memory_limit)
+        ids = {"test": _ids(test_ids, test_source, "test_ids"), "train": _ids(train_ids, train_source, "train_ids")}
+        if held is not None:
+            held.check(self._identity(fitted))
+            if test_ids is None:
+                ids["test"] = held.ids
+        output = Output(
+            location,
+            {
+                **self._identity(fitted),
+                "kind": "scores",
+                "mode": mode.value,
+                "test": test_source.digest(),
+                "train": train_source.digest(),
+                **_id_digests(ids),
+            },
+            {**self._provenance(fitted), "mode": mode.value},
+            ids,
+        )
+        names = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
+        templates = score_templates(plan, self._score_dtype(fitted), names)
+        fit = self._fit(fitted, executor.at(output.artifacts), mode, train_source)
+        write_scores(
+            executor.at(output.artifacts),
+            fit,
+            test_source,
+            train_source,
+            output,
+            plan,
+            templates,
+            project=project,
+            perturbation=mode is InfluenceMode.Perturbation,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        return open_influences(location)
+
+    def influence_factors_to_zarr(
+        self,
+        store: str | PathLike[str],
+        test: Any,
+        *,
+        test_ids: Any = None,
+        resume: bool = True,
+        overwrite: bool = False,
+        memory_limit: int | None = None,
+        progress: bool | Callable[[str, int, int], None] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> xr.Dataset:
+        """Write the influence factors (N, P) of ``test`` to a Zarr group, to be scored any number of times.
+
+        Arguments are those of :meth:`influences_to_zarr`, which takes the store in place of
+        test data.
+        """
+        fitted = self._require_fit()
+        location = Location.of(store, storage_options)
+        source = as_source(test, "test", storage_options)
+        executor = self._executor()
+        plan = self._plan(
+            fitted, source, source, InfluenceMode.Up, memory_limit=memory_limit, project=False
+        ).validate(memory_limit or executor.memory_limit)
+        ids = {"test": _ids(test_ids, source, "test_ids")}
+        output = Output(
+            location,
+            {**self._identity(fitted), "kind": "factors", "test": source.digest(), **_id_digests(ids)},
+            self._provenance(fitted),
+            ids,
+        )
+        templates = factor_templates(plan, self._score_dtype(fitted))
+        executor = executor.at(output.artifacts)
+        fit = self._fit(fitted, executor, InfluenceMode.Up, source)
+        write_factors(
+            executor, fit, source, output, plan, templates, resume=resume, overwrite=overwrite, progress=progress
+        )
+        return open_influences(location)
+
+    def plan(
+        self,
+        test: Any,
+        train: Any,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+        reduce: None = None,
+        *,
+        tile_bytes: int | None = None,
+        memory_limit: int | None = None,
+    ) -> Plan:
+        """How :meth:`influences_to_zarr` would cut the work; pure, no task runs.
+
+        ``str(plan)`` is a table of tiles, strips, passes, bytes and time;
+        ``plan.validate(memory_limit)`` raises where it does not fit.
+        """
+        fitted = self._require_fit()
+        held = StoredFactors.found(test, None)
+        source = held or as_source(test, "test")
+        return self._plan(
+            fitted,
+            source,
+            as_source(train, "train"),
+            _mode(mode),
+            tile_bytes=tile_bytes,
+            memory_limit=memory_limit,
+            project=self._projects() and held is None,
+        )
+
+    # -- saving -----------------------------------------------------------------------
+    def save(self, url: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        """Write the fit as arrays and JSON, never a pickle; model and loss are given again to :meth:`load`."""
+        fitted = self._require_fit()
+        record = {
+            "class": type(self).__name__,
+            "model": persistence.model_digest(fitted.problem.objective.module),
+            "parameters": list(fitted.system.names),
+            "curvature": self.curvature,
+            "hessian_regularization": self.hessian_regularization,
+            "configuration": dataclasses.asdict(self.configuration),
+            "samples": fitted.system.samples,
+            "dtype": str(fitted.system.dtype).removeprefix("torch."),
+            "forms": dataclasses.asdict(fitted.problem.forms),
+            "activations": fitted.problem.activations,
+            "fit": fitted.digest,
+            "counts": fitted.counts,
+        }
+        persistence.save(Location.of(url, storage_options), fitted.inverse, record)
+
+    @classmethod
+    def load(
+        cls,
+        url: str | PathLike[str],
+        model: nn.Module,
+        loss: Loss,
+        client: Any = None,
+        storage_options: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """A fitted model from what :meth:`save` wrote and the same ``model`` and ``loss``.
+
+        ``arguments`` are those of the constructor that a fit does not depend on (``device``,
+        ``artifacts``, ``certify``).
+
+        Raises
+        ------
+        StoreError
+            Nothing is saved there, or by another class.
+        StoreMismatchError
+            The model has other weights or parameters than the one that was fitted.
+        """
+        location = Location.of(url, storage_options)
+        saved = persistence.load(location)
+        record = saved.record
+        if record["class"] != cls.__name__:
+            raise StoreError(f"{location.url} was saved by {record['class']}; load it with {record['class']}.load")
+        dtype: torch.dtype = getattr(torch, record["dtype"])
+        loaded = cls(
+            model,
+            loss,
+            record["hessian_regularization"],
+            curvature=record["curvature"],
+            parameters=record["parameters"],
+            dtype=dtype,
+            client=client,
+            **record["configuration"],
+            **arguments,
+        )
+        objective = loaded._objective()
+        persistence.check_model(location, record, objective)
+        system = System(
+            objective.names,
+            tuple(tuple(shape) for shape in objective.shapes),
+            loaded.hessian_regularization,
+            loaded.curvature,
+            record["samples"],
+            dtype,
+        )
+        problem = Problem(objective, Forms(**record["forms"]), record["activations"])
+        loaded._fitted = _Fitted(problem, system, saved.inverse, None, record["fit"], record["counts"])
+        return loaded
+
+    # -- what the methods above share -------------------------------------------------
+    def _require_fit(self) -> _Fitted:
+        if self._fitted is None:
+            raise NotFittedError(f"this {type(self).__name__} is not fitted; call .fit(train) first")
+        return self._fitted
+
+    def _objective(self) -> Objective:
+        return Objective.of(
+            self.model, self.loss, self.parameters, device=resolve_device(self.device), dtype=self.dtype
+        )
+
+    def _executor(self) -> Executor:
+        if self.client is None:
+            return LocalExecutor()
+        from dask_influence.execution.dask import DaskExecutor  # distributed takes a second to import
+
+        url = self.artifacts or dask.config.get("influence.artifacts.url", None)
+        return DaskExecutor(self.client, None if url is None else Location.of(url))
+
+    def _threads(self, problem: Problem) -> int:
+        """torch threads per task: one on a cluster and for small models, what the process owns otherwise.
+
+        It is the same wherever a small model runs, so that its scores are the same bits.
+        """
+        configured = dask.config.get("influence.torch-threads", None)
+        if configured is not None:
+            return int(configured)
+        if self.client is not None or problem.objective.size < LARGE_MODEL:
+            return 1
+        return torch.get_num_threads()
+
+    def _chunk_size(self, source: Source, problem: Problem) -> int:
+        if self.chunk_size is not None:
+            return min(self.chunk_size, len(source))
+        most = max(1, CHUNK_BYTES // (8 * problem.activations * problem.objective.dtype.itemsize))
+        return min(source.chunk_size or DEFAULT_CHUNK, most, len(source))
+
+    def _sample(self, objective: Objective, source: Source) -> tuple[Any, Any]:
+        batch = source.read(0, min(SAMPLES_CHECKED, len(source)))
+        x, y = tasks.to_tensors(batch, objective)
+        return x, y
+
+    def _train_source(self, x: Any, y: Any, test: Source) -> Source:
+        if (x is None) != (y is None):
+            raise DataError("x and y must be given together, or neither (then the test data are both sides)")
+        return test if x is None else as_source((x, y), "x, y")
+
+    def _projects(self) -> bool:
+        return self.configuration.own_directions is not None
+
+    def _score_dtype(self, fitted: _Fitted) -> np.dtype[Any]:
+        return tasks.stored(torch.empty(0, dtype=fitted.system.dtype)).dtype
+
+    def _fit(self, fitted: _Fitted, executor: Executor, mode: InfluenceMode, train: Source) -> Fit:
+        """The fit in the form that tasks of ``executor`` can carry."""
+        problem = fitted.problem
+        if mode is InfluenceMode.Perturbation:
+            problem = with_mixed_form(problem, *self._sample(problem.objective, train))
+        return Fit(
+            executor.model(problem, self.device),
+            fitted.inverse,
+            executor.inverse(fitted.inverse),
+            fitted.system,
+            fitted.passes,
+            self.certify,
+            self._threads(problem),
+        )
+
+    def _work(self, fitted: _Fitted, tests: int, train: Source, mode: InfluenceMode, *, rank: int | None) -> Work:
+        features = _features(train) if mode is InfluenceMode.Perturbation else ()
+        return Work(
+            tests=tests,
+            trains=len(train),
+            features=features,
+            parameters=fitted.system.size,
+            rank=rank,
+            itemsize=self._score_dtype(fitted).itemsize,
+            activations=fitted.problem.activations,
+            sample_bytes=train.nbytes_per_sample,
+        )
+
+    def _plan(
+        self, fitted: _Fitted, test: Any, train: Source, mode: InfluenceMode, *, project: bool | None = None, **limits: Any
+    ) -> Plan:
+        project = self._projects() if project is None else project
+        rank = self.configuration.own_directions if project else None
+        return arrange(self._work(fitted, len(test), train, mode, rank=rank), **limits)
+
+    def _through_store(self, test: Source, train: Source, mode: InfluenceMode) -> np.ndarray[Any, Any]:
+        """In-memory answer of a cluster: a run into its artifacts, read back and deleted."""
+        location = self._executor().location.child(f"scores-{secrets.token_hex(8)}")
+        try:
+            return np.asarray(self.influences_to_zarr(location, test, train, mode=mode)["influence"])
+        finally:
+            location.delete()
+
+    def _lazy_influences(self, fitted: _Fitted, test: Source, train: Source, mode: InfluenceMode) -> Any:
+        fit, project = self._fit(fitted, self._executor(), mode, train), self._projects()
+        plan = self._plan(fitted, test, train, mode)
+        blocks = Blocks.of(test)
+        factors = lazy_factors(fit, blocks, plan.batch, project=project)
+        return lazy_scores(
+            fit,
+            factors,
+            blocks.sizes,
+            Blocks.of(train),
+            plan.batch,
+            plan.work.features,
+            project=project,
+            perturbation=mode is InfluenceMode.Perturbation,
+        )
+
+    def _lazy_from_factors(self, fitted: _Fitted, factors: Any, train: Source, mode: InfluenceMode) -> Any:
+        fit = self._fit(fitted, self._executor(), mode, train)
+        work = self._work(fitted, len(factors), train, mode, rank=None)
+        parts, sizes = row_blocks(factors)
+        return lazy_scores(
+            fit,
+            parts,
+            sizes,
+            Blocks.of(train),
+            arrange(work).batch,
+            work.features,
+            project=False,
+            perturbation=mode is InfluenceMode.Perturbation,
+        )
+
+    def _identity(self, fitted: _Fitted) -> dict[str, Any]:
+        """What factors depend on beside the test data."""
+        return {
+            "model": persistence.model_digest(fitted.problem.objective.module),
+            "loss": _described(self.loss),
+            "parameters": list(fitted.system.names),
+            "estimator": type(self).__name__,
+            "curvature": self.curvature,
+            "hessian_regularization": self.hessian_regularization,
+            "configuration": dataclasses.asdict(self.configuration),
+            "fit": fitted.digest,
+            "dtype": str(fitted.system.dtype).removeprefix("torch."),
+            "versions": {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)},
+        }
+
+    def _provenance(self, fitted: _Fitted) -> dict[str, Any]:
+        return {
+            **{name: value for name, value in self._identity(fitted).items() if name != "parameters"},
+            "samples_fitted": fitted.system.samples,
+            "parameters_fitted": fitted.system.size,
+        }
+
+
+class DirectInfluence(InfluenceFunctionModel, estimator=Direct):
+    """Influence through the exact curvature, a dense P × P matrix that is factorised once.
+
+    One pass over the data; 8 P² bytes on each worker. Arguments and methods are those of
+    :class:`InfluenceFunctionModel`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dask_influence import DirectInfluence
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
+    >>> net = torch.nn.Linear(3, 1)
+    >>> infl = DirectInfluence(net, torch.nn.functional.mse_loss, 0.1).fit((x, y))
+    >>> infl.influences(x[:2], y[:2], x, y).shape
+    torch.Size([2, 7])
+    >>> infl.influences(x[:2], y[:2], x, y, mode="perturbation").shape
+    torch.Size([2, 7, 3])
+    """
+
+
+class ArnoldiInfluence(InfluenceFunctionModel, estimator=Arnoldi):
+    """Influence through the R eigenpairs of largest magnitude of the curvature.
+
+    Scores are (g_test V)(Λ + λ)⁻¹(V g_train): the training side needs directional
+    derivatives along R vectors and never forms a gradient. ``complement=True`` keeps the
+    rest of the space with eigenvalue λ. Arguments beside those of
+    :class:`InfluenceFunctionModel` are those of :class:`~dask_influence.core.estimators.Arnoldi`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dask_influence import ArnoldiInfluence
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
+    >>> net = torch.nn.Linear(3, 1)
+    >>> infl = ArnoldiInfluence(net, torch.nn.functional.mse_loss, 0.1, rank=2).fit((x, y))
+    >>> infl.influences(x[:2], y[:2], x, y).shape
+    torch.Size([2, 7])
+
+    References
+    ----------
+    Schioppa et al. 2022, "Scaling Up Influence Functions".
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """What a fit leaves behind.
+
+    ``passes`` answers further rounds over the fitted data; a loaded fit has none.
+    ``digest`` names the inverse in fingerprints.
+    """
+
+    problem: Problem
+    system: System
+    inverse: Inverse
+    passes: Passes | None
+    digest: str
+    counts: dict[str, Any]
+
+
+class _Counted:
+    """Passes that are counted, for the diagnostics of a fit."""
+
+    def __init__(self, answer: Passes) -> None:
+        self.answer, self.count = answer, 0
+
+    def __call__(self, request: Round) -> Moments:
+        self.count += 1
+        return self.answer(request)
+
+
+def _mode(mode: InfluenceMode | str) -> InfluenceMode:
+    try:
+        return InfluenceMode(mode)
+    except ValueError:
+        raise ConfigurationError(f'mode must be "up" or "perturbation"; got {mode!r}') from None
+
+
+def _like(scores: np.ndarray[Any, Any], given: Any, dtype: torch.dtype) -> Any:
+    """``scores`` as the kind of array that ``given`` is made of."""
+    leaf = optree.tree_leaves(given)[0]
+    return torch.from_numpy(scores).to(leaf.device, dtype) if isinstance(leaf, Tensor) else scores
+
+
+def _features(source: Source) -> tuple[int, ...]:
+    """Shape of one input, where perturbation is defined on it."""
+    empty = optree.tree_map(
+        lambda spec: torch.from_numpy(np.empty((1, *spec.shape), spec.dtype)), source.spec[0]
+    )
+    return tuple(input_leaf(empty).shape[1:])
+
+
+def _ids(given: Any, source: Any, argument: str) -> np.ndarray[Any, Any]:
+    if given is None:
+        return np.arange(len(source))
+    ids = np.asarray(given)
+    if ids.shape != (len(source),):
+        raise DataError(f"{argument} must hold one id per sample, shape ({len(source)},); got {ids.shape}")
+    values, counts = np.unique(ids, return_counts=True)
+    if len(values) != len(ids):
+        raise DataError(f"{argument} must be unique; {values[counts > 1][0]!r} occurs {counts.max()} times")
+    return ids
+
+
+def _id_digests(ids: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:
+    return {
+        f"{name}_ids": hashlib.blake2b("\n".join(map(str, values)).encode(), digest_size=16).hexdigest()
+        for name, values in ids.items()
+    }
+
+
+def _described(loss: Any) -> str:
+    """Name of a loss that is the same in every session."""
+    if isinstance(loss, functools.partial):
+        return f"{_described(loss.func)}(*{loss.args}, **{loss.keywords})"
+    if isinstance(loss, nn.Module):
+        return repr(loss)
+    return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
