@@ -257,20 +257,26 @@ def test_overflow_of_the_loss_is_named_by_sample(sample: int) -> None:
 
 
 def rooted(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error with a gradient that is not finite at zero: √(d²)."""
-    return ((output - target) ** 2).sum(-1).sqrt().mean()
+    """Mean of √(w d²), weights beside the targets: at w = 0 the loss is 0 and its gradient 0/0."""
+    return (target[:, 1:] * (output - target[:, :1]) ** 2).sum(-1).sqrt().mean()
 
 
 @pytest.mark.parametrize("sample", [1, 31])
 def test_non_finite_gradients_are_named_by_sample(sample: int) -> None:
-    """A finite loss whose derivative is 0/0 where a sample is fitted exactly."""
     regression = data.mlp_regression()
-    x, y = regression.train
-    hit = y.clone()
-    hit[sample] = oracles.prepared(regression.model)(x[sample : sample + 1]).detach()[0]
+    (x, y), (x_test, y_test) = regression.train, regression.test
+    weighted, weighted_test = (torch.cat([t, torch.ones_like(t)], dim=1) for t in (y, y_test))
     model = DirectInfluence(regression.model, rooted, 50.0, chunk_size=10)
+    scores = model.fit((x, weighted)).influences(x_test, weighted_test, x, weighted)
+    assert torch.isfinite(scores).all()
+    weighted = weighted.clone()
+    weighted[sample, 1] = 0.0
     with pytest.raises(DataError, match=rf"\b{sample}\b"):
-        model.fit((x, hit)).influences(*regression.test, x, hit)
+        model.influences(x_test, weighted_test, x, weighted)
+    with pytest.raises(DataError, match=rf"\b{sample}\b"):
+        model.influence_factors(x, weighted)
+    with pytest.raises(DataError, match=rf"\b{sample}\b"):
+        model.fit((x, weighted))
 
 
 # -- the loss -------------------------------------------------------------------------------------
@@ -463,7 +469,7 @@ def test_factors_of_another_width() -> None:
 
 # -- singular curvature ---------------------------------------------------------------------------
 def overparametrized() -> data.Case:
-    """5 samples for 10 parameters: the Hessian has rank 10 − at least 1 zero eigenvalues."""
+    """4 samples in 5 dimensions, bias included, for each of 2 outputs: rank 8 of 10."""
     whole = data.linear_regression()
     train = oracles.pick(whole.train, slice(0, 4))
     return data.Case(whole.model, whole.loss, train, whole.test, 1e-2)
