@@ -67,15 +67,16 @@ class Ledger:
             raise ValueError(f"a ledger entry's name has no slash and is not empty; got {name!r}")
         self.location.put(f"{_ENTRIES}/{name}.json", _encode(entry))
 
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """All entries by name.
+    def entries(self, prefix: str = "") -> dict[str, dict[str, Any]]:
+        """Entries by name, all of them or those whose name begins with ``prefix``.
 
         Raises
         ------
         CorruptStoreError
             Names the entry that is not JSON, and what to do about it.
         """
-        keys = [key for key in self.location.list(_ENTRIES) if key.endswith(".json")]
+        begin = f"{_ENTRIES}/{prefix}"
+        keys = [k for k in self.location.list(_ENTRIES) if k.startswith(begin) and k.endswith(".json")]
         fetched = self.location.get_many(keys)
         return {_name(key): self._decode(key, data) for key, data in fetched.items()}
 

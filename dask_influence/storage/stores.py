@@ -38,7 +38,7 @@ SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs":
 
 _CLIENTS = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
 
-_SPELLINGS = {
+_SPELLINGS: dict[str, dict[str, str]] = {
     "s3": {
         "key": "access_key_id",
         "secret": "secret_access_key",
@@ -327,7 +327,7 @@ def _client_settings(
     http = dict(options.pop("client_options", None) or {})
     spelled = _SPELLINGS[scheme]
     settings: dict[str, Any] = {
-        spelled.get(name, name): value for name, value in (nested | options).items() if value is not None
+        spelled.get(name) or name: value for name, value in (nested | options).items() if value is not None
     }
     if addressing is not None:
         settings.setdefault("virtual_hosted_style_request", addressing == "virtual")

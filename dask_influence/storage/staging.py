@@ -1,0 +1,209 @@
+"""Zarr groups as data: reading samples from one, and staging any source as one.
+
+The layout is one array ``x`` and one array ``y``, or a group of arrays in their place:
+``x/input_ids``, ``x/mask`` for a mapping, ``x/0``, ``x/1`` for a tuple.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import optree
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.errors import ContainsArrayError, ContainsGroupError
+
+from dask_influence.errors import CorruptStoreError, DataError, StoreError
+from dask_influence.storage.samples import ArraySpec, Pair, Source, Tree, leaf_name, spec_of
+from dask_influence.storage.stores import Location, store_errors
+
+STAGED_SHARD = 16 * 2**20
+"""Bytes aimed at for one stored object of staged samples."""
+
+_CONTAINER = "dask_influence_container"
+_DIGEST = "dask_influence_digest"
+
+
+class ZarrSource(Source):
+    """Samples in a Zarr group with ``x`` and ``y``; every process can read them by itself.
+
+    Parameters
+    ----------
+    location : Location
+        The group.
+    argument : str
+        Begins every error.
+
+    Raises
+    ------
+    StoreError
+        Where no Zarr group is there.
+    DataError
+        Where it lacks ``x`` or ``y`` (what it holds is named), or its arrays do not fit together.
+    """
+
+    def __init__(self, location: Location, argument: str = "data") -> None:
+        group = _open_group(location, argument)
+        missing = [name for name in "xy" if name not in group]
+        if missing:
+            held = ", ".join(sorted(group.keys())) or "nothing"
+            raise DataError(
+                f"{argument}: {location.url} has no {' and no '.join(missing)}; it holds {held}. Name the "
+                "arrays x and y (or x/<name> where x is a mapping)"
+            )
+        self.location = location
+        self.portable = not location.in_process
+        self._arrays: Any = tuple(_tree_of(group[name], argument) for name in "xy")
+        length, spec = spec_of(self._arrays, argument)
+        # What the data are called in the store, in their structure: opened again after unpickling.
+        self._names = optree.tree_map(lambda array: array.path, self._arrays)
+        first = optree.tree_leaves(self._arrays)[0]
+        super().__init__(length, spec, min(length, int(first.chunks[0])), argument)
+        staged = group.attrs.get(_DIGEST)
+        self._digest = str(staged) if staged is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": None}
+
+    def _read(self, start: int, stop: int) -> Pair:
+        with store_errors(self.location, f"read samples {start} to {stop} of"):
+            if self._arrays is None:
+                group = _open_group(self.location, self.argument)
+                self._arrays = optree.tree_map(lambda name: group[name], self._names)
+            try:
+                return optree.tree_map(lambda array: _native(array[start:stop]), self._arrays)
+            except (ValueError, RuntimeError) as error:
+                raise CorruptStoreError(
+                    f"{self.argument}: samples {start} to {stop} of {self.location.url} cannot be decoded: "
+                    f"{error}"
+                ) from error
+
+    def _content_digest(self) -> str:
+        listing = {key: mark for name in "xy" for key, mark in self.location.stat(name).items()}
+        metadata = [key for key in listing if key.rpartition("/")[2] in {"zarr.json", ".zarray", ".zattrs"}]
+        contents = {key: data.decode() for key, data in self.location.get_many(sorted(metadata)).items()}
+        chunks = {key: mark for key, mark in listing.items() if key not in contents}
+        record = json.dumps([contents, chunks], sort_keys=True)
+        return hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
+
+
+def stage(source: Source, location: Location, chunk_size: int) -> ZarrSource:
+    """Write the samples once as a Zarr group below ``location``, from where any process reads them.
+
+    The group is named by content and layout, and marked when it is whole: staging the same
+    content again returns at once, a staging that was killed is done again, and two at the same time write
+    the same bytes. At most about 16 MiB (or one chunk of ``chunk_size`` samples) is held; dask arrays are
+    computed and stored chunk by chunk by dask.
+
+    Parameters
+    ----------
+    source : Source
+        What to copy.
+    location : Location
+        A folder that may hold other staged data.
+    chunk_size : int
+        Samples that will be read at once; the chunks of the arrays.
+
+    Raises
+    ------
+    DataError
+        Where a name in x or y cannot be the name of an array in Zarr.
+    StoreError
+        Where the store cannot be written.
+
+    Examples
+    --------
+    >>> from dask_influence.storage.sources import ArraySource
+    >>> source = ArraySource(np.arange(10.0).reshape(5, 2), np.arange(5))
+    >>> staged = stage(source, Location.of("memory://staging-example"), chunk_size=2)
+    >>> staged.read(1, 3)[1], staged.chunk_size, staged.digest() == source.digest()
+    (array([1, 2]), 2, True)
+    """
+    rows = min(max(1, chunk_size), len(source))
+    target = location.child(f"{source.digest()}-{rows}")
+    if not _is_staged(target):
+        _check_names(source)
+        in_shard = min(max(1, STAGED_SHARD // (rows * source.nbytes_per_sample)), -(-len(source) // rows))
+        with store_errors(target, "stage samples in"):
+            group = _group(target)
+            arrays = tuple(
+                _created(group, name, tree, len(source), rows, in_shard)
+                for name, tree in zip("xy", source.spec, strict=True)
+            )
+            source.write(arrays, rows * in_shard)
+            group.update_attributes({_DIGEST: source.digest()})
+    return ZarrSource(target, source.argument)
+
+
+def _is_staged(target: Location) -> bool:
+    if not target.exists("zarr.json"):
+        return False
+    return _DIGEST in json.loads(target.get("zarr.json")).get("attributes", {})
+
+
+def _group(target: Location) -> zarr.Group:
+    try:
+        return zarr.create_group(target.zarr())
+    except ContainsGroupError:  # of a staging that was killed, or goes on elsewhere
+        return zarr.open_group(target.zarr(), mode="r+", use_consolidated=False)
+
+
+def _created(group: zarr.Group, name: str, tree: Tree, length: int, rows: int, in_shard: int) -> Tree:
+    """Empty arrays in the structure of ``tree``."""
+    if isinstance(tree, ArraySpec):
+        chunk, shard = (rows, *tree.shape), (rows * in_shard, *tree.shape)
+        try:
+            return group.create_array(
+                name,
+                shape=(length, *tree.shape),
+                chunks=chunk,
+                shards=None if in_shard == 1 else shard,
+                dtype=tree.dtype,
+                compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+            )
+        except ContainsArrayError:
+            return group[name]
+    below = group.require_group(name)
+    below.update_attributes({_CONTAINER: "tuple" if isinstance(tree, tuple) else "mapping"})
+    if isinstance(tree, tuple):
+        return tuple(_created(below, str(i), value, length, rows, in_shard) for i, value in enumerate(tree))
+    return {key: _created(below, key, value, length, rows, in_shard) for key, value in tree.items()}
+
+
+def _check_names(source: Source) -> None:
+    for path in optree.tree_paths(source.spec):
+        for key in path[1:]:
+            name = str(key)
+            if not name or "/" in name or name in {".", "..", "zarr.json"} or name.startswith("__"):
+                raise DataError(
+                    f"{source.argument}: {leaf_name(path)} cannot be stored as {name!r}; rename it"
+                )
+
+
+def _open_group(location: Location, argument: str) -> zarr.Group:
+    if not any(location.exists(key) for key in ("zarr.json", ".zgroup")):
+        raise StoreError(
+            f"{argument}: no Zarr group is at {location.url}; write one with arrays x and y, or check the URL"
+        )
+    with store_errors(location, "open"):
+        return zarr.open_group(location.zarr(), mode="r")
+
+
+def _tree_of(node: zarr.Array[Any] | zarr.Group, argument: str) -> Tree:
+    if isinstance(node, zarr.Array):
+        return node
+    names = sorted(node.keys())
+    if not names:
+        raise DataError(f"{argument}: the group {node.path!r} holds no array")
+    positions = {str(i) for i in range(len(names))}
+    if node.attrs.get(_CONTAINER, "tuple" if positions == set(names) else "mapping") == "tuple":
+        return tuple(_tree_of(node[str(i)], argument) for i in range(len(names)))
+    return {name: _tree_of(node[name], argument) for name in names}
+
+
+def _native(array: Any) -> np.ndarray[Any, Any]:
+    held = np.asarray(array)
+    return held if held.dtype.isnative else held.astype(held.dtype.newbyteorder("="))
