@@ -36,6 +36,7 @@ from dask_influence.core.problem import Problem, prepare, with_mixed_form
 from dask_influence.errors import ConfigurationError, DataError, NotFittedError, StoreError
 from dask_influence.execution import memory, persistence, tasks
 from dask_influence.execution.base import Executor
+from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.drive import Passes, drive
 from dask_influence.execution.lazy import Blocks, lazy_factors, lazy_rows, lazy_scores, row_blocks
 from dask_influence.execution.local import LocalExecutor
@@ -58,7 +59,7 @@ from dask_influence.storage.stores import Location
 LARGE_MODEL = 2**16
 """Parameters from which one process uses all its torch threads."""
 
-DEFAULT_CHUNK = 512
+DEFAULT_CHUNK = 256
 """Training samples summed in one call, unless data or caller say otherwise."""
 
 CHUNK_BYTES = 512 * 2**20
@@ -103,7 +104,7 @@ class InfluenceFunctionModel:
     dtype : torch.dtype, optional
         Floating dtype to compute in; by default the model's own.
     chunk_size : int, optional
-        Training samples summed in one call; by default that of the data, or 512. Results
+        Training samples summed in one call; by default that of the data, or 256. Results
         do not depend on it beyond rounding.
     client : distributed.Client, optional
         Cluster that does the work; None works in this process.
@@ -145,19 +146,29 @@ class InfluenceFunctionModel:
         **own: Any,
     ) -> None:
         if type(self) is InfluenceFunctionModel:
-            raise TypeError("InfluenceFunctionModel is abstract; use DirectInfluence or another of its models")
+            raise TypeError(
+                "InfluenceFunctionModel is abstract; use DirectInfluence or another of its models"
+            )
         self.configuration = self._configured(own)
         self.hessian_regularization = check_regularization(hessian_regularization)
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if not callable(loss):
-            raise ConfigurationError(f"loss must be callable as loss(output, target); got {type(loss).__name__}")
+            raise ConfigurationError(
+                f"loss must be callable as loss(output, target); got {type(loss).__name__}"
+            )
         if curvature not in PRODUCTS:
-            raise ConfigurationError(f"curvature must be one of {', '.join(map(repr, PRODUCTS))}; got {curvature!r}")
+            raise ConfigurationError(
+                f"curvature must be one of {', '.join(map(repr, PRODUCTS))}; got {curvature!r}"
+            )
         if block_structure is not None:
-            raise ConfigurationError(f"block_structure must be None (the full matrix); got {block_structure!r}")
+            raise ConfigurationError(
+                f"block_structure must be None (the full matrix); got {block_structure!r}"
+            )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ConfigurationError(f"dtype must be a floating torch dtype such as torch.float64; got {dtype!r}")
+            raise ConfigurationError(
+                f"dtype must be a floating torch dtype such as torch.float64; got {dtype!r}"
+            )
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ConfigurationError(f"chunk_size must be a positive integer; got {chunk_size!r}")
         resolve_device(device)
@@ -165,6 +176,7 @@ class InfluenceFunctionModel:
         self.parameters, self.device, self.dtype = parameters, device, dtype
         self.chunk_size, self.client, self.artifacts, self.certify = chunk_size, client, artifacts, certify
         self._fitted: _Fitted | None = None
+        self._cluster: DaskExecutor | None = None
 
     def __init_subclass__(cls, estimator: type[Estimator], **kwargs: Any) -> None:
         """Give the model its estimator, and a signature that shows the estimator's arguments."""
@@ -191,7 +203,9 @@ class InfluenceFunctionModel:
 
     def __repr__(self) -> str:
         fitted = "fitted" if self._fitted else "not fitted"
-        return f"{type(self).__name__}({type(self.model).__name__}, λ={self.hessian_regularization:g}, {fitted})"
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, λ={self.hessian_regularization:g}, {fitted})"
+        )
 
     # -- fit --------------------------------------------------------------------------
     def fit(self, train: Any) -> Self:
@@ -271,7 +285,12 @@ class InfluenceFunctionModel:
 
     # -- in memory, or lazily ---------------------------------------------------------
     def influences(
-        self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
+        self,
+        x_test: Any,
+        y_test: Any,
+        x: Any = None,
+        y: Any = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> Any:
         """Scores of every training point for every test point.
 
@@ -299,11 +318,17 @@ class InfluenceFunctionModel:
             return self._lazy_influences(fitted, test, train, mode)
         if self.client is not None:
             return _like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
-        fit = self._fit(fitted, LocalExecutor(), mode, train)
+        fit = self._fit(fitted, LocalExecutor(), self._problem(fitted, mode, train))
         plan, project = self._plan(fitted, test, train, mode), self._projects()
         factors = memory.factors_in_memory(fit, test, "test", plan.factor_rows, plan.batch, project=project)
         scores = memory.scores_in_memory(
-            fit, factors, train, "train", plan, project=project, perturbation=mode is InfluenceMode.Perturbation
+            fit,
+            factors,
+            train,
+            "train",
+            plan,
+            project=project,
+            perturbation=mode is InfluenceMode.Perturbation,
         )
         return _like(scores, x_test, fitted.system.dtype)
 
@@ -314,13 +339,13 @@ class InfluenceFunctionModel:
         """
         fitted = self._require_fit()
         test = as_source((x, y), "x, y")
-        executor = LocalExecutor()
-        fit = self._fit(fitted, executor, InfluenceMode.Up, test)
         plan = self._plan(fitted, test, test, InfluenceMode.Up)
         if isinstance(test, DaskSource):
             blocks = Blocks.of(test)
-            parts = lazy_factors(self._fit(fitted, self._executor(), InfluenceMode.Up, test), blocks, plan.batch, project=False)
+            fit = self._fit(fitted, self._executor(), fitted.problem)
+            parts = lazy_factors(fit, blocks, plan.batch, project=False)
             return lazy_rows(fit, parts, blocks.sizes, fitted.system.size)
+        fit = self._fit(fitted, LocalExecutor(), fitted.problem)
         factors = memory.factors_in_memory(fit, test, "x, y", plan.factor_rows, plan.batch, project=False)
         return _like(tasks.stored(factors), x, fitted.system.dtype)
 
@@ -337,7 +362,7 @@ class InfluenceFunctionModel:
             )
         if isinstance(train, DaskSource) or hasattr(factors, "dask"):
             return self._lazy_from_factors(fitted, factors, train, mode)
-        fit = self._fit(fitted, LocalExecutor(), mode, train)
+        fit = self._fit(fitted, LocalExecutor(), self._problem(fitted, mode, train))
         rows = torch.as_tensor(factors).detach().cpu().to(fitted.system.dtype)
         if not torch.isfinite(rows).all():
             raise DataError("factors hold NaN or inf; compute them again")
@@ -350,7 +375,7 @@ class InfluenceFunctionModel:
     # -- to a store -------------------------------------------------------------------
     def influences_to_zarr(
         self,
-        store: str | PathLike[str],
+        store: str | PathLike[str] | Location,
         test: Any,
         train: Any,
         *,
@@ -417,9 +442,18 @@ class InfluenceFunctionModel:
         executor = self._executor()
         project = self._projects() and held is None
         plan = self._plan(
-            fitted, test_source, train_source, mode, tile_bytes=tile_bytes, memory_limit=memory_limit, project=project
+            fitted,
+            test_source,
+            train_source,
+            mode,
+            tile_bytes=tile_bytes,
+            memory_limit=memory_limit,
+            project=project,
         ).validate(memory_limit or executor.memory_limit)
-        ids = {"test": _ids(test_ids, test_source, "test_ids"), "train": _ids(train_ids, train_source, "train_ids")}
+        ids = {
+            "test": _ids(test_ids, test_source, "test_ids"),
+            "train": _ids(train_ids, train_source, "train_ids"),
+        }
         if held is not None:
             held.check(self._identity(fitted))
             if test_ids is None:
@@ -439,26 +473,26 @@ class InfluenceFunctionModel:
         )
         names = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
         templates = score_templates(plan, self._score_dtype(fitted), names)
-        fit = self._fit(fitted, executor.at(output.artifacts), mode, train_source)
-        write_scores(
-            executor.at(output.artifacts),
-            fit,
-            test_source,
-            train_source,
-            output,
-            plan,
-            templates,
-            project=project,
-            perturbation=mode is InfluenceMode.Perturbation,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        problem = self._problem(fitted, mode, train_source)
+        plan, complete = output.prepare(plan, templates, resume=resume, overwrite=overwrite)
+        if not complete:
+            executor = executor.at(output.artifacts)
+            write_scores(
+                executor,
+                self._fit(fitted, executor, problem),
+                test_source,
+                train_source,
+                output,
+                plan,
+                project=project,
+                perturbation=mode is InfluenceMode.Perturbation,
+                progress=progress,
+            )
         return open_influences(location)
 
     def influence_factors_to_zarr(
         self,
-        store: str | PathLike[str],
+        store: str | PathLike[str] | Location,
         test: Any,
         *,
         test_ids: Any = None,
@@ -488,11 +522,11 @@ class InfluenceFunctionModel:
             ids,
         )
         templates = factor_templates(plan, self._score_dtype(fitted))
-        executor = executor.at(output.artifacts)
-        fit = self._fit(fitted, executor, InfluenceMode.Up, source)
-        write_factors(
-            executor, fit, source, output, plan, templates, resume=resume, overwrite=overwrite, progress=progress
-        )
+        plan, complete = output.prepare(plan, templates, resume=resume, overwrite=overwrite)
+        if not complete:
+            executor = executor.at(output.artifacts)
+            fit = self._fit(fitted, executor, fitted.problem)
+            write_factors(executor, fit, source, output, plan, progress)
         return open_influences(location)
 
     def plan(
@@ -569,7 +603,9 @@ class InfluenceFunctionModel:
         saved = persistence.load(location)
         record = saved.record
         if record["class"] != cls.__name__:
-            raise StoreError(f"{location.url} was saved by {record['class']}; load it with {record['class']}.load")
+            raise StoreError(
+                f"{location.url} was saved by {record['class']}; load it with {record['class']}.load"
+            )
         dtype: torch.dtype = getattr(torch, record["dtype"])
         loaded = cls(
             model,
@@ -610,10 +646,11 @@ class InfluenceFunctionModel:
     def _executor(self) -> Executor:
         if self.client is None:
             return LocalExecutor()
-        from dask_influence.execution.dask import DaskExecutor  # distributed takes a second to import
-
-        url = self.artifacts or dask.config.get("influence.artifacts.url", None)
-        return DaskExecutor(self.client, None if url is None else Location.of(url))
+        if self._cluster is None or self._cluster.client is not self.client:
+            url = self.artifacts or dask.config.get("influence.artifacts.url", None)
+            self._cluster = DaskExecutor(self.client, None if url is None else Location.of(url))
+        self._cluster.check()
+        return self._cluster
 
     def _threads(self, problem: Problem) -> int:
         """torch threads per task: one on a cluster and for small models, what the process owns otherwise.
@@ -649,22 +686,27 @@ class InfluenceFunctionModel:
     def _score_dtype(self, fitted: _Fitted) -> np.dtype[Any]:
         return tasks.stored(torch.empty(0, dtype=fitted.system.dtype)).dtype
 
-    def _fit(self, fitted: _Fitted, executor: Executor, mode: InfluenceMode, train: Source) -> Fit:
+    def _problem(self, fitted: _Fitted, mode: InfluenceMode, train: Source) -> Problem:
+        """The fitted problem, its input gradient checked on training data where the mode needs it."""
+        if mode is InfluenceMode.Up:
+            return fitted.problem
+        return with_mixed_form(fitted.problem, *self._sample(fitted.problem.objective, train))
+
+    def _fit(self, fitted: _Fitted, executor: Executor, problem: Problem) -> Fit:
         """The fit in the form that tasks of ``executor`` can carry."""
-        problem = fitted.problem
-        if mode is InfluenceMode.Perturbation:
-            problem = with_mixed_form(problem, *self._sample(problem.objective, train))
         return Fit(
             executor.model(problem, self.device),
             fitted.inverse,
-            executor.inverse(fitted.inverse),
+            executor.inverse(fitted.inverse, fitted.digest),
             fitted.system,
             fitted.passes,
             self.certify,
             self._threads(problem),
         )
 
-    def _work(self, fitted: _Fitted, tests: int, train: Source, mode: InfluenceMode, *, rank: int | None) -> Work:
+    def _work(
+        self, fitted: _Fitted, tests: int, train: Source, mode: InfluenceMode, *, rank: int | None
+    ) -> Work:
         features = _features(train) if mode is InfluenceMode.Perturbation else ()
         return Work(
             tests=tests,
@@ -678,7 +720,14 @@ class InfluenceFunctionModel:
         )
 
     def _plan(
-        self, fitted: _Fitted, test: Any, train: Source, mode: InfluenceMode, *, project: bool | None = None, **limits: Any
+        self,
+        fitted: _Fitted,
+        test: Any,
+        train: Source,
+        mode: InfluenceMode,
+        *,
+        project: bool | None = None,
+        **limits: Any,
     ) -> Plan:
         project = self._projects() if project is None else project
         rank = self.configuration.own_directions if project else None
@@ -686,14 +735,19 @@ class InfluenceFunctionModel:
 
     def _through_store(self, test: Source, train: Source, mode: InfluenceMode) -> np.ndarray[Any, Any]:
         """In-memory answer of a cluster: a run into its artifacts, read back and deleted."""
-        location = self._executor().location.child(f"scores-{secrets.token_hex(8)}")
+        scratch = self._executor().location
+        assert scratch is not None
+        location = scratch.child(f"scores-{secrets.token_hex(8)}")
         try:
             return np.asarray(self.influences_to_zarr(location, test, train, mode=mode)["influence"])
         finally:
             location.delete()
 
     def _lazy_influences(self, fitted: _Fitted, test: Source, train: Source, mode: InfluenceMode) -> Any:
-        fit, project = self._fit(fitted, self._executor(), mode, train), self._projects()
+        fit, project = (
+            self._fit(fitted, self._executor(), self._problem(fitted, mode, train)),
+            self._projects(),
+        )
         plan = self._plan(fitted, test, train, mode)
         blocks = Blocks.of(test)
         factors = lazy_factors(fit, blocks, plan.batch, project=project)
@@ -709,7 +763,7 @@ class InfluenceFunctionModel:
         )
 
     def _lazy_from_factors(self, fitted: _Fitted, factors: Any, train: Source, mode: InfluenceMode) -> Any:
-        fit = self._fit(fitted, self._executor(), mode, train)
+        fit = self._fit(fitted, self._executor(), self._problem(fitted, mode, train))
         work = self._work(fitted, len(factors), train, mode, rank=None)
         parts, sizes = row_blocks(factors)
         return lazy_scores(

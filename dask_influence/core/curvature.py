@@ -39,7 +39,9 @@ def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor],
     count = leading_size(y)
     block = problem.block_of_vectors(count, VECTOR_BUDGET)
     products = [
-        PRODUCTS[curvature](problem, x, y, part.to(objective.device, objective.dtype)).to("cpu", torch.float64)
+        PRODUCTS[curvature](problem, x, y, part.to(objective.device, objective.dtype)).to(
+            "cpu", torch.float64
+        )
         for part in vectors.split(block)
     ]
     return Moments({"products": torch.cat(products)}, count)

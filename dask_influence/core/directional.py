@@ -77,4 +77,3 @@ def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget
         rows = gradients(problem, sliced(x, part), sliced(y, part))
         torch.matmul(rows, directions.mT, out=result[part])
     return result
-

@@ -7,6 +7,7 @@ that joins late or loses its memory loads the artifact again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import threading
@@ -86,8 +87,11 @@ class Artifacts:
         self.location = location
         self.riding = riding
 
-    def publish(self, tensors: dict[str, Tensor]) -> Artifact:
-        """Write once (equal content is found again by its digest) and return the reference."""
+    def publish(self, tensors: dict[str, Tensor], digest: str | None = None) -> Artifact:
+        """Write once (equal content is found again by its digest) and return the reference.
+
+        A caller that knows a ``digest`` of the content spares this process making another.
+        """
         tensors = {name: value.detach().to("cpu") for name, value in tensors.items()}
         nbytes = sum(value.nbytes for value in tensors.values())
         if self.riding and nbytes > RIDING_BYTES:
@@ -97,18 +101,23 @@ class Artifacts:
             )
         if self.location is None and not self.riding:
             return Artifact(digest=f"held-{next(_SERIAL)}", nbytes=nbytes, tensors=tensors)
+        if digest is not None and self.location is not None:
+            artifact = Artifact(digest, nbytes, self.location)
+            if self.location.exists(artifact.key):
+                return artifact
         data = safetensors.torch.save({name: owned(value) for name, value in tensors.items()})
-        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        artifact = Artifact(
+            digest or hashlib.blake2b(data, digest_size=16).hexdigest(), nbytes, self.location
+        )
         if self.location is None:
-            return Artifact(digest, nbytes, inline=data)
-        artifact = Artifact(digest, nbytes, self.location)
+            return dataclasses.replace(artifact, inline=data)
         if not self.location.exists(artifact.key):
             self.location.put(artifact.key, data)
         return artifact
 
 
 def owned(tensor: Tensor) -> Tensor:
-    # safetensors refuses views and tensors that share storage
+    """``tensor`` in memory of its own: safetensors refuses views and tensors that share storage."""
     dense = tensor.contiguous()
     return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
 
@@ -135,4 +144,3 @@ class _Cache:
 
 
 _CACHE = _Cache(CACHE_BYTES)
-

@@ -40,6 +40,9 @@ class Solver(Protocol):
 class Executor(ABC):
     """Runs the functions of ``execution.tasks``; what they compute does not depend on it."""
 
+    location: Location | None = None
+    """Where it publishes; None is this process."""
+
     @property
     def memory_limit(self) -> int | None:
         """Bytes that one task may hold, where that is known."""
@@ -62,8 +65,8 @@ class Executor(ABC):
         """Make a model available to every task."""
 
     @abstractmethod
-    def inverse(self, inverse: Inverse) -> Solver:
-        """Make an inverse curvature available to every task."""
+    def inverse(self, inverse: Inverse, digest: str) -> Solver:
+        """Make an inverse curvature, of that digest, available to every task."""
 
     @abstractmethod
     def reachable(self, source: Source, chunk_size: int) -> Source:

@@ -52,9 +52,13 @@ class DaskExecutor(Executor):
 
     def __init__(self, client: Client, location: Location | None = None) -> None:
         self.client = client
-        self._check_workers()
-        self.location = location if location is not None else self._temporary_folder()
+        self._checked: frozenset[str] = frozenset()
+        self.check()
+        self.location: Location = location if location is not None else self._temporary_folder()
         self._artifacts = Artifacts(self.location)
+        # Staged data stay where the fit put them, whatever store a run publishes to; and the
+        # executor that owns a temporary folder lives as long as any that uses it.
+        self._home = self
 
     @property
     def memory_limit(self) -> int | None:
@@ -71,6 +75,7 @@ class DaskExecutor(Executor):
         """The same cluster, with artifacts in another place."""
         other = DaskExecutor.__new__(DaskExecutor)
         other.client, other.location, other._artifacts = self.client, location, Artifacts(location)
+        other._home = self._home
         return other
 
     def publish(self, tensors: dict[str, Tensor]) -> Artifact:
@@ -85,16 +90,16 @@ class DaskExecutor(Executor):
         """Publish the model's tensors."""
         return ShippedModel.of(problem, device, self._artifacts)
 
-    def inverse(self, inverse: Inverse) -> ShippedInverse:
+    def inverse(self, inverse: Inverse, digest: str) -> ShippedInverse:
         """Publish the inverse's tensors."""
-        return ShippedInverse.of(inverse, self._artifacts)
+        return ShippedInverse.of(inverse, self._artifacts, digest)
 
     def reachable(self, source: Source, chunk_size: int) -> Source:
         """Stage what only this process can read."""
         if source.portable:
             return source
         with self.client.as_current():
-            return stage(source, self.location.child("data"), chunk_size)
+            return stage(source, self._home.location.child("data"), chunk_size)
 
     def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
         """Σ function(*call): partial sums meet on the workers, the total comes through the store."""
@@ -138,7 +143,9 @@ class DaskExecutor(Executor):
             ) from error
         except (OSError, TimeoutError) as error:
             if self.client.status not in ("running", "connecting"):
-                raise ClusterError(f"the scheduler at {self.client} is gone ({error}); start it and call again") from error
+                raise ClusterError(
+                    f"the scheduler at {self.client} is gone ({error}); start it and call again"
+                ) from error
             raise
 
     def _window(self) -> int:
@@ -146,7 +153,8 @@ class DaskExecutor(Executor):
         return WINDOW * max(1, sum(threads.values()))
 
     # -- checks before anything runs --------------------------------------------------
-    def _check_workers(self) -> None:
+    def check(self) -> None:
+        """Refuse a cluster that cannot run the job: gone, empty, or with other versions."""
         if self.client.asynchronous:
             raise ConfigurationError("client is asynchronous; pass a synchronous distributed.Client")
         if self.client.status != "running":
@@ -155,21 +163,26 @@ class DaskExecutor(Executor):
             self.client.wait_for_workers(1, timeout=30)
         except TimeoutError as error:
             raise ClusterError("the cluster has no workers after 30 s; start at least one") from error
+        workers = frozenset(self.client.nthreads())
+        if workers <= self._checked:
+            return
         mine = versions()
         for address, theirs in self._run(versions).items():
-            for package, version in mine.items():
-                if theirs.get(package) != version:
+            for package, wanted in mine.items():
+                if theirs.get(package) != wanted:
                     raise ClusterError(
-                        f"worker {address} has {package} {theirs.get(package)} and this process has {version}; "
+                        f"worker {address} has {package} {theirs.get(package)} and this process has {wanted}; "
                         "install the same version on both"
                     )
+        self._checked = workers
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         try:
-            return self.client.run(function, *arguments)  # type: ignore[no-any-return]
+            return self.client.run(function, *arguments)
         except ModuleNotFoundError as error:
             raise ClusterError(
-                f"a worker cannot import {error.name!r}; install dask_influence {version('dask_influence')} on all workers"
+                f"a worker cannot import {error.name!r}; install dask_influence "
+                f"{version('dask_influence')} on all workers"
             ) from error
 
     def _temporary_folder(self) -> Location:

@@ -80,4 +80,3 @@ def iterated_factors(
     if residual is None:
         residual = torch.full((len(wide),), torch.nan, dtype=torch.float64)
     return tasks.Factors(factors.to(gradients.dtype), residual.numpy())
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import dask.array as da
@@ -50,7 +51,9 @@ class Blocks:
         sizes = leaves[0].chunks[0]
         columns = [leaf.to_delayed().reshape(len(sizes), -1)[:, 0] for leaf in leaves]
         gather = delayed(_gather, pure=False)
-        return cls([gather(structure, *parts) for parts in zip(*columns, strict=True)], tuple(map(int, sizes)))
+        return cls(
+            [gather(structure, *parts) for parts in zip(*columns, strict=True)], tuple(map(int, sizes))
+        )
 
     @property
     def starts(self) -> list[int]:
@@ -91,7 +94,7 @@ def lazy_scores(
         scores = strip(shared, solver, gathered, block, start, batch, perturbation)
         tiles = [
             da.from_delayed(tile(scores, low, high), (high - low, count, *features), fit.score_dtype)
-            for low, high in zip(offsets[:-1], offsets[1:], strict=True)
+            for low, high in pairwise(offsets)
         ]
         columns.append(da.concatenate(tiles, axis=0))
     return da.concatenate(columns, axis=1)
@@ -132,14 +135,18 @@ def _gather(structure: Any, *leaves: np.ndarray) -> Any:
     return optree.tree_unflatten(structure, [np.asarray(leaf) for leaf in leaves])
 
 
-def _factors(shared: _Shared, solver: Fit | Solver, block: Any, start: int, batch: int, project: bool) -> torch.Tensor:
+def _factors(
+    shared: _Shared, solver: Fit | Solver, block: Any, start: int, batch: int, project: bool
+) -> torch.Tensor:
     job, count = shared.job(block, "test"), leading_size(block[1])
     if isinstance(solver, Fit):
         with tasks.torch_threads(shared.threads):
             gradients = tasks.query_gradients(job, 0, count, batch)
             assert solver.passes is not None
-            return iterated_factors(solver.inverse, solver.system, solver.passes, gradients, certify=False).rows
-    return tasks.closed_factors(job, solver, 0, count, batch, project).rows
+            return iterated_factors(
+                solver.inverse, solver.system, solver.passes, gradients, certify=False
+            ).rows
+    return tasks.closed_factors(job, solver, 0, count, batch, project=project, certify=False).rows
 
 
 def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:

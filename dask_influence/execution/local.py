@@ -39,7 +39,7 @@ class LocalExecutor(Executor):
         """The problem itself."""
         return Held(problem)
 
-    def inverse(self, inverse: Inverse) -> Held:
+    def inverse(self, inverse: Inverse, digest: str) -> Held:
         """The inverse itself."""
         return Held(inverse)
 

@@ -12,7 +12,9 @@ from dask_influence.execution.run import Fit
 from dask_influence.storage.sources import Source
 
 
-def factors_in_memory(fit: Fit, source: Source, argument: str, rows: int, batch: int, *, project: bool) -> torch.Tensor:
+def factors_in_memory(
+    fit: Fit, source: Source, argument: str, rows: int, batch: int, *, project: bool
+) -> torch.Tensor:
     """Factors (N, P), or coefficients (N, R) where ``project``, ``rows`` test points at a time."""
     job = tasks.Job(fit.model, source, argument, fit.threads)
     parts = []
@@ -24,12 +26,21 @@ def factors_in_memory(fit: Fit, source: Source, argument: str, rows: int, batch:
                 gradients = tasks.query_gradients(job, low, high, batch)
             parts.append(iterated_factors(fit.inverse, fit.system, fit.passes, gradients, certify=False).rows)
         else:
-            parts.append(tasks.closed_factors(job, fit.solver, low, high, batch, project).rows)
+            parts.append(
+                tasks.closed_factors(job, fit.solver, low, high, batch, project=project, certify=False).rows
+            )
     return torch.cat(parts)
 
 
 def scores_in_memory(
-    fit: Fit, factors: torch.Tensor, source: Source, argument: str, plan: Plan, *, project: bool, perturbation: bool
+    fit: Fit,
+    factors: torch.Tensor,
+    source: Source,
+    argument: str,
+    plan: Plan,
+    *,
+    project: bool,
+    perturbation: bool,
 ) -> np.ndarray:
     """Scores (N, M, *features), strip by strip."""
     job = tasks.Job(fit.model, source, argument, fit.threads)

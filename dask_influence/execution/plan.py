@@ -200,8 +200,11 @@ class Plan:
     def seconds(self) -> float:
         """Rough time on one core."""
         work = self.work
-        columns = self.passes * work.trains * work.parameters * (
-            _NS_PER_PARAMETER + _NS_PER_DIRECTION * self.directions * (1 if work.width == 1 else 3)
+        columns = (
+            self.passes
+            * work.trains
+            * work.parameters
+            * (_NS_PER_PARAMETER + _NS_PER_DIRECTION * self.directions * (1 if work.width == 1 else 3))
         )
         scores = work.tests * work.trains * work.width * _NS_PER_SCORE_DIRECTION * self.directions
         return 1e-9 * (columns + scores + _NS_PER_BYTE_WRITTEN * self.output_bytes)
@@ -250,9 +253,18 @@ class Plan:
         shape = (work.tests, work.trains, *work.features)
         rows = [
             ("scores", " × ".join(f"{n:,}" for n in shape) + f", {format_bytes(self.output_bytes)}"),
-            ("tiles", f"{self.tiles:,} of {self.tile[0]:,} × {self.tile[1]:,}, {format_bytes(self.tile_bytes)} each"),
-            ("strips (tasks)", f"{self.strips:,} of {min(self.strip_columns, work.trains):,} training samples"),
-            ("factor tasks", f"{len(self.factor_chunks):,} of {min(self.factor_rows, work.tests):,} test points"),
+            (
+                "tiles",
+                f"{self.tiles:,} of {self.tile[0]:,} × {self.tile[1]:,}, {format_bytes(self.tile_bytes)} each",
+            ),
+            (
+                "strips (tasks)",
+                f"{self.strips:,} of {min(self.strip_columns, work.trains):,} training samples",
+            ),
+            (
+                "factor tasks",
+                f"{len(self.factor_chunks):,} of {min(self.factor_rows, work.tests):,} test points",
+            ),
             ("directions", f"{self.directions:,} of P = {work.parameters:,}"),
             ("passes over training data", f"{self.passes:,}"),
             ("peak bytes per task", format_bytes(max(self.peak_bytes, self.factor_bytes))),
@@ -300,7 +312,9 @@ def arrange(work: Work, *, tile_bytes: int | None = None, memory_limit: int | No
     factor_share = min(DIRECTION_BYTES, share)
     factor_rows = min(work.tests, max(1, factor_share // (work.parameters * (2 * work.itemsize + 24))))
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
-    return Plan(work, query_rows, tile, _strip_columns(plan), plan.batch, _spread(plan.factor_rows, work.tests))
+    return Plan(
+        work, query_rows, tile, _strip_columns(plan), plan.batch, _spread(plan.factor_rows, work.tests)
+    )
 
 
 def _batch(work: Work) -> int:

@@ -28,7 +28,6 @@ from dask_influence.storage.results import ArrayTemplate, create, finish, open_i
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
 
-
 FACTORS = "factors-"
 """Prefix of the ledger entries of factor tasks."""
 
@@ -161,7 +160,9 @@ class Output:
         self.ledger.write_run({**run, "state": "complete"})
 
 
-def score_templates(plan: Plan, dtype: np.dtype[Any], feature_names: tuple[str, ...]) -> dict[str, ArrayTemplate]:
+def score_templates(
+    plan: Plan, dtype: np.dtype[Any], feature_names: tuple[str, ...]
+) -> dict[str, ArrayTemplate]:
     """Arrays of a store of scores."""
     work = plan.work
     return {
@@ -214,7 +215,9 @@ def solve_factors(
     known = output.ledger.entries(FACTORS)
     missing = [index for index in range(len(chunks)) if _factor_name(index) not in known]
     job = executor.seal(tasks.Job(fit.model, executor.reachable(source, chunks.size), "test", fit.threads))
-    calls = [(job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing]
+    calls = [
+        (job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing
+    ]
     if fit.needs_rounds:
         solved = _by_rounds(executor, fit, calls, output.artifacts)
     else:
@@ -277,6 +280,7 @@ def score_strips(
         finished += 1
         progress("strips", finished, total)
 
+
 def write_scores(
     executor: Executor,
     fit: Fit,
@@ -284,18 +288,12 @@ def write_scores(
     train: Source,
     output: Output,
     plan: Plan,
-    templates: Mapping[str, ArrayTemplate],
     *,
     project: bool,
     perturbation: bool,
-    resume: bool,
-    overwrite: bool,
     progress: bool | Report | None,
 ) -> None:
-    """The whole run: store, factors, strips, metadata; what the ledger lists is not done again."""
-    plan, complete = output.prepare(plan, templates, resume=resume, overwrite=overwrite)
-    if complete:
-        return
+    """Factors, strips and metadata into a prepared store; what the ledger lists is not done again."""
     with reporting(progress) as report:
         if isinstance(test, StoredFactors):
             factors = import_factors(test, output, plan.factor_chunks)
@@ -311,16 +309,9 @@ def write_factors(
     test: Source,
     output: Output,
     plan: Plan,
-    templates: Mapping[str, ArrayTemplate],
-    *,
-    resume: bool,
-    overwrite: bool,
     progress: bool | Report | None,
 ) -> None:
     """Factors of all test points as an array, one tile for each factor task."""
-    plan, complete = output.prepare(plan, templates, resume=resume, overwrite=overwrite)
-    if complete:
-        return
     with reporting(progress) as report:
         factors = solve_factors(executor, fit, test, output, plan, False, report)
         for rows, artifact in zip(plan.factor_chunks, factors, strict=True):
@@ -352,7 +343,9 @@ class StoredFactors:
         if run is None or run["fingerprint"].get("kind") != "factors":
             return None
         if run["state"] != "complete":
-            raise StoreError(f"{location.url} holds factors of a run that is {run['state']}; call influence_factors_to_zarr again")
+            raise StoreError(
+                f"{location.url} holds factors of a run that is {run['state']}; call influence_factors_to_zarr again"
+            )
         return cls(location, run["fingerprint"], np.asarray(open_influences(location)["test"]))
 
     def __len__(self) -> int:
@@ -364,7 +357,9 @@ class StoredFactors:
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Refuse factors of another model, estimator or λ."""
-        differing = compare_fingerprints({name: self.fingerprint.get(name) for name in identity}, dict(identity))
+        differing = compare_fingerprints(
+            {name: self.fingerprint.get(name) for name in identity}, dict(identity)
+        )
         if differing:
             raise StoreMismatchError(
                 f"{self.location.url} holds factors of another fit: {'; '.join(differing)}. "

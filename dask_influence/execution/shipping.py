@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dask_influence.core.forms import Forms
 from dask_influence.core.estimators import INVERSES, Inverse
+from dask_influence.core.forms import Forms
 from dask_influence.core.objective import Objective
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
@@ -93,7 +93,8 @@ class ShippedModel:
     def problem(self) -> Problem:
         """The problem, one private copy of the module per process."""
         key = hashlib.blake2b(
-            self.skeleton + repr((self.tensors.digest, self.names, self.forms, self.device)).encode(), digest_size=16
+            self.skeleton + repr((self.tensors.digest, self.names, self.forms, self.device)).encode(),
+            digest_size=16,
         ).hexdigest()
         return _OPENED.get(key, self._build)
 
@@ -112,10 +113,10 @@ class ShippedInverse:
     tensors: Artifact
 
     @classmethod
-    def of(cls, inverse: Inverse, artifacts: Artifacts) -> ShippedInverse:
-        """Publish the tensors of ``inverse``."""
+    def of(cls, inverse: Inverse, artifacts: Artifacts, digest: str | None = None) -> ShippedInverse:
+        """Publish the tensors of ``inverse``, under its ``digest`` where that is known."""
         tensors, values = inverse.state()
-        return cls(inverse.kind, values, artifacts.publish(tensors))
+        return cls(inverse.kind, values, artifacts.publish(tensors, digest))
 
     def inverse(self) -> Inverse:
         """The inverse; its tensors are those of the process's artifact cache."""
@@ -159,7 +160,9 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ConfigurationError(f'device={device!r} is not a torch device; use "auto", "cpu" or "cuda"') from error
+        raise ConfigurationError(
+            f'device={device!r} is not a torch device; use "auto", "cpu" or "cuda"'
+        ) from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(f'device={device!r} is not available in this process; use "auto" or "cpu"')
     return resolved

@@ -27,9 +27,9 @@ from dask_influence.core.objective import Objective, Tree
 from dask_influence.core.problem import Problem
 from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.ledger import Ledger
 from dask_influence.execution.plan import Plan
-from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.storage.results import write_region
 from dask_influence.storage.sources import Source, check_finite
 from dask_influence.storage.stores import Location
@@ -120,14 +120,18 @@ def query_gradients(job: Job, start: int, stop: int, batch: int) -> Tensor:
     return gradients
 
 
-def closed_factors(job: Job, inverse: Solver, start: int, stop: int, batch: int, project: bool) -> Factors:
+def closed_factors(
+    job: Job, inverse: Solver, start: int, stop: int, batch: int, *, project: bool, certify: bool
+) -> Factors:
     """Factors of test points where the inverse needs no pass over the data."""
     with torch_threads(job.threads):
         solver = inverse.inverse()
         gradients = query_gradients(job, start, stop, batch)
         wide = gradients.to(torch.float64)
-        factors = without_rounds(solver.solve(wide))
-        residual = solver.residuals(wide, factors)
+        residual = None
+        if certify or not project:
+            factors = without_rounds(solver.solve(wide))
+            residual = solver.residuals(wide, factors) if certify else None
         rows = solver.coefficients(wide) if project else factors
     measured = torch.full((len(wide),), torch.nan, dtype=torch.float64) if residual is None else residual
     return Factors(rows.to(gradients.dtype), measured.numpy())
@@ -137,7 +141,7 @@ def factor_task(
     job: Sealed, start: int, stop: int, batch: int, location: Location, inverse: Solver, project: bool
 ) -> tuple[int, Artifact, list[float]]:
     """:func:`closed_factors`, published."""
-    factors = closed_factors(job.open(), inverse, start, stop, batch, project)
+    factors = closed_factors(job.open(), inverse, start, stop, batch, project=project, certify=True)
     artifact = Artifacts(location).publish({"rows": factors.rows})
     return start, artifact, factors.residual.tolist()
 
@@ -261,7 +265,9 @@ def score_strip(job: Sealed, scoring: Sealed, index: int) -> str:
         for columns in run.plan.columns(strip):
             derivatives = derivatives_of(opened, query, columns, run.plan.batch, run.perturbation)
             for rows in run.plan.rows(strip):
-                tile = tile_of(query, derivatives, slice(rows.start - strip.rows.start, rows.stop - strip.rows.start))
+                tile = tile_of(
+                    query, derivatives, slice(rows.start - strip.rows.start, rows.stop - strip.rows.start)
+                )
                 origin = (rows.start, columns.start, *([0] * (tile.ndim - 2)))
                 records += write_region(run.location, "influence", origin, tile)
     entry = {
@@ -297,4 +303,3 @@ def torch_threads(count: int) -> Iterator[None]:
             _THREADS_DEPTH -= 1
             if _THREADS_DEPTH == 0:
                 torch.set_num_threads(_THREADS_BEFORE)
-

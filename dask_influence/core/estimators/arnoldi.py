@@ -210,7 +210,7 @@ class Arnoldi(Estimator):
 
     def validate(self, system: System) -> None:
         """Rank, basis and tolerance against P and against each other."""
-        if not isinstance(self.rank, int) or not 1 <= self.rank < system.size:
+        if isinstance(self.rank, bool) or not 1 <= self.rank < system.size or self.rank != int(self.rank):
             raise ConfigurationError(
                 f"rank must be an integer from 1 to P − 1 = {system.size - 1} (the model has P = {system.size} "
                 f"parameters in θ); got {self.rank!r}"
@@ -266,7 +266,12 @@ class Arnoldi(Estimator):
                 ),
                 stacklevel=2,
             )
-        report = {"passes": passes, "block_size": block, "eigenpair_residual": worst, "krylov_dimension": limit}
+        report = {
+            "passes": passes,
+            "block_size": block,
+            "eigenpair_residual": worst,
+            "krylov_dimension": limit,
+        }
         vectors, images = basis.rotated(rotation[:, : self.rank])
         return LowRankInverse.checked(
             vectors, values[: self.rank], images, system.regularization, self.complement, report
@@ -327,7 +332,9 @@ class _Basis:
             orthonormal, triangle = torch.linalg.qr(rows.mT)
             vanished = triangle.diagonal().abs() < 1e-12
             if vanished.any():
-                random = torch.randn(int(vanished.sum()), rows.shape[1], generator=generator, dtype=torch.float64)
+                random = torch.randn(
+                    int(vanished.sum()), rows.shape[1], generator=generator, dtype=torch.float64
+                )
                 rows = orthonormal.mT.clone()
                 rows[vanished] = random / random.norm(dim=1, keepdim=True)
                 return self.orthonormalised(rows, generator)

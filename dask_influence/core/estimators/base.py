@@ -145,6 +145,7 @@ class Inverse(ABC):
         return {}
 
 
+@dataclass(frozen=True)
 class Estimator(ABC):
     """Configuration of one algorithm; a frozen dataclass of its own arguments."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
+import numpy as np
 import scipy.linalg.lapack
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
@@ -115,7 +116,9 @@ class DirectInverse(Inverse):
 
     def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
         """‖(H + λI) s − g‖ / ‖g‖, from H itself and not from its factorisation."""
-        return relative_residuals(factors @ self.matrix, self.regularization, gradients.to(torch.float64), factors)
+        return relative_residuals(
+            factors @ self.matrix, self.regularization, gradients.to(torch.float64), factors
+        )
 
     def with_regularization(self, regularization: float) -> DirectInverse:
         """Factorise the same H at another λ."""
@@ -158,7 +161,9 @@ class DirectInverse(Inverse):
         dense = self.matrix.numpy()
         start = torch.ones(size, dtype=torch.float64).numpy()
         solve = LinearOperator(
-            (size, size), matvec=lambda v: self._solve_rows(torch.from_numpy(v).reshape(1, -1))[0].numpy()
+            (size, size),
+            matvec=lambda v: self._solve_rows(torch.from_numpy(v).reshape(1, -1))[0].numpy(),
+            dtype=np.float64,
         )
         try:
             largest = eigsh(dense, k=1, which="LA", tol=1e-6, v0=start, return_eigenvectors=False)[0]
@@ -190,4 +195,3 @@ class Direct(Estimator):
         function = partial(matrix_sums, curvature=system.curvature)
         moments = yield Round(function, result_bytes=8 * system.size**2)
         return DirectInverse(moments.mean("matrix"), system.regularization, torch.finfo(system.dtype).eps)
-
