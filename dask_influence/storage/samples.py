@@ -243,7 +243,11 @@ def as_numpy(value: Any, name: str, argument: str) -> np.ndarray[Any, Any]:
             ) from error
     if not isinstance(value, np.ndarray | np.generic) and not callable(getattr(value, "__array__", None)):
         raise DataError(f"{argument}: {name} must be an array; got {type(value).__name__}")
-    array = np.asarray(value)
+    return native(np.asarray(value))
+
+
+def native(array: Any) -> Any:
+    """A numpy or dask array in the byte order of this machine, which is the only one torch takes."""
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
@@ -265,10 +269,11 @@ def spec_of(pair: Pair, argument: str) -> tuple[int, Pair]:
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise DataError(f"{argument}: x and y must have the same number of samples; {found}")
-    spec = optree.tree_map(
-        lambda leaf: ArraySpec(tuple(map(int, leaf.shape[1:])), np.dtype(leaf.dtype)), pair
-    )
-    return next(iter(lengths.values())), spec
+    return next(iter(lengths.values())), optree.tree_map(_spec_of_leaf, pair)
+
+
+def _spec_of_leaf(leaf: Any) -> ArraySpec:
+    return ArraySpec(tuple(map(int, leaf.shape[1:])), np.dtype(leaf.dtype).newbyteorder("="))
 
 
 def _check_leaf(leaf: Any, name: str, argument: str) -> None:

@@ -36,6 +36,7 @@ from dask_influence.storage.samples import (
     check_finite,
     digest_block,
     leaf_name,
+    native,
     regular_size,
     spec_of,
 )
@@ -296,7 +297,7 @@ def _known(leaf: Any, name: str, argument: str) -> Any:
         raise DataError(
             f"{argument}: {name} has chunks of unknown size; call {name}.compute_chunk_sizes() first"
         )
-    return leaf
+    return native(leaf)
 
 
 def _aligned(pair: Pair, argument: str) -> Pair:

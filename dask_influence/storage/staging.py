@@ -17,7 +17,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from dask_influence.errors import CorruptStoreError, DataError, StoreError
-from dask_influence.storage.samples import ArraySpec, Pair, Source, Tree, leaf_name, spec_of
+from dask_influence.storage.samples import ArraySpec, Pair, Source, Tree, leaf_name, native, spec_of
 from dask_influence.storage.stores import Location, store_errors
 
 STAGED_SHARD = 16 * 2**20
@@ -74,7 +74,7 @@ class ZarrSource(Source):
                 group = _open_group(self.location, self.argument)
                 self._arrays = optree.tree_map(lambda name: group[name], self._names)
             try:
-                return optree.tree_map(lambda array: _native(array[start:stop]), self._arrays)
+                return optree.tree_map(lambda array: native(np.asarray(array[start:stop])), self._arrays)
             except (ValueError, RuntimeError) as error:
                 raise CorruptStoreError(
                     f"{self.argument}: samples {start} to {stop} of {self.location.url} cannot be decoded: "
@@ -162,6 +162,8 @@ def _created(group: zarr.Group, name: str, tree: Tree, length: int, rows: int, i
                 chunks=chunk,
                 shards=None if in_shard == 1 else shard,
                 dtype=tree.dtype,
+                fill_value=_improbable(tree.dtype),
+                config={"write_empty_chunks": True},
                 compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
             )
         except ContainsArrayError:
@@ -171,6 +173,13 @@ def _created(group: zarr.Group, name: str, tree: Tree, length: int, rows: int, i
     if isinstance(tree, tuple):
         return tuple(_created(below, str(i), value, length, rows, in_shard) for i, value in enumerate(tree))
     return {key: _created(below, key, value, length, rows, in_shard) for key, value in tree.items()}
+
+
+def _improbable(dtype: np.dtype[Any]) -> Any:
+    """What a chunk that went missing reads as: refused as data where the dtype allows it, not taken for 0."""
+    if dtype.kind == "f":
+        return np.nan
+    return {"i": np.iinfo(dtype).min, "u": np.iinfo(dtype).max}[dtype.kind] if dtype.kind in "iu" else False
 
 
 def _check_names(source: Source) -> None:
@@ -202,8 +211,3 @@ def _tree_of(node: zarr.Array[Any] | zarr.Group, argument: str) -> Tree:
     if node.attrs.get(_CONTAINER, "tuple" if positions == set(names) else "mapping") == "tuple":
         return tuple(_tree_of(node[str(i)], argument) for i in range(len(names)))
     return {name: _tree_of(node[name], argument) for name in names}
-
-
-def _native(array: Any) -> np.ndarray[Any, Any]:
-    held = np.asarray(array)
-    return held if held.dtype.isnative else held.astype(held.dtype.newbyteorder("="))
