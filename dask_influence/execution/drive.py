@@ -43,18 +43,22 @@ class Passes:
     chunks: Chunks
 
     def __call__(self, request: Round) -> Moments:
-        """Sum ``request.function`` over all chunks, in an order that depends on the chunks alone."""
+        """Sum ``request.function`` over the chunks, in an order that depends on the chunks alone."""
         operand = self.executor.publish(request.operand)
-        groups = self._groups(request.result_bytes)
+        groups = self._groups(self._pieces(request.samples), request.result_bytes)
         return self.executor.reduce(
             tasks.sum_group, [(self.job, request.function, operand, group) for group in groups]
         )
 
-    def _groups(self, result_bytes: int) -> Iterator[Sequence[range]]:
+    def _pieces(self, samples: Sequence[range] | None) -> list[range]:
+        if samples is None:
+            return list(self.chunks)
+        return [piece for run in samples for piece in self.chunks.within(run.start, run.stop)]
+
+    def _groups(self, pieces: list[range], result_bytes: int) -> Iterator[Sequence[range]]:
         most = min(MOST_GROUPS, max(4, SUMS_IN_FLIGHT // max(1, result_bytes)))
-        per_group = -(-len(self.chunks) // most)
-        chunks = list(self.chunks)
-        return (chunks[low : low + per_group] for low in range(0, len(chunks), per_group))
+        per_group = -(-len(pieces) // most)
+        return (pieces[low : low + per_group] for low in range(0, len(pieces), per_group))
 
 
 def drive(computation: Generator[Round, Moments, Any], answer: Callable[[Round], Moments]) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -43,11 +43,15 @@ class Round:
         What every chunk needs beside its samples; published once, CPU tensors.
     result_bytes : int
         Size of the sums of one chunk, so that an executor can bound what is in flight.
+    samples : tuple of range, optional
+        Sum over these runs of samples only; None stands for all. The estimator draws them,
+        so that a sampled round is the same whoever sums it and however the data are cut.
     """
 
     function: ChunkFunction
     operand: dict[str, Tensor] = field(default_factory=dict)
     result_bytes: int = 0
+    samples: tuple[range, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,20 @@ class System:
         """The pass that multiplies (B, P) vectors by the curvature: ``"products"`` (B, P)."""
         function = partial(product_sums, curvature=self.curvature)
         return Round(function, {"vectors": vectors}, result_bytes=8 * vectors.numel())
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for :meth:`from_json`: an inverse that asks for rounds later has to keep its system."""
+        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> System:
+        """Inverse of :meth:`to_json`."""
+        own = {
+            "names": tuple(values["names"]),
+            "shapes": tuple(tuple(shape) for shape in values["shapes"]),
+            "dtype": getattr(torch, values["dtype"]),
+        }
+        return cls(**{**values, **own})
 
 
 Rounds = Generator[Round, Moments, Any]
