@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import math
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import xarray as xr
 import zarr
@@ -114,13 +114,16 @@ class ShardRecord:
     checksum: str
 
 
-def checksum(data: bytes | np.ndarray[Any, Any]) -> str:
-    """CRC-32C of stored bytes, with the algorithm's name.
+def checksum(data: bytes | memoryview) -> str:
+    """CRC-32 (the polynomial of zip files) of stored bytes, with the algorithm's name.
+
+    Not CRC-32C: a chunk ends with its own CRC-32C, and that of data followed by their CRC is
+    one and the same number for all data.
 
     >>> checksum(b"123456789")
-    'crc32c:e3069283'
+    'crc32:cbf43926'
     """
-    return f"crc32c:{google_crc32c.value(data):08x}"
+    return f"crc32:{zlib.crc32(data):08x}"
 
 
 def check_record(location: Location, record: ShardRecord) -> None:
@@ -275,8 +278,7 @@ class _Recorder(WrapperStore[Store]):
 
     async def set(self, key: str, value: Buffer) -> None:
         await self._store.set(key, value)
-        data = value.as_numpy_array().view()
-        data.flags.writeable = False  # what google_crc32c asks for
+        data = value.as_numpy_array().data
         self.records.append(ShardRecord(key, data.nbytes, checksum(data)))
 
 
@@ -340,7 +342,12 @@ def _tiles_covered(
         raise ValueError(f"{array} has {len(shape)} axes; got start {start} and a block of {block.shape}")
     for first, size, extent, step in zip(start, block.shape, shape, tile, strict=True):
         stop = first + size
-        if size < 1 or first % step or not (stop == extent or (stop % step == 0 and stop < extent)):
+        if (
+            size < 1
+            or first < 0
+            or first % step
+            or not (stop == extent or (stop % step == 0 and stop < extent))
+        ):
             raise ValueError(
                 f"a block of {block.shape} at {start} cuts the tiles of {array}: shape {shape}, tile {tile}"
             )

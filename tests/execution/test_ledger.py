@@ -1,0 +1,125 @@
+"""The ledger: what is recorded comes back, what is torn is named, what differs is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dask_influence.errors import CorruptStoreError, StoreError
+from dask_influence.execution.ledger import Ledger, compare_fingerprints
+from dask_influence.storage.stores import Location
+
+
+@pytest.fixture(params=["file", "memory"])
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
+    url = str(tmp_path / "run") if request.param == "file" else f"memory://ledger{tmp_path}"
+    return Ledger(Location.of(url))
+
+
+def test_run_record(ledger: Ledger) -> None:
+    assert ledger.read_run() is None
+    ledger.write_run({"state": "running", "plan": {"tile": (3, 4)}})
+    ledger.write_run({"state": "complete"})
+    assert ledger.read_run() == {"state": "complete"}
+    assert ledger.location.list() == ["_run/run.json"]
+
+
+def test_entries(ledger: Ledger) -> None:
+    assert ledger.entries() == {}
+    assert ledger.done() == set()
+    written = {f"strip-{i:06d}": {"seconds": i / 7, "shards": [["k", i]]} for i in range(41)}
+    for name, entry in written.items():
+        ledger.record(name, entry)
+    ledger.record("factors-0", {"digest": "a"})
+    assert ledger.entries("strip-") == written
+    assert ledger.entries() == {**written, "factors-0": {"digest": "a"}}
+    assert ledger.done() == {*written, "factors-0"}
+
+
+def test_failures_are_not_done_until_they_are(ledger: Ledger) -> None:
+    ledger.record("a", {"error": "KilledWorker"})
+    ledger.record("b", {"seconds": 1})
+    assert ledger.done() == {"b"}
+    ledger.record("a", {"seconds": 2})
+    assert ledger.done() == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", ["", "a/b"])
+def test_names_that_are_refused(ledger: Ledger, name: str) -> None:
+    with pytest.raises(ValueError, match="slash"):
+        ledger.record(name, {})
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff"])
+def test_torn_records_are_named(ledger: Ledger, data: bytes) -> None:
+    ledger.record("fine", {})
+    ledger.location.put("_run/ledger/torn.json", data)
+    with pytest.raises(CorruptStoreError, match=r"_run/ledger/torn\.json.*delete it and run"):
+        ledger.entries()
+    ledger.location.put("_run/run.json", data)
+    with pytest.raises(CorruptStoreError, match=r"_run/run\.json"):
+        ledger.read_run()
+
+
+def test_other_files_beside_entries_are_left_alone(ledger: Ledger) -> None:
+    ledger.record("a", {})
+    ledger.location.put("_run/ledger/.DS_Store", b"")
+    assert list(ledger.entries()) == ["a"]
+
+
+def test_a_store_that_cannot_be_reached_is_not_an_empty_one() -> None:
+    options = {
+        "endpoint": "http://127.0.0.1:9",
+        "key": "k",
+        "secret": "s",
+        "retry_config": {"max_retries": 0},
+    }
+    with pytest.raises(StoreError, match="s3://bucket/run"):
+        Ledger(Location.of("s3://bucket/run", options)).read_run()
+
+
+# -- fingerprints -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("stored", "asked", "lines"),
+    [
+        ({}, {}, []),
+        ({"a": 1}, {"a": 1}, []),
+        ({"tile": [3, 4]}, {"tile": (3, 4)}, []),
+        (
+            {"hessian_regularization": 0.01},
+            {"hessian_regularization": 0.1},
+            ["hessian_regularization: stored 0.01, asked 0.1"],
+        ),
+        ({"a": None}, {}, ["a: stored None, asked nothing"]),
+        ({}, {"a": {"b": 1}}, ["a: stored nothing, asked {'b': 1}"]),
+        (
+            {"data": {"x": "1", "y": "2"}, "rank": 3},
+            {"data": {"x": "1", "y": "4"}, "rank": 5},
+            ["data.y: stored '2', asked '4'", "rank: stored 3, asked 5"],
+        ),
+        ({"a": {"b": 1}}, {"a": 1}, ["a: stored {'b': 1}, asked 1"]),
+    ],
+)
+def test_compared(stored: dict[str, Any], asked: dict[str, Any], lines: list[str]) -> None:
+    assert compare_fingerprints(stored, asked) == lines
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(fingerprint=st.dictionaries(st.text(), _JSON, max_size=4))
+def test_a_fingerprint_equals_what_was_stored_of_it(fingerprint: dict[str, Any]) -> None:
+    ledger = Ledger(Location.of("memory://fingerprints"))
+    ledger.write_run({"fingerprint": fingerprint})
+    stored = ledger.read_run()
+    assert stored is not None
+    assert compare_fingerprints(stored["fingerprint"], fingerprint) == []
+    assert len(compare_fingerprints(stored["fingerprint"], {**fingerprint, "more": "\0"})) <= 1
