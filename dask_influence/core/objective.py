@@ -151,7 +151,13 @@ class Objective:
 
     def sample_losses(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
         """ℓ(θ; z_j) for each sample from one batched forward pass, shape (n,)."""
-        return vmap(self._loss_of_one)(self.outputs(parameters, x), y)
+        outputs = self.outputs(parameters, x)
+        try:
+            return vmap(self._loss_of_one)(outputs, y)
+        except RuntimeError:
+            # Not every loss can be vmapped (boolean masks, .item()); where the loss itself is at
+            # fault, the loop raises the error again, in the user's own terms.
+            return self._losses_one_by_one(outputs, y)
 
     def sample_loss(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
         """ℓ(θ; z) of one sample given *without* its leading axis, a scalar."""
@@ -164,7 +170,19 @@ class Objective:
         output, target = (torch.utils._pytree.tree_map(lambda a: a.unsqueeze(0), t) for t in (output, target))
         return self.loss(output, target)
 
+    def _losses_one_by_one(self, outputs: Any, y: Tree) -> Tensor:
+        rows = []
+        for j in range(leading_size(y)):
+            one = (torch.utils._pytree.tree_map(lambda a, j=j: a[j : j + 1], tree) for tree in (outputs, y))
+            rows.append(self.loss(*one))
+        return torch.stack(rows)
+
 
 def leading_size(tree: Tree) -> int:
     """Number of samples along the leading axis."""
     return int(optree.tree_leaves(tree)[0].shape[0])
+
+
+def sliced(tree: Tree, part: slice) -> Tree:
+    """The samples ``part`` of every leaf."""
+    return optree.tree_map(lambda leaf: leaf[part], tree)
