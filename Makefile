@@ -43,7 +43,7 @@ lint: $(READY) ## style, types and layers alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo --no-cache
 
 .PHONY: format
 format: $(READY) ## put the code in the house style
