@@ -16,6 +16,7 @@ from dask_influence.storage.results import RUN_KEY
 from dask_influence.storage.stores import Location
 
 _ENTRIES = "_run/ledger"
+_DONE, _FAILED = ".json", ".failed.json"
 
 
 class Ledger:
@@ -61,11 +62,15 @@ class Ledger:
     def record(self, name: str, entry: Mapping[str, Any]) -> None:
         """Write the entry of one piece of work; call it after the data are stored.
 
-        An entry with the key ``"error"`` records a failure and does not count as done.
+        An entry with the key ``"error"`` records a failure: it goes to ``<name>.failed.json``, does not count
+        as done, and is superseded by a later success.
         """
-        if not name or "/" in name:
-            raise ValueError(f"a ledger entry's name has no slash and is not empty; got {name!r}")
-        self.location.put(f"{_ENTRIES}/{name}.json", _encode(entry))
+        if not name or "/" in name or "." in name:
+            raise ValueError(
+                f"a ledger entry's name has neither slash nor dot and is not empty; got {name!r}"
+            )
+        suffix = _FAILED if "error" in entry else _DONE
+        self.location.put(f"{_ENTRIES}/{name}{suffix}", _encode(entry))
 
     def entries(self, prefix: str = "") -> dict[str, dict[str, Any]]:
         """Entries by name, all of them or those whose name begins with ``prefix``.
@@ -75,14 +80,20 @@ class Ledger:
         CorruptStoreError
             Names the entry that is not JSON, and what to do about it.
         """
-        begin = f"{_ENTRIES}/{prefix}"
-        keys = [k for k in self.location.list(_ENTRIES) if k.startswith(begin) and k.endswith(".json")]
-        fetched = self.location.get_many(keys)
-        return {_name(key): self._decode(key, data) for key, data in fetched.items()}
+        listed = self._listed(prefix)
+        fetched = self.location.get_many(listed.values())
+        return {name: self._decode(key, fetched[key]) for name, key in listed.items() if key in fetched}
 
-    def done(self) -> set[str]:
-        """Names of the pieces whose data are stored, failures left out."""
-        return {name for name, entry in self.entries().items() if "error" not in entry}
+    def done(self, prefix: str = "") -> set[str]:
+        """Names of the pieces whose data are stored, from one listing; nothing is read."""
+        return {name for name, key in self._listed(prefix).items() if not key.endswith(_FAILED)}
+
+    def _listed(self, prefix: str) -> dict[str, str]:
+        """Key of each entry by its name; of a failure and a success, the success."""
+        begin = f"{_ENTRIES}/{prefix}"
+        keys = [k for k in self.location.list(_ENTRIES) if k.startswith(begin) and k.endswith(_DONE)]
+        keys.sort(key=lambda key: not key.endswith(_FAILED))
+        return {key.removeprefix(f"{_ENTRIES}/").partition(".")[0]: key for key in keys}
 
     def _decode(self, key: str, data: bytes) -> dict[str, Any]:
         try:
@@ -130,7 +141,3 @@ _NOTHING = _Nothing()
 
 def _encode(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1).encode()
-
-
-def _name(key: str) -> str:
-    return key.removeprefix(f"{_ENTRIES}/").removesuffix(".json")

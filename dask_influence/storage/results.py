@@ -181,8 +181,10 @@ def create(
         raise StoreError(
             f"{location.url} already holds a Zarr group; resume it, delete it or pass another URL"
         )
+    marks: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
     labels = sorted(name for name, template in arrays.items() if template.coordinate)
-    marks = {"format": FORMAT, "format_version": FORMAT_VERSION, "coordinates": " ".join(labels)}
+    if labels:
+        marks["coordinates"] = " ".join(labels)  # where xarray looks for coordinates that are no index
     with store_errors(location, "create"):
         group = zarr.create_group(location.zarr(), attributes={**attributes, **marks})
         for name, ids in indices.items():
@@ -303,7 +305,7 @@ def write_region(
     Returns
     -------
     list of ShardRecord
-        One for each tile, in row-major order of the tiles' names.
+        One for each tile, sorted by key.
 
     Raises
     ------

@@ -244,11 +244,11 @@ def _of_loader(loader: DataLoader[Any], argument: str) -> Source:
             f"{argument}: the DataLoader has batch_size=None, so its dataset makes the batches; samples are "
             "needed one by one. Pass a DataLoader with a batch_size, over a dataset of single samples"
         )
-    plain = isinstance(loader.sampler, SequentialSampler)
-    if not plain or loader.batch_size is None:
+    order = loader.batch_sampler if loader.batch_size is None else loader.sampler
+    if not isinstance(order, SequentialSampler):
         warnings.warn(
-            f"{argument}: the DataLoader's sampler ({type(loader.sampler).__name__}) is ignored: all samples "
-            "of its dataset are used, each once, in the order of their index",
+            f"{argument}: the DataLoader's sampler ({type(order).__name__}) is ignored: all samples of its "
+            "dataset are used, each once, in the order of their index",
             DataWarning,
             stacklevel=4,
         )

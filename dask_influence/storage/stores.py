@@ -404,7 +404,8 @@ def store_errors(location: Location, doing: str) -> Iterator[None]:
     """Turn what obstore and the file system raise into a StoreError that names the URL.
 
     The message of a server can hold key ids, signed URLs and tokens. Only its error code and a
-    scrubbed first line are kept, and the original is not chained.
+    scrubbed first line are kept, and the original is not chained, unless it is about a local file: then it
+    may come from the user's data.
     """
     try:
         yield
@@ -412,11 +413,18 @@ def store_errors(location: Location, doing: str) -> Iterator[None]:
         raise
     except (obstore_errors.BaseError, OSError) as error:
         kind = MissingObjectError if _is_missing(error) else StoreError
-        raise kind(f"cannot {doing} {location.url}: {_reason(error, location)}") from None
+        cause = error if _is_of_a_file(error) else None
+        raise kind(f"cannot {doing} {location.url}: {_reason(error, location)}") from cause
+
+
+def _is_of_a_file(error: BaseException) -> bool:
+    """Whether the operating system raised it about a path; obstore's own kinds name none."""
+    return isinstance(error, OSError) and error.filename is not None
 
 
 def _is_missing(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error)
+    missing = isinstance(error, FileNotFoundError) and not _is_of_a_file(error)
+    return missing and "NoSuchBucket" not in str(error)
 
 
 def _reason(error: BaseException, location: Location) -> str:

@@ -44,11 +44,20 @@ def test_failures_are_not_done_until_they_are(ledger: Ledger) -> None:
     ledger.record("a", {"error": "KilledWorker"})
     ledger.record("b", {"seconds": 1})
     assert ledger.done() == {"b"}
+    assert ledger.entries() == {"a": {"error": "KilledWorker"}, "b": {"seconds": 1}}
     ledger.record("a", {"seconds": 2})
     assert ledger.done() == {"a", "b"}
+    assert ledger.entries()["a"] == {"seconds": 2}
 
 
-@pytest.mark.parametrize("name", ["", "a/b"])
+def test_what_is_done_is_listed_and_not_read(ledger: Ledger) -> None:
+    ledger.record("a", {})
+    ledger.location.put("_run/ledger/b.json", b"torn")
+    assert ledger.done() == {"a", "b"}
+    assert ledger.done("b") == {"b"}
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a.failed"])
 def test_names_that_are_refused(ledger: Ledger, name: str) -> None:
     with pytest.raises(ValueError, match="slash"):
         ledger.record(name, {})

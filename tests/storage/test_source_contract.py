@@ -125,6 +125,10 @@ class TestStaged(SourceContract):
 class TestStagedOnS3(SourceContract):
     portable = True
 
+    @pytest.fixture(params=["nested"])
+    def pair(self, request: pytest.FixtureRequest) -> tuple[Any, Any]:
+        return samples(request.param)
+
     @pytest.fixture(autouse=True)
     def _place(self, s3: Location) -> None:
         self.location = s3

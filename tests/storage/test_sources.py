@@ -181,12 +181,13 @@ def test_loader_gives_batch_size_and_collate() -> None:
         ({"shuffle": True}, "sampler .RandomSampler. is ignored"),
         ({"drop_last": True}, "drop_last=True"),
         ({"sampler": RandomSampler(range(11))}, "RandomSampler"),
+        ({"batch_size": 1, "batch_sampler": [[3, 1], [2]]}, "sampler .list. is ignored"),
     ],
 )
 def test_loader_order_and_drop_last_are_not_followed(arguments: dict[str, Any], warning: str) -> None:
     dataset = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
     with pytest.warns(DataWarning, match=f"train: .*{warning}"):
-        source = as_source(DataLoader(dataset, batch_size=4, **arguments), "train")
+        source = as_source(DataLoader(dataset, **({"batch_size": 4} | arguments)), "train")
     assert len(source) == 11
     np.testing.assert_array_equal(source.read(0, 11)[1], Y)
 
@@ -449,6 +450,18 @@ def test_dask_data_are_never_whole_in_this_process(tmp_path: Path, monkeypatch: 
     assert max(largest) == 2
     np.testing.assert_array_equal(staged.read(0, 11)[0], X)
     assert len([key for key in Location.of(tmp_path).list() if "/x/c/" in key]) > 1
+
+
+def test_failure_of_the_data_is_not_hidden_by_the_store(tmp_path: Path) -> None:
+    class Files(Listed):
+        def __getitem__(self, index: int) -> Any:
+            return (X[0], 0) if index == 0 else np.load(tmp_path / "lost.npy")
+
+    source = as_source(Files(0, 1), "train")
+    source._digest = "known"
+    with pytest.raises(StoreError, match=r"lost\.npy") as caught:
+        stage(source, Location.of(tmp_path), 1)
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "..", "zarr.json", "__reserved"])
