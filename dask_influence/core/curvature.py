@@ -1,35 +1,50 @@
 """Curvature: sums over a chunk of products with blocks of vectors, and of whole matrices.
 
-H is the second derivative of the *mean* loss; what is computed here for one chunk is the
-sum over its samples, and :class:`~dask_influence.core.moments.Moments` forms the mean.
+The curvature of the *mean* loss; what is computed here for one chunk is the sum over its
+samples, and :class:`~dask_influence.core.moments.Moments` forms the mean. By their names in
+``curvature=``:
+
+======================  ================================================================
+``"hessian"``           Σ_j ∇²θ ℓ(z_j)
+``"ggn"``               Σ_j J_jᵀ (∂²ℓ/∂f²) J_j, the generalised Gauss-Newton matrix
+``"fisher"``            Σ_j J_jᵀ c E[s sᵀ] J_j under the model's own predictions
+``"empirical_fisher"``  Σ_j g_j g_jᵀ at the observed targets: not a Gauss-Newton matrix
+======================  ================================================================
+
+with f the outputs, J = ∂f/∂θ, g = ∇θ ℓ, and s the gradient of −log p(y | f) where the loss is
+c (−log p); see :mod:`~dask_influence.core.families`. Schraudolph 2002, "Fast curvature
+matrix-vector products"; Martens 2020, "New insights and perspectives on the natural gradient
+method"; Kunstner et al. 2019, "Limitations of the empirical Fisher approximation".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import optree
 import torch
 from torch import Tensor
 
-from dask_influence.core import forms
+from dask_influence.core import forms, outputs
+from dask_influence.core.directional import directional_derivatives, gradients
+from dask_influence.core.elementary import differentiation
+from dask_influence.core.families import Likelihood, recognise
 from dask_influence.core.moments import Moments
-from dask_influence.core.objective import Tree, leading_size
+from dask_influence.core.objective import Objective, Tree, leading_size, sliced
+from dask_influence.core.outputs import Inner, Outputs
 from dask_influence.core.problem import Problem
+from dask_influence.errors import ConfigurationError, DerivativeError
 
 VECTOR_BUDGET = 256 * 2**20
 """Bytes that the vectors pushed through the model at once may keep alive."""
 
+FEW_VECTORS = 8
+"""Up to as many, weighted sums of gradients cost less than forming the gradients."""
+
+_GRAM_COLUMNS = 512
+
 Products = Callable[[Problem, Tree, Tree, Tensor], Tensor]
 """Σ_j C(z_j) v_b for a block of vectors (B, P) → (B, P)."""
-
-
-def hessian_products(problem: Problem, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
-    """Σ_j ∇²ℓ(z_j) v_b, shape (B, P)."""
-    return forms.products(problem.objective, x, y, vectors, problem.forms)
-
-
-PRODUCTS: dict[str, Products] = {"hessian": hessian_products}
-"""The curvatures by their name in ``curvature=``."""
 
 
 def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:
@@ -50,17 +65,263 @@ def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor],
 def matrix_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:
     """Chunk function: Σ_j C(z_j) as a symmetric (P, P) matrix, as ``"matrix"``.
 
-    Columns are products with the unit vectors, a block at a time.
+    The Hessian from products with the unit vectors; the others from the rows of a factor, which
+    are first derivatives, unless those would not fit.
     """
-    objective = problem.objective
     count = leading_size(y)
-    block = problem.block_of_vectors(count, VECTOR_BUDGET)
+    rows = _factor_rows(problem, x, y, curvature)
+    if rows is None:
+        return Moments({"matrix": _matrix_of_products(problem, x, y, PRODUCTS[curvature])}, count)
+    size, device = problem.objective.size, problem.objective.device
+    total = torch.zeros(size, size, dtype=torch.float64, device=device)
+    for positive, negative in rows:
+        _add_gram(total, positive, 1.0)
+        _add_gram(total, negative, -1.0)
+    return Moments({"matrix": total.triu() + total.triu(1).mT}, count)
+
+
+# -- products --------------------------------------------------------------------------
+def hessian_products(problem: Problem, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
+    """Σ_j ∇²ℓ(z_j) v_b, shape (B, P)."""
+    return forms.products(problem.objective, x, y, vectors, problem.forms)
+
+
+def ggn_products(problem: Problem, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
+    """Σ_j J_jᵀ (∂²ℓ/∂f²) J_j v_b, shape (B, P)."""
+    with differentiation(), torch.no_grad():
+        at = Outputs.of(problem.objective, x, y)
+        return outputs.products(problem, at, vectors, at.curvature())
+
+
+def fisher_products(problem: Problem, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
+    """Σ_j J_jᵀ c E[s ⟨s, J_j v_b⟩], the expectation over the targets that the model predicts, (B, P)."""
+    with differentiation(), torch.no_grad():
+        at = Outputs.of(problem.objective, x, y)
+        return outputs.products(problem, at, vectors, _expectation(likelihood(at)))
+
+
+def empirical_fisher_products(problem: Problem, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
+    """Σ_j g_j ⟨g_j, v_b⟩, shape (B, P).
+
+    For few vectors, weighted sums of gradients, which one backward pass each gives without
+    forming a gradient; for many, or where samples can only be differentiated together, the gradients.
+    """
+    if len(vectors) <= FEW_VECTORS or problem.forms.gradient == "loop":
+        weights = directional_derivatives(problem, x, y, vectors)  # (n, B)
+        return _weighted_gradients(problem, x, y, weights)
+    total = torch.zeros_like(vectors)
+    for part_x, part_y in _parts(x, y, _samples_at_once(problem, 1)):
+        rows = gradients(problem, part_x, part_y)  # (n, P)
+        total += (vectors @ rows.mT) @ rows
+    return total
+
+
+PRODUCTS: dict[str, Products] = {
+    "hessian": hessian_products,
+    "ggn": ggn_products,
+    "fisher": fisher_products,
+    "empirical_fisher": empirical_fisher_products,
+}
+"""The curvatures by their name in ``curvature=``."""
+
+
+def likelihood(at: Outputs) -> Likelihood:
+    """The likelihood behind the loss, recognised on these very samples; see ``families.recognise``.
+
+    Its outputs are those of the model in their own shape; call within :func:`differentiation`.
+    """
+    f = at.only()
+    wide = _in_double(at)
+    with torch.enable_grad():
+        leaf = wide.flat.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(wide.loss(leaf), leaf)
+    targets = optree.tree_leaves(wide.y)
+    return recognise(
+        at.objective.loss, f, gradient.reshape(f.shape), targets[0] if len(targets) == 1 else wide.y
+    )
+
+
+def _in_double(at: Outputs) -> Outputs:
+    """The loss of the same outputs in float64, where the gradient tells one family from another."""
+
+    def cast(value: object) -> object:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    leaves = tuple(cast(leaf) for leaf in at.leaves)
+    return Outputs(
+        at.objective, at.x, optree.tree_map(cast, at.y), at.flat.double(), at.used, leaves, at.structure
+    )
+
+
+def _expectation(found: Likelihood) -> Inner:
+    def inner(tangents: Tensor) -> Tensor:
+        shaped = tangents.to(torch.float64).reshape(found.outputs.shape)
+        return found.multiply(shaped).reshape(tangents.shape).to(tangents.dtype)
+
+    return inner
+
+
+def _weighted_gradients(problem: Problem, x: Tree, y: Tree, weights: Tensor) -> Tensor:
+    """Σ_j w_jb g_j for weights (n, B), shape (B, P): one backward pass for each column."""
+    objective = problem.objective
+    with differentiation(), torch.enable_grad():
+        leaves = {name: value.requires_grad_() for name, value in objective.parameters().items()}
+        losses = objective.sample_losses(leaves, x, y)
+        rows = [
+            torch.autograd.grad(
+                losses, list(leaves.values()), column, retain_graph=True, materialize_grads=True
+            )
+            for column in weights.mT.contiguous()
+        ]
+    return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows]).detach()
+
+
+# -- matrices --------------------------------------------------------------------------
+def _matrix_of_products(problem: Problem, x: Tree, y: Tree, products: Products) -> Tensor:
+    """Columns are products with the unit vectors, a block at a time."""
+    objective = problem.objective
+    block = problem.block_of_vectors(leading_size(y), VECTOR_BUDGET)
     matrix = torch.empty(objective.size, objective.size, dtype=torch.float64)
     for start in range(0, objective.size, block):
         rows = range(start, min(start + block, objective.size))
         units = torch.zeros(len(rows), objective.size, dtype=objective.dtype, device=objective.device)
         units[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1
-        matrix[rows.start : rows.stop] = PRODUCTS[curvature](problem, x, y, units)
+        matrix[rows.start : rows.stop] = products(problem, x, y, units)
     # Rounding makes the two triangles differ in the last bits; a symmetric factorisation
     # must not depend on which one it reads.
-    return Moments({"matrix": (matrix + matrix.mT) / 2}, count)
+    return (matrix + matrix.mT) / 2
+
+
+def _factor_rows(
+    problem: Problem, x: Tree, y: Tree, curvature: str
+) -> Iterator[tuple[Tensor, Tensor]] | None:
+    """Float64 rows (M₊, M₋), some samples at a time, with Σ_j C(z_j) = M₊ᵀM₊ − M₋ᵀM₋; None to use products."""
+    if curvature == "hessian":
+        return None
+    if curvature == "empirical_fisher":
+        return (
+            (gradients(problem, *part).to(torch.float64), torch.empty(0))
+            for part in _parts(x, y, _samples_at_once(problem, 1))
+        )
+    with differentiation(), torch.no_grad():
+        width = Outputs.of(problem.objective, sliced(x, slice(1)), sliced(y, slice(1))).flat.shape[1]
+    step = _samples_at_once(problem, width)
+    if width > problem.objective.size or step < 1:
+        return None
+    return (_rows_of_outputs(problem, *part, curvature) for part in _parts(x, y, step))
+
+
+def _rows_of_outputs(problem: Problem, x: Tree, y: Tree, curvature: str) -> tuple[Tensor, Tensor]:
+    """L J for A = L₊ᵀL₊ − L₋ᵀL₋ of each sample, as rows (·, P)."""
+    with differentiation(), torch.no_grad():
+        at = Outputs.of(problem.objective, x, y)
+        rows = outputs.jacobian(problem, at).to(torch.float64)  # (n, K, P)
+        if curvature == "fisher":
+            factors = likelihood(at).factors().flatten(2)  # (n, Q, K)
+            return (factors @ rows).flatten(0, 1), rows.new_empty(0)
+        values, vectors = torch.linalg.eigh(at.matrices(at.curvature()))  # (n, K), (n, K, K)
+    rows = (values.abs().sqrt()[..., None] * (vectors.mT @ rows)).flatten(0, 1)
+    negligible = values.shape[1] * torch.finfo(torch.float64).eps * values.abs().max()
+    kept = values.flatten()
+    return rows[kept > negligible], rows[kept < -negligible]
+
+
+def _add_gram(total: Tensor, rows: Tensor, sign: float) -> None:
+    """total += sign · rowsᵀ rows, in the upper triangle (in blocks: half of the products)."""
+    if len(rows) == 0:
+        return
+    for start in range(0, len(total), _GRAM_COLUMNS):
+        stop = start + _GRAM_COLUMNS
+        total[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:], alpha=sign)
+
+
+def _samples_at_once(problem: Problem, width: int) -> int:
+    """Samples whose ``width`` rows of length P fit the budget in the model's dtype and in float64."""
+    itemsize = problem.objective.dtype.itemsize
+    return int(VECTOR_BUDGET // (width * problem.objective.size * (3 * itemsize + 16)))
+
+
+def _parts(x: Tree, y: Tree, size: int) -> Iterator[tuple[Tree, Tree]]:
+    for start in range(0, leading_size(y), max(1, size)):
+        part = slice(start, start + max(1, size))
+        yield sliced(x, part), sliced(y, part)
+
+
+# -- the check before a fit ------------------------------------------------------------
+def check_curvature(problem: Problem, x: Tree, y: Tree, curvature: str) -> None:
+    """Refuse a curvature that this loss does not have, or whose parts disagree with each other.
+
+    J v against its transpose, ⟨u, J v⟩ = ⟨Jᵀu, v⟩, and ∂²ℓ/∂f² against central differences of
+    ∂ℓ/∂f, in float64 on the few samples given. The Hessian, and the gradients that make the
+    empirical Fisher, have been checked by ``derivatives.choose_forms``.
+
+    Raises
+    ------
+    ConfigurationError
+        Fisher: the loss is no known likelihood. GGN: it is linear in the output.
+    DerivativeError
+        The parts disagree.
+    """
+    if curvature not in ("ggn", "fisher"):
+        return
+    objective, cast = _double_objective(problem.objective, x)
+    x, y = optree.tree_map(cast, x), optree.tree_map(cast, y)
+    with differentiation(), torch.no_grad():
+        at = Outputs.of(objective, x, y)
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(objective.size, generator=generator, dtype=torch.float64).to(at.flat)
+        u = torch.randn(at.flat.shape, generator=generator, dtype=torch.float64).to(at.flat)
+        tolerance = 1e-8 if at.flat.dtype == torch.float64 else 1e-2
+        along = outputs.pushed(Problem(objective, problem.forms, problem.activations), at, v)
+        back = outputs.pulled(at, u)
+        _compare("J v", (u * along).sum(), back @ v, tolerance * float(u.norm() * along.norm()))
+        if curvature == "fisher":
+            likelihood(at)
+        else:
+            _check_output_curvature(at, u)
+
+
+def _double_objective(objective: Objective, x: Tree) -> tuple[Objective, Callable[[Tensor], Tensor]]:
+    """The objective in float64, or as it is where the model insists on its own dtype."""
+
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.to(torch.float64) if leaf.is_floating_point() else leaf
+
+    double = objective.to(dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            double.outputs(double.parameters(), optree.tree_map(cast, x))
+    except (RuntimeError, TypeError, ValueError):  # tensors of a fixed dtype made in forward
+        return objective, lambda leaf: leaf
+    return double, cast
+
+
+def _check_output_curvature(at: Outputs, u: Tensor) -> None:
+    curved = at.curvature()(u)
+    if not curved.any():
+        raise ConfigurationError(
+            "curvature='ggn' is zero for a loss that is linear in the model's output (nll_loss of "
+            "log-probabilities is); let the model return logits and use cross_entropy, or use "
+            "curvature='fisher' or 'hessian'"
+        )
+    if at.flat.dtype != torch.float64:
+        return  # differences of float32 gradients say nothing
+
+    def gradient(f: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = f.detach().requires_grad_()
+            return torch.autograd.grad(at.loss(leaf), leaf)[0]
+
+    step = 1e-5 * max(1.0, float(at.flat.abs().max()))
+    difference = (gradient(at.flat + step * u) - gradient(at.flat - step * u)) / (2 * step)
+    noise = 1e-13 * float(gradient(at.flat).norm()) / step
+    _compare("∂²ℓ/∂f² u", curved, difference, 1e-4 * float(curved.norm()) + noise)
+
+
+def _compare(what: str, value: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = float((value - expected).norm())
+    if not error <= tolerance:
+        raise DerivativeError(
+            f"{what} of the model's outputs f (J = ∂f/∂θ) is off by {error:.2g} from what first derivatives say, "
+            f"more than {tolerance:.2g}; curvature='hessian' or 'empirical_fisher' do not use it"
+        )
