@@ -6,15 +6,29 @@ chunks, publishes it once, and maps strips of test × train scores over a Dask c
 one Zarr group.
 """
 
-from dask_influence.influence import ArnoldiInfluence, DirectInfluence, InfluenceFunctionModel, InfluenceMode
+from dask_influence.core.estimators.preconditioners import JacobiPreconditioner, NystroemPreconditioner
+from dask_influence.influence import (
+    ArnoldiInfluence,
+    CgInfluence,
+    DirectInfluence,
+    InfluenceFunctionModel,
+    InfluenceMode,
+    LissaInfluence,
+    NystroemSketchInfluence,
+)
 from dask_influence.storage.results import open_influences
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArnoldiInfluence",
+    "CgInfluence",
     "DirectInfluence",
     "InfluenceFunctionModel",
     "InfluenceMode",
+    "JacobiPreconditioner",
+    "LissaInfluence",
+    "NystroemPreconditioner",
+    "NystroemSketchInfluence",
     "open_influences",
 ]

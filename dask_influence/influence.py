@@ -13,6 +13,7 @@ import functools
 import hashlib
 import inspect
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
@@ -27,13 +28,23 @@ import xarray as xr
 from torch import Tensor, nn
 
 from dask_influence.core.curvature import PRODUCTS
-from dask_influence.core.estimators import Arnoldi, Direct, Estimator, Inverse, Round, System
+from dask_influence.core.estimators import (
+    Arnoldi,
+    Cg,
+    Direct,
+    Estimator,
+    Inverse,
+    Lissa,
+    NystroemSketch,
+    Round,
+    System,
+)
 from dask_influence.core.estimators.base import check_regularization
 from dask_influence.core.forms import Forms, input_leaf
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Loss, Objective
 from dask_influence.core.problem import Problem, prepare, with_mixed_form
-from dask_influence.errors import ConfigurationError, DataError, NotFittedError, StoreError
+from dask_influence.errors import ConfigurationError, DataError, DataWarning, NotFittedError, StoreError
 from dask_influence.execution import memory, persistence, tasks
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor
@@ -238,12 +249,7 @@ class InfluenceFunctionModel:
             objective.dtype,
         )
         self.configuration.validate(system)
-        chunks = Chunks(len(source), self._chunk_size(source, problem))
-        threads = self._threads(problem)
-        job = tasks.Job(
-            executor.model(problem, self.device), executor.reachable(source, chunks.size), "train", threads
-        )
-        passes = _Counted(Passes(executor, executor.seal(job), chunks))
+        passes = _Counted(self._passes(executor, problem, source))
         inverse = drive(self.configuration.fit(system), passes)
         counts = {
             "samples": len(source),
@@ -253,6 +259,8 @@ class InfluenceFunctionModel:
             "derivatives": report,
         }
         digest = persistence.inverse_digest(inverse)
+        if inverse.needs_rounds:  # its factors depend on the data beyond what it holds
+            digest = f"{digest}-{source.digest()}"
         self._fitted = _Fitted(problem, system, inverse, passes.answer, digest, counts)
         return self
 
@@ -585,10 +593,13 @@ class InfluenceFunctionModel:
         loss: Loss,
         client: Any = None,
         storage_options: Mapping[str, Any] | None = None,
+        train: Any = None,
         **arguments: Any,
     ) -> Self:
         """A fitted model from what :meth:`save` wrote and the same ``model`` and ``loss``.
 
+        ``train``, the data that the model was fitted on, is needed where factors are solved or
+        certified by passes over them (:class:`CgInfluence`, :class:`LissaInfluence`).
         ``arguments`` are those of the constructor that a fit does not depend on (``device``,
         ``artifacts``, ``certify``).
 
@@ -598,6 +609,8 @@ class InfluenceFunctionModel:
             Nothing is saved there, or by another class.
         StoreMismatchError
             The model has other weights or parameters than the one that was fitted.
+        DataError
+            ``train`` has another number of samples than the data fitted.
         """
         location = Location.of(url, storage_options)
         saved = persistence.load(location)
@@ -630,7 +643,30 @@ class InfluenceFunctionModel:
         )
         problem = Problem(objective, Forms(**record["forms"]), record["activations"])
         loaded._fitted = _Fitted(problem, system, saved.inverse, None, record["fit"], record["counts"])
+        if train is not None:
+            source = as_source(train, "train", storage_options)
+            loaded._check_fitted_data(source)
+            passes = loaded._passes(loaded._executor(), problem, source)
+            loaded._fitted = dataclasses.replace(loaded._fitted, passes=passes)
         return loaded
+
+    def _check_fitted_data(self, source: Source) -> None:
+        """Refuse training data of another length than those fitted; warn where they may differ."""
+        fitted = self._require_fit()
+        if len(source) != fitted.system.samples:
+            raise DataError(
+                f"train holds {len(source)} samples, and the model was fitted on {fitted.system.samples}; "
+                "give the data that it was fitted on"
+            )
+        fitted_data = fitted.digest.partition("-")[2]
+        if fitted_data and fitted_data != source.digest():
+            warnings.warn(
+                DataWarning(
+                    "train is not known to be the data that the model was fitted on: their digests differ, as they do "
+                    "for other data and for the same data in a Zarr store"
+                ),
+                stacklevel=3,
+            )
 
     # -- what the methods above share -------------------------------------------------
     def _require_fit(self) -> _Fitted:
@@ -651,6 +687,13 @@ class InfluenceFunctionModel:
             self._cluster = DaskExecutor(self.client, None if url is None else Location.of(url))
         self._cluster.check()
         return self._cluster
+
+    def _passes(self, executor: Executor, problem: Problem, source: Source) -> Passes:
+        """What answers rounds over ``source``."""
+        chunks = Chunks(len(source), self._chunk_size(source, problem))
+        reachable = executor.reachable(source, chunks.size)
+        job = tasks.Job(executor.model(problem, self.device), reachable, "train", self._threads(problem))
+        return Passes(executor, executor.seal(job), chunks)
 
     def _threads(self, problem: Problem) -> int:
         """torch threads per task: one on a cluster and for small models, what the process owns otherwise.
@@ -843,6 +886,92 @@ class ArnoldiInfluence(InfluenceFunctionModel, estimator=Arnoldi):
     References
     ----------
     Schioppa et al. 2022, "Scaling Up Influence Functions".
+    """
+
+
+class CgInfluence(InfluenceFunctionModel, estimator=Cg):
+    """Influence through conjugate gradient: each factor solves (C + λI) s = g by passes over the data.
+
+    Nothing of size P² is formed; test points of one block share every pass. A factor is done
+    when its true relative residual is below ``rtol``; what does not get there is reported by a
+    :class:`~dask_influence.errors.ConvergenceWarning`, in ``diagnostics`` and in
+    ``factor_residual`` (``strict=True`` raises). Where C + λI turns out indefinite the rest is
+    solved by MINRES, with the warning that names the λ that cures it. Arguments beside those of
+    :class:`InfluenceFunctionModel` are those of :class:`~dask_influence.core.estimators.Cg`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dask_influence import CgInfluence
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
+    >>> net = torch.nn.Linear(3, 1)
+    >>> infl = CgInfluence(net, torch.nn.functional.mse_loss, 0.1, preconditioner="jacobi").fit((x, y))
+    >>> infl.influences(x[:2], y[:2], x, y).shape
+    torch.Size([2, 7])
+    >>> infl.diagnostics["worst_residual"] < 1e-4
+    True
+
+    References
+    ----------
+    Ji & Li 2017, "A breakdown-free block conjugate gradient method"; Frangella, Tropp & Udell
+    2023, "Randomized Nyström Preconditioning".
+    """
+
+
+class LissaInfluence(InfluenceFunctionModel, estimator=Lissa):
+    """Influence through LiSSA: each factor is a Neumann series over seeded draws of the data.
+
+    The series is restarted on the true residual, so that it converges to the exact factor
+    (with ``dampen``, to that of λ + dampen·scale). A series that diverges raises
+    :class:`~dask_influence.errors.ConvergenceError`, naming the setting that cures it.
+    :class:`CgInfluence` reaches the same factors in fewer passes; the draws of a step are
+    cheaper than a pass where there are very many samples. Arguments beside those of
+    :class:`InfluenceFunctionModel` are those of :class:`~dask_influence.core.estimators.Lissa`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dask_influence import LissaInfluence
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
+    >>> net = torch.nn.Linear(3, 1)
+    >>> infl = LissaInfluence(net, torch.nn.functional.mse_loss, 0.1, rtol=1e-3).fit((x, y))
+    >>> infl.influences(x[:2], y[:2], x, y).shape
+    torch.Size([2, 7])
+    >>> infl.diagnostics["worst_residual"] <= 1e-3
+    True
+
+    References
+    ----------
+    Agarwal, Bullins & Hazan 2017, "Second-Order Stochastic Optimization for Machine Learning
+    in Linear Time"; Koh & Liang 2017, section 3.
+    """
+
+
+class NystroemSketchInfluence(InfluenceFunctionModel, estimator=NystroemSketch):
+    """Influence through a randomised low-rank approximation of the curvature, from one pass.
+
+    Ĉ = Y (Ωᵀ Y)⁺ Yᵀ with Y = C Ω; the orthogonal complement is kept with eigenvalue λ, so
+    that λ must be positive. Meant for curvatures without negative eigenvalues. Arguments
+    beside those of :class:`InfluenceFunctionModel` are those of
+    :class:`~dask_influence.core.estimators.NystroemSketch`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dask_influence import NystroemSketchInfluence
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
+    >>> net = torch.nn.Linear(3, 1)
+    >>> infl = NystroemSketchInfluence(net, torch.nn.functional.mse_loss, 0.1, rank=2).fit((x, y))
+    >>> infl.influences(x[:2], y[:2], x, y).shape
+    torch.Size([2, 7])
+
+    References
+    ----------
+    Frangella, Tropp & Udell 2023, "Randomized Nyström Preconditioning"; Hataya & Yamada 2023,
+    "Nyström Method for Accurate and Scalable Implicit Differentiation".
     """
 
 

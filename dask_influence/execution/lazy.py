@@ -19,11 +19,14 @@ import torch
 from dask import delayed
 from dask.delayed import Delayed
 
+from dask_influence.core.estimators import System
 from dask_influence.core.objective import leading_size
 from dask_influence.execution import tasks
-from dask_influence.execution.base import Model, Solver
-from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.base import Model, Sealed, Solver
+from dask_influence.execution.drive import Passes, iterated_factors
+from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.run import Fit
+from dask_influence.grid import Chunks
 from dask_influence.storage.sources import ArraySource, DaskSource, Source
 
 
@@ -64,7 +67,7 @@ class Blocks:
 def lazy_factors(fit: Fit, test: Blocks, batch: int, *, project: bool) -> list[Delayed]:
     """Factors (or coefficients) of each test chunk, solved once."""
     shared = delayed(_Shared(fit.model, fit.threads), pure=False)
-    solver = delayed(fit if fit.inverse.needs_rounds else fit.solver, pure=False)
+    solver = delayed(_Iterated.of(fit) if fit.inverse.needs_rounds else fit.solver, pure=False)
     solve = delayed(_factors, pure=False)
     return [
         solve(shared, solver, block, start, batch, project)
@@ -131,21 +134,40 @@ class _Shared:
         return tasks.Job(self.model, ArraySource(*block), argument, self.threads)
 
 
+@dataclass(frozen=True)
+class _Iterated:
+    """An inverse that solves by passes, as a graph carries it.
+
+    The one task that solves a test chunk makes the passes itself: it must not wait for other
+    tasks of the cluster that computes the graph.
+    """
+
+    solver: Solver
+    system: System
+    job: Sealed
+    chunks: Chunks
+
+    @classmethod
+    def of(cls, fit: Fit) -> _Iterated:
+        passes = fit.answer()
+        return cls(fit.solver, fit.system, passes.job, passes.chunks)
+
+    def factors(self, gradients: torch.Tensor) -> torch.Tensor:
+        passes = Passes(LocalExecutor(), self.job, self.chunks)
+        return iterated_factors(self.solver.inverse(), self.system, passes, gradients, certify=False).rows
+
+
 def _gather(structure: Any, *leaves: np.ndarray) -> Any:
     return optree.tree_unflatten(structure, [np.asarray(leaf) for leaf in leaves])
 
 
 def _factors(
-    shared: _Shared, solver: Fit | Solver, block: Any, start: int, batch: int, project: bool
+    shared: _Shared, solver: _Iterated | Solver, block: Any, start: int, batch: int, project: bool
 ) -> torch.Tensor:
     job, count = shared.job(block, "test"), leading_size(block[1])
-    if isinstance(solver, Fit):
+    if isinstance(solver, _Iterated):
         with tasks.torch_threads(shared.threads):
-            gradients = tasks.query_gradients(job, 0, count, batch)
-            assert solver.passes is not None
-            return iterated_factors(
-                solver.inverse, solver.system, solver.passes, gradients, certify=False
-            ).rows
+            return solver.factors(tasks.query_gradients(job, 0, count, batch))
     return tasks.closed_factors(job, solver, 0, count, batch, project=project, certify=False).rows
 
 

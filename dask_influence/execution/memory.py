@@ -21,10 +21,10 @@ def factors_in_memory(
     for low in range(0, len(source), rows):
         high = min(low + rows, len(source))
         if fit.inverse.needs_rounds:
-            assert fit.passes is not None
+            answer = fit.answer()
             with tasks.torch_threads(fit.threads):
                 gradients = tasks.query_gradients(job, low, high, batch)
-            parts.append(iterated_factors(fit.inverse, fit.system, fit.passes, gradients, certify=False).rows)
+            parts.append(iterated_factors(fit.inverse, fit.system, answer, gradients, certify=False).rows)
         else:
             parts.append(
                 tasks.closed_factors(job, fit.solver, low, high, batch, project=project, certify=False).rows

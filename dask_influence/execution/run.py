@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dask_influence.core.estimators.base import Inverse, System
-from dask_influence.errors import StoreError, StoreMismatchError
+from dask_influence.errors import NotFittedError, StoreError, StoreMismatchError
 from dask_influence.execution import tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor, Model, Solver
@@ -64,6 +64,21 @@ class Fit:
     def score_dtype(self) -> np.dtype[Any]:
         """The model's floating dtype as numpy has it."""
         return tasks.stored(torch.empty(0, dtype=self.system.dtype)).dtype
+
+    def answer(self) -> Passes:
+        """What answers the rounds of factors that are solved by passes over the fitted data.
+
+        Raises
+        ------
+        NotFittedError
+            The model was loaded without its training data.
+        """
+        if self.passes is None:
+            raise NotFittedError(
+                "factors of this estimator are solved by passes over the training data, and a loaded model holds "
+                "none; give them as load(url, model, loss, train=...)"
+            )
+        return self.passes
 
     @property
     def needs_rounds(self) -> bool:
@@ -245,10 +260,10 @@ def _by_rounds(
     executor: Executor, fit: Fit, calls: list[tuple[Any, ...]], location: Location
 ) -> Iterator[tuple[int, Artifact, list[float]]]:
     """Where solving or certifying takes passes: gradients by tasks, rounds driven from here."""
-    assert fit.passes is not None
+    answer = fit.answer()
     for start, gradients in executor.map(tasks.gradient_task, calls):
         rows = gradients.read()["rows"]
-        factors = iterated_factors(fit.inverse, fit.system, fit.passes, rows, certify=fit.certify)
+        factors = iterated_factors(fit.inverse, fit.system, answer, rows, certify=fit.certify)
         yield start, Artifacts(location).publish({"rows": factors.rows}), factors.residual.tolist()
 
 

@@ -1,0 +1,148 @@
+"""Nyström sketch: a low-rank approximation of the curvature from one pass over the data.
+
+Ĉ = Y (Ωᵀ Y)⁺ Yᵀ with Y = C Ω and a random Ω (P, R); its inverse keeps the orthogonal
+complement with eigenvalue λ. Frangella, Tropp & Udell 2023 use it as a preconditioner,
+Hataya & Yamada 2023 for inverse Hessian products.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dask_influence.core.estimators.base import (
+    Estimator,
+    Inverse,
+    Round,
+    System,
+    check_regularization,
+)
+from dask_influence.core.estimators.preconditioners import Sketch, nystroem_sketch
+from dask_influence.core.moments import Moments
+from dask_influence.errors import (
+    ConfigurationError,
+    IndefiniteCurvatureWarning,
+    SingularCurvatureError,
+)
+
+
+class SketchInverse(Inverse):
+    """(V Λ Vᵀ + λI)⁻¹ = V (Λ + λ)⁻¹ Vᵀ + (I − V Vᵀ)/λ.
+
+    Parameters
+    ----------
+    sketch : Sketch
+        V and Λ.
+    regularization : float
+        λ > 0.
+    """
+
+    kind: ClassVar[str] = "nystroem_sketch"
+
+    def __init__(self, sketch: Sketch, regularization: float) -> None:
+        self.sketch, self.regularization = sketch, regularization
+
+    @classmethod
+    def checked(cls, sketch: Sketch, regularization: float) -> SketchInverse:
+        """An inverse whose Λ + λ has been checked, with a warning where it is indefinite."""
+        _check_complement(regularization)
+        values = sketch.values
+        if len(values) == 0:
+            return cls(sketch, regularization)
+        smallest, scale = values.min().item(), values.abs().max().item()
+        if (values + regularization).abs().min().item() <= len(values) * torch.finfo(
+            torch.float64
+        ).eps * scale:
+            raise SingularCurvatureError(
+                f"an eigenvalue of the sketch plus hessian_regularization={regularization:g} is zero (eigenvalues "
+                f"from {smallest:.3g} to {values.max():.3g}); use hessian_regularization > {-smallest:.4g}"
+            )
+        if smallest + regularization < 0:
+            warnings.warn(
+                IndefiniteCurvatureWarning(
+                    f"the sketch of H, plus λI, is not positive definite: its smallest eigenvalue is {smallest:.4g} "
+                    f"and hessian_regularization={regularization:g}. The approximation is meant for curvatures "
+                    f"without negative eigenvalues: use curvature='ggn', or hessian_regularization > {-smallest:.4g}"
+                ),
+                stacklevel=2,
+            )
+        return cls(sketch, regularization)
+
+    @property
+    def residuals_need_rounds(self) -> bool:
+        """H times the complement of a gradient is not known from the fit."""
+        return True
+
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+        """The kept part through Λ + λ, the rest through λ."""
+        rows = gradients.to(torch.float64)
+        return self.sketch.inverse_times(rows, self.regularization, complement=self.regularization)
+        yield  # no round is needed, but the contract is a generator
+
+    def with_regularization(self, regularization: float) -> SketchInverse:
+        """λ enters by itself: nothing is recomputed."""
+        return self.checked(self.sketch, check_regularization(regularization))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The sketch and λ."""
+        tensors = {"vectors": self.sketch.vectors, "values": self.sketch.values}
+        return tensors, {"regularization": self.regularization}
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> SketchInverse:
+        """Take the sketch as it is."""
+        return cls(Sketch(tensors["vectors"], tensors["values"]), values["regularization"])
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Spectrum of the sketch; ``rank`` is smaller than asked for where C has fewer dimensions."""
+        values = self.sketch.values
+        found = {} if len(values) == 0 else {"largest_eigenvalue": values[0].item()}
+        return {
+            "rank": len(values),
+            "eigenvalues": values.tolist(),
+            **found,
+            "positive_definite": bool((values + self.regularization > 0).all()),
+        }
+
+
+def _check_complement(regularization: float) -> None:
+    if regularization == 0:
+        raise ConfigurationError(
+            "the Nyström sketch keeps the orthogonal complement with eigenvalue hessian_regularization, which is 0; "
+            "give hessian_regularization > 0"
+        )
+
+
+@dataclass(frozen=True)
+class NystroemSketch(Estimator):
+    """A randomised low-rank approximation of C, complement kept with eigenvalue λ; one pass.
+
+    Parameters
+    ----------
+    rank : int
+        R, products taken in the pass, 1 ≤ R < P.
+    seed : int
+        Of the test matrix Ω: ``torch.randn(R, P)`` transposed, in float64.
+    """
+
+    rank: int = 10
+    seed: int = 0
+
+    def validate(self, system: System) -> None:
+        """Rank against P, and λ > 0."""
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank < system.size:
+            raise ConfigurationError(
+                f"rank must be an integer from 1 to P − 1 = {system.size - 1} (the model has P = {system.size} "
+                f"parameters in θ); got {self.rank!r}"
+            )
+        _check_complement(system.regularization)
+
+    def fit(self, system: System) -> Generator[Round, Moments, SketchInverse]:
+        """One round: R products."""
+        sketch = yield from nystroem_sketch(system, self.rank, self.seed)
+        return SketchInverse.checked(sketch, system.regularization)
