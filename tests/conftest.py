@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Before --doctest-modules imports them: suites and oracles that other tests call explain themselves
+# where they fail.
+pytest.register_assert_rewrite("tests.contracts", "tests.oracles")
+
 # Several pytest processes, each with worker processes of its own, share the machine: torch's
 # default of one thread per core in each of them is slower than one thread.
 if "PYTEST_XDIST_WORKER" in os.environ:
