@@ -14,14 +14,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dask_influence.core.curvature import product_sums
+from dask_influence.core.layers import Layout
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree
 from dask_influence.core.problem import Problem
@@ -70,6 +72,8 @@ class System:
         Number of samples fitted.
     dtype : torch.dtype
         The model's floating dtype.
+    layout : Layout, optional
+        θ in layers, for estimators that are built from layers; known during a fit only.
     """
 
     names: tuple[str, ...]
@@ -78,6 +82,7 @@ class System:
     curvature: str
     samples: int
     dtype: torch.dtype
+    layout: Layout | None = None
 
     @property
     def size(self) -> int:
@@ -91,7 +96,9 @@ class System:
 
     def to_json(self) -> dict[str, Any]:
         """Values for :meth:`from_json`: an inverse that asks for rounds later has to keep its system."""
-        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+        values = asdict(replace(self, layout=None)) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        del values["layout"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> System:
@@ -175,6 +182,9 @@ class Estimator(ABC):
     def validate(self, system: System) -> None:  # noqa: B027 - most estimators accept any system
         """Raise :class:`ConfigurationError` where this configuration cannot be fitted to ``system``."""
 
+    def examine(self, system: System, problem: Problem, x: Tree, y: Tree) -> None:  # noqa: B027 - most need not
+        """Raise where this configuration cannot be fitted to the model, seen on a few samples."""
+
     @abstractmethod
     def fit(self, system: System) -> Generator[Round, Moments, Inverse]:
         """Ask for passes over the data, then return the inverse."""
@@ -189,10 +199,7 @@ def relative_residuals(products: Tensor, regularization: float, gradients: Tenso
 
 def check_regularization(value: float) -> float:
     """λ as a float, or a :class:`ConfigurationError` for a negative or non-finite one."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or number < 0:
         raise ConfigurationError(f"hessian_regularization must be a finite number ≥ 0; got {value!r}")
     return number
