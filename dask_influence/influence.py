@@ -31,8 +31,11 @@ from dask_influence.core.curvature import PRODUCTS
 from dask_influence.core.estimators import (
     Arnoldi,
     Cg,
+    DataInf,
     Direct,
+    Ekfac,
     Estimator,
+    GradientDot,
     Inverse,
     Lissa,
     NystroemSketch,
@@ -41,6 +44,7 @@ from dask_influence.core.estimators import (
 )
 from dask_influence.core.estimators.base import check_regularization
 from dask_influence.core.forms import Forms, input_leaf
+from dask_influence.core.layers import layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Loss, Objective
 from dask_influence.core.problem import Problem, prepare, with_mixed_form
@@ -239,7 +243,8 @@ class InfluenceFunctionModel:
         source = as_source(train, "train")
         executor = self._executor()
         objective = self._objective()
-        problem, report = prepare(objective, *self._sample(objective, source))
+        sample = self._sample(objective, source)
+        problem, report = prepare(objective, *sample)
         system = System(
             objective.names,
             tuple(tuple(shape) for shape in objective.shapes),
@@ -247,8 +252,10 @@ class InfluenceFunctionModel:
             self.curvature,
             len(source),
             objective.dtype,
+            layout_of(objective),
         )
         self.configuration.validate(system)
+        self.configuration.examine(system, problem, *sample)
         passes = _Counted(self._passes(executor, problem, source))
         inverse = drive(self.configuration.fit(system), passes)
         counts = {
@@ -972,6 +979,86 @@ class NystroemSketchInfluence(InfluenceFunctionModel, estimator=NystroemSketch):
     ----------
     Frangella, Tropp & Udell 2023, "Randomized Nyström Preconditioning"; Hataya & Yamada 2023,
     "Nyström Method for Accurate and Scalable Implicit Differentiation".
+    """
+
+
+class EkfacInfluence(InfluenceFunctionModel, estimator=Ekfac):
+    """Influence through the Fisher matrix in a Kronecker-factored eigenbasis, block by layer.
+
+    Two passes over the data and, for a layer of q outputs and p inputs, matrices of q × q and
+    p × p instead of pq × pq. Scores are those of the Fisher matrix under the model's own
+    predictions (or of the empirical one with ``curvature="empirical_fisher"``): for any other
+    ``curvature`` it stands in for that matrix, and ``factor_residual`` says how well. λ is added to each
+    eigenvalue. Linear, convolution, Embedding, LayerNorm and attention layers have a form;
+    others are refused by name, or left out with ``skip_unsupported=True``. Arguments beside those
+    of :class:`InfluenceFunctionModel` are those of
+    :class:`~dask_influence.core.estimators.Ekfac`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dask_influence import EkfacInfluence
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(7, 3), torch.randint(0, 2, (7,))
+    >>> net = torch.nn.Linear(3, 2)
+    >>> infl = EkfacInfluence(net, torch.nn.functional.cross_entropy, 0.1).fit((x, y))
+    >>> infl.influences(x[:2], y[:2], x, y).shape
+    torch.Size([2, 7])
+    >>> infl.diagnostics["passes"]
+    2
+
+    References
+    ----------
+    George et al. 2018, "Fast Approximate Natural Gradient Descent in a Kronecker-factored
+    Eigenbasis"; Grosse et al. 2023, "Studying Large Language Model Generalization with
+    Influence Functions".
+    """
+
+
+class InverseHarmonicMeanInfluence(InfluenceFunctionModel, estimator=DataInf):
+    """DataInf: influence through the mean over training points j of (g_j g_jᵀ + λI)⁻¹, by layer.
+
+    No pass to fit, one pass over the training data for each block of factors. Arguments
+    beside those of :class:`InfluenceFunctionModel` are those of
+    :class:`~dask_influence.core.estimators.DataInf`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dask_influence import InverseHarmonicMeanInfluence
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
+    >>> net = torch.nn.Linear(3, 1)
+    >>> infl = InverseHarmonicMeanInfluence(net, torch.nn.functional.mse_loss, 0.1).fit((x, y))
+    >>> infl.influences(x[:2], y[:2], x, y).shape
+    torch.Size([2, 7])
+
+    References
+    ----------
+    Kwon et al. 2023, "DataInf: Efficiently Estimating Data Influence in LoRA-tuned LLMs and
+    Diffusion Models".
+    """
+
+
+class GradientDotInfluence(InfluenceFunctionModel, estimator=GradientDot):
+    """The baseline without curvature: ⟨g_test, g_train⟩.
+
+    λ is recorded and not used. What an estimator adds to this is what its curvature is worth.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dask_influence import GradientDotInfluence
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
+    >>> net = torch.nn.Linear(3, 1)
+    >>> infl = GradientDotInfluence(net, torch.nn.functional.mse_loss).fit((x, y))
+    >>> infl.influences(x[:2], y[:2], x, y).shape
+    torch.Size([2, 7])
+
+    References
+    ----------
+    Pruthi et al. 2020, "Estimating Training Data Influence by Tracing Gradient Descent".
     """
 
 
