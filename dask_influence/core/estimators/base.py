@@ -94,6 +94,14 @@ class System:
         function = partial(product_sums, curvature=self.curvature)
         return Round(function, {"vectors": vectors}, result_bytes=8 * vectors.numel())
 
+    def damped(self, vectors: Tensor) -> Tensor:
+        """λ s for rows s (n, P): what the system adds to the curvature."""
+        return self.regularization * vectors
+
+    def with_regularization(self, regularization: Any) -> System:
+        """The same system at another λ."""
+        return replace(self, regularization=check_regularization(regularization))
+
     def to_json(self) -> dict[str, Any]:
         """Values for :meth:`from_json`: an inverse that asks for rounds later has to keep its system."""
         values = asdict(replace(self, layout=None)) | {"dtype": str(self.dtype).removeprefix("torch.")}
