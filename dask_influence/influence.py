@@ -27,7 +27,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from dask_influence.core.curvature import PRODUCTS
+from dask_influence.core.curvature import PRODUCTS, check_curvature
 from dask_influence.core.estimators import (
     Arnoldi,
     Cg,
@@ -42,9 +42,16 @@ from dask_influence.core.estimators import (
     Round,
     System,
 )
-from dask_influence.core.estimators.base import check_regularization
+from dask_influence.core.estimators.blocks import (
+    BlockDiagonal,
+    BlockSystem,
+    Regularization,
+    Structure,
+    check_regularizations,
+    check_structure,
+)
 from dask_influence.core.forms import Forms, input_leaf
-from dask_influence.core.layers import layout_of
+from dask_influence.core.layers import Layout, layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Loss, Objective
 from dask_influence.core.problem import Problem, prepare, with_mixed_form
@@ -106,12 +113,17 @@ class InfluenceFunctionModel:
     loss : callable
         ``loss(output, target)``, mean-reduced over the leading axis, as in
         :mod:`torch.nn.functional`.
-    hessian_regularization : float
-        λ ≥ 0, added to the curvature of the mean loss.
+    hessian_regularization : float or mapping
+        λ ≥ 0, added to the curvature of the mean loss; with ``block_structure`` also a λ for
+        each block, by its name.
     curvature : str
-        ``"hessian"``: the second derivative of the mean loss.
-    block_structure : None
-        The full matrix.
+        ``"hessian"``: the second derivative of the mean loss; ``"ggn"``: the generalised
+        Gauss-Newton matrix; ``"fisher"``: the expectation under the model's own predictions,
+        for losses that are a likelihood; ``"empirical_fisher"``: the mean of g gᵀ.
+    block_structure : None, str or mapping
+        None is the full matrix. Otherwise only its diagonal blocks count: ``"layer"``, one for
+        each module that owns parameters, by its path; ``"parameter"``, one for each
+        parameter; or parameter names (or glob patterns) by block name.
     parameters : sequence of str, optional
         Names or glob patterns of the parameters in θ; by default all that require gradients.
     device : str
@@ -147,10 +159,10 @@ class InfluenceFunctionModel:
         self,
         model: nn.Module,
         loss: Loss,
-        hessian_regularization: float = 0.0,
+        hessian_regularization: Regularization = 0.0,
         *,
         curvature: str = "hessian",
-        block_structure: None = None,
+        block_structure: Structure = None,
         parameters: Sequence[str] | None = None,
         device: str = "auto",
         dtype: torch.dtype | None = None,
@@ -165,7 +177,8 @@ class InfluenceFunctionModel:
                 "InfluenceFunctionModel is abstract; use DirectInfluence or another of its models"
             )
         self.configuration = self._configured(own)
-        self.hessian_regularization = check_regularization(hessian_regularization)
+        check_structure(block_structure)
+        self.hessian_regularization = check_regularizations(hessian_regularization, block_structure)
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if not callable(loss):
@@ -176,10 +189,6 @@ class InfluenceFunctionModel:
             raise ConfigurationError(
                 f"curvature must be one of {', '.join(map(repr, PRODUCTS))}; got {curvature!r}"
             )
-        if block_structure is not None:
-            raise ConfigurationError(
-                f"block_structure must be None (the full matrix); got {block_structure!r}"
-            )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigurationError(
                 f"dtype must be a floating torch dtype such as torch.float64; got {dtype!r}"
@@ -188,6 +197,14 @@ class InfluenceFunctionModel:
             raise ConfigurationError(f"chunk_size must be a positive integer; got {chunk_size!r}")
         resolve_device(device)
         self.model, self.loss, self.curvature = model, loss, curvature
+        self.block_structure = (
+            {
+                str(block): [names] if isinstance(names, str) else list(names)
+                for block, names in block_structure.items()
+            }
+            if isinstance(block_structure, Mapping)
+            else block_structure
+        )
         self.parameters, self.device, self.dtype = parameters, device, dtype
         self.chunk_size, self.client, self.artifacts, self.certify = chunk_size, client, artifacts, certify
         self._fitted: _Fitted | None = None
@@ -219,7 +236,7 @@ class InfluenceFunctionModel:
     def __repr__(self) -> str:
         fitted = "fitted" if self._fitted else "not fitted"
         return (
-            f"{type(self).__name__}({type(self.model).__name__}, λ={self.hessian_regularization:g}, {fitted})"
+            f"{type(self).__name__}({type(self.model).__name__}, λ={self.hessian_regularization}, {fitted})"
         )
 
     # -- fit --------------------------------------------------------------------------
@@ -244,20 +261,13 @@ class InfluenceFunctionModel:
         executor = self._executor()
         objective = self._objective()
         sample = self._sample(objective, source)
+        system, estimator = self._system(objective, len(source), layout_of(objective)), self._estimator()
+        estimator.validate(system)
         problem, report = prepare(objective, *sample)
-        system = System(
-            objective.names,
-            tuple(tuple(shape) for shape in objective.shapes),
-            self.hessian_regularization,
-            self.curvature,
-            len(source),
-            objective.dtype,
-            layout_of(objective),
-        )
-        self.configuration.validate(system)
-        self.configuration.examine(system, problem, *sample)
+        check_curvature(problem, *sample, self.curvature)
+        estimator.examine(system, problem, *sample)
         passes = _Counted(self._passes(executor, problem, source))
-        inverse = drive(self.configuration.fit(system), passes)
+        inverse = drive(estimator.fit(system), passes)
         counts = {
             "samples": len(source),
             "parameters": system.size,
@@ -271,15 +281,15 @@ class InfluenceFunctionModel:
         self._fitted = _Fitted(problem, system, inverse, passes.answer, digest, counts)
         return self
 
-    def with_regularization(self, hessian_regularization: float) -> Self:
+    def with_regularization(self, hessian_regularization: Regularization) -> Self:
         """A new fitted model at another λ that shares this fit; equal to a refit."""
         fitted = self._require_fit()
         other = copy.copy(self)
-        other.hessian_regularization = check_regularization(hessian_regularization)
+        other.hessian_regularization = check_regularizations(hessian_regularization, self.block_structure)
         other._fitted = dataclasses.replace(
             fitted,
+            system=fitted.system.with_regularization(other.hessian_regularization),
             inverse=fitted.inverse.with_regularization(other.hessian_regularization),
-            system=dataclasses.replace(fitted.system, regularization=other.hessian_regularization),
         )
         return other
 
@@ -582,6 +592,7 @@ class InfluenceFunctionModel:
             "parameters": list(fitted.system.names),
             "curvature": self.curvature,
             "hessian_regularization": self.hessian_regularization,
+            "block_structure": self.block_structure,
             "configuration": dataclasses.asdict(self.configuration),
             "samples": fitted.system.samples,
             "dtype": str(fitted.system.dtype).removeprefix("torch."),
@@ -632,6 +643,7 @@ class InfluenceFunctionModel:
             loss,
             record["hessian_regularization"],
             curvature=record["curvature"],
+            block_structure=record["block_structure"],
             parameters=record["parameters"],
             dtype=dtype,
             client=client,
@@ -640,14 +652,7 @@ class InfluenceFunctionModel:
         )
         objective = loaded._objective()
         persistence.check_model(location, record, objective)
-        system = System(
-            objective.names,
-            tuple(tuple(shape) for shape in objective.shapes),
-            loaded.hessian_regularization,
-            loaded.curvature,
-            record["samples"],
-            dtype,
-        )
+        system = loaded._system(objective, record["samples"])
         problem = Problem(objective, Forms(**record["forms"]), record["activations"])
         loaded._fitted = _Fitted(problem, system, saved.inverse, None, record["fit"], record["counts"])
         if train is not None:
@@ -685,6 +690,25 @@ class InfluenceFunctionModel:
         return Objective.of(
             self.model, self.loss, self.parameters, device=resolve_device(self.device), dtype=self.dtype
         )
+
+    def _system(self, objective: Objective, samples: int, layout: Layout | None = None) -> System:
+        """The system asked for; λ of the blocks is in the block system alone."""
+        mapping = isinstance(self.hessian_regularization, Mapping)
+        system = System(
+            objective.names,
+            tuple(tuple(shape) for shape in objective.shapes),
+            0.0 if mapping else self.hessian_regularization,
+            self.curvature,
+            samples,
+            objective.dtype,
+            layout,
+        )
+        if self.block_structure is None:
+            return system
+        return BlockSystem.of(system, self.block_structure, self.hessian_regularization)
+
+    def _estimator(self) -> Estimator:
+        return self.configuration if self.block_structure is None else BlockDiagonal(self.configuration)
 
     def _executor(self) -> Executor:
         if self.client is None:
@@ -731,7 +755,7 @@ class InfluenceFunctionModel:
         return test if x is None else as_source((x, y), "x, y")
 
     def _projects(self) -> bool:
-        return self.configuration.own_directions is not None
+        return self._require_fit().inverse.directions is not None
 
     def _score_dtype(self, fitted: _Fitted) -> np.dtype[Any]:
         return tasks.stored(torch.empty(0, dtype=fitted.system.dtype)).dtype
@@ -780,7 +804,8 @@ class InfluenceFunctionModel:
         **limits: Any,
     ) -> Plan:
         project = self._projects() if project is None else project
-        rank = self.configuration.own_directions if project else None
+        own = fitted.inverse.directions if project else None
+        rank = None if own is None else len(own)
         return arrange(self._work(fitted, len(test), train, mode, rank=rank), **limits)
 
     def _through_store(self, test: Source, train: Source, mode: InfluenceMode) -> np.ndarray[Any, Any]:
@@ -836,6 +861,7 @@ class InfluenceFunctionModel:
             "estimator": type(self).__name__,
             "curvature": self.curvature,
             "hessian_regularization": self.hessian_regularization,
+            "block_structure": self.block_structure,
             "configuration": dataclasses.asdict(self.configuration),
             "fit": fitted.digest,
             "dtype": str(fitted.system.dtype).removeprefix("torch."),
