@@ -80,7 +80,7 @@ def iterated_factors(
     residual = inverse.residuals(wide, factors)
     if residual is None and certify:
         products = passes(system.products(factors)).mean("products")
-        residual = relative_residuals(products, system.regularization, wide, factors)
+        residual = relative_residuals(products + system.damped(factors), 0.0, wide, factors)
     if residual is None:
         residual = torch.full((len(wide),), torch.nan, dtype=torch.float64)
     return tasks.Factors(factors.to(gradients.dtype), residual.numpy())
