@@ -68,6 +68,7 @@ from dask_influence.execution.run import (
     Output,
     StoredFactors,
     factor_templates,
+    required,
     score_templates,
     write_factors,
     write_scores,
@@ -463,6 +464,8 @@ class InfluenceFunctionModel:
         location = Location.of(store, storage_options)
         train_source = as_source(train, "train", storage_options)
         held = StoredFactors.found(test, storage_options)
+        if held is None:
+            fitted.check_solvable()
         test_source = held or as_source(test, "test", storage_options)
         executor = self._executor()
         project = self._projects() and held is None
@@ -533,6 +536,7 @@ class InfluenceFunctionModel:
         test data.
         """
         fitted = self._require_fit()
+        fitted.check_solvable()
         location = Location.of(store, storage_options)
         source = as_source(test, "test", storage_options)
         executor = self._executor()
@@ -806,7 +810,8 @@ class InfluenceFunctionModel:
         project = self._projects() if project is None else project
         own = fitted.inverse.directions if project else None
         rank = None if own is None else len(own)
-        return arrange(self._work(fitted, len(test), train, mode, rank=rank), **limits)
+        work = self._work(fitted, len(test), train, mode, rank=rank)
+        return arrange(work, spread=not fitted.inverse.needs_rounds, **limits)
 
     def _through_store(self, test: Source, train: Source, mode: InfluenceMode) -> np.ndarray[Any, Any]:
         """In-memory answer of a cluster: a run into its artifacts, read back and deleted."""
@@ -1102,6 +1107,11 @@ class _Fitted:
     passes: Passes | None
     digest: str
     counts: dict[str, Any]
+
+    def check_solvable(self) -> None:
+        """Refuse to begin where factors take passes over data that are not at hand."""
+        if self.inverse.needs_rounds:
+            required(self.passes)
 
 
 class _Counted:

@@ -274,7 +274,9 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def arrange(work: Work, *, tile_bytes: int | None = None, memory_limit: int | None = None) -> Plan:
+def arrange(
+    work: Work, *, tile_bytes: int | None = None, memory_limit: int | None = None, spread: bool = True
+) -> Plan:
     """Cut ``work`` into query blocks, tiles and strips.
 
     Parameters
@@ -285,6 +287,9 @@ def arrange(work: Work, *, tile_bytes: int | None = None, memory_limit: int | No
         Bytes of one tile; by default a 64th of the output, from 256 KiB to 64 MiB.
     memory_limit : int, optional
         Bytes one task may hold; a quarter of it goes to directions.
+    spread : bool
+        Let workers share the factors of a small test set. Factors that are solved by passes
+        are better taken in as few blocks as fit, since a block shares its passes.
 
     Examples
     --------
@@ -312,9 +317,8 @@ def arrange(work: Work, *, tile_bytes: int | None = None, memory_limit: int | No
     factor_share = min(DIRECTION_BYTES, share)
     factor_rows = min(work.tests, max(1, factor_share // (work.parameters * (2 * work.itemsize + 24))))
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
-    return Plan(
-        work, query_rows, tile, _strip_columns(plan), plan.batch, _spread(plan.factor_rows, work.tests)
-    )
+    rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
+    return Plan(work, query_rows, tile, _strip_columns(plan), plan.batch, rows_of_factors)
 
 
 def _batch(work: Work) -> int:

@@ -66,19 +66,8 @@ class Fit:
         return tasks.stored(torch.empty(0, dtype=self.system.dtype)).dtype
 
     def answer(self) -> Passes:
-        """What answers the rounds of factors that are solved by passes over the fitted data.
-
-        Raises
-        ------
-        NotFittedError
-            The model was loaded without its training data.
-        """
-        if self.passes is None:
-            raise NotFittedError(
-                "factors of this estimator are solved by passes over the training data, and a loaded model holds "
-                "none; give them as load(url, model, loss, train=...)"
-            )
-        return self.passes
+        """What answers the rounds of factors that are solved by passes over the fitted data."""
+        return required(self.passes)
 
     @property
     def needs_rounds(self) -> bool:
@@ -86,6 +75,22 @@ class Fit:
         if self.inverse.needs_rounds:
             return True
         return self.certify and self.passes is not None and self.inverse.residuals_need_rounds
+
+
+def required(passes: Passes | None) -> Passes:
+    """The passes that solving takes.
+
+    Raises
+    ------
+    NotFittedError
+        The model was loaded without its training data.
+    """
+    if passes is None:
+        raise NotFittedError(
+            "factors of this estimator are solved by passes over the training data, and a loaded model holds none; "
+            "give them as load(url, model, loss, train=...)"
+        )
+    return passes
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class CgInverse(Inverse):
                 IndefiniteCurvatureWarning(
                     f"H + λI is not positive definite: an eigenvalue of H is {lowest:.4g} or lower and "
                     f"hessian_regularization={self.regularization:g}. Scores can have the wrong sign and size; "
-                    f"hessian_regularization > {-lowest:.4g} makes it positive definite"
+                    f"hessian_regularization > {-1.001 * lowest:.4g} makes it positive definite"
                 ),
                 stacklevel=2,
             )
