@@ -1,4 +1,4 @@
-"""dask_influence: which training points made the model do this?
+"""dask_influence tells which training points made a model do this.
 
 A distributed engine for influence functions: a coordinator builds the regularized
 curvature of a trained PyTorch model (or a low-rank sketch of it) from sums over data

@@ -76,7 +76,7 @@ from dask_influence.execution.run import (
 from dask_influence.execution.shipping import resolve_device
 from dask_influence.grid import Chunks
 from dask_influence.storage.results import open_influences
-from dask_influence.storage.sources import DaskSource, Source, as_source
+from dask_influence.storage.sources import DaskSource, Source, as_source, check_finite
 from dask_influence.storage.stores import Location
 
 LARGE_MODEL = 2**16
@@ -364,7 +364,7 @@ class InfluenceFunctionModel:
         Columns are in the order of the model's named parameters in θ.
         """
         fitted = self._require_fit()
-        test = as_source((x, y), "x, y")
+        test = as_source((x, y), "test (x, y)")
         plan = self._plan(fitted, test, test, InfluenceMode.Up)
         if isinstance(test, DaskSource):
             blocks = Blocks.of(test)
@@ -750,6 +750,7 @@ class InfluenceFunctionModel:
 
     def _sample(self, objective: Objective, source: Source) -> tuple[Any, Any]:
         batch = source.read(0, min(SAMPLES_CHECKED, len(source)))
+        check_finite(batch, "train")
         x, y = tasks.to_tensors(batch, objective)
         return x, y
 
@@ -1122,7 +1123,7 @@ class _Counted:
 
     def __call__(self, request: Round) -> Moments:
         self.count += 1
-        return self.answer(request)
+        return self.answer(request, first=self.count == 1)
 
 
 def _mode(mode: InfluenceMode | str) -> InfluenceMode:

@@ -185,6 +185,7 @@ def test_order_and_ragged_end_of_a_loader_are_kept_with_a_warning(option: dict[s
     assert oracles.relative_error(fitted.influences(*case.test, *case.train), case.up(case.inverse)) <= EXACT
 
 
+@pytest.mark.filterwarnings("ignore::dask_influence.errors.IndefiniteCurvatureWarning")
 def test_documentation_snippet_with_a_ragged_last_batch() -> None:
     case = data.mlp_classification()
     model, loss = case.model, case.loss

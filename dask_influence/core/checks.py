@@ -6,11 +6,13 @@ samples forward, no derivative, and refuses by name what breaks that.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from dask_influence.core.elementary import differentiation, fused
@@ -78,7 +80,15 @@ def _output(objective: Objective, x: Tree) -> Any:
 
 def _scalar(objective: Objective, output: Any, y: Tree) -> Tensor:
     try:
-        value = objective.loss(output, y)
+        with warnings.catch_warnings():
+            # torch's losses only warn when they broadcast output against target: never a score
+            warnings.filterwarnings("error", "Using a target size", UserWarning)
+            value = objective.loss(output, y)
+    except UserWarning as broadcast:
+        raise DataError(
+            f"y: its shape {_described(y)} is broadcast against an output of {_described(output)}; "
+            "give y the shape of the output"
+        ) from broadcast
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as failure:
         raise _explained(objective, output, y, failure) from failure
     if not isinstance(value, Tensor):
@@ -148,7 +158,13 @@ def _check_repeatable(objective: Objective, x: Tree, output: Any) -> None:
 def _check_independent(objective: Objective, x: Tree, output: Any) -> None:
     count = leading_size(x)
     for j in range(min(_ALONE, count)):
-        alone = _output(objective, sliced(x, slice(j, j + 1)))
+        try:
+            alone = _output(objective, sliced(x, slice(j, j + 1)))
+        except DataError as failure:
+            raise SampleMixingError(
+                f"the model takes {count} samples but not one alone ({_first_line(failure)}): "
+                f"a layer needs the others{_batch_statistics(objective)}"
+            ) from failure
         rows = zip(_floating(output), _floating(alone), strict=True)
         verdicts = [_same_row(batched, single, j, count) for batched, single in rows]
         # Leaves without a sample axis (a recurrent state) are judged by the ones that have one.
@@ -161,6 +177,16 @@ def _check_independent(objective: Objective, x: Tree, output: Any) -> None:
                 f"output has no sample axis: {shapes}; the first axis must count samples "
                 "(squeeze(-1) rather than squeeze(), batch_first=True)"
             )
+
+
+def _batch_statistics(objective: Objective) -> str:
+    """The normalisations that take their statistics from the batch even in eval mode, named."""
+    found = [
+        f"{name} ({type(module).__name__})"
+        for name, module in objective.module.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None
+    ]
+    return f"; {', '.join(found)} keeps no running statistics (track_running_stats=False)" if found else ""
 
 
 def _same_row(batched: Tensor, single: Tensor, j: int, count: int) -> bool | None:

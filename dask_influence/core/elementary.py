@@ -14,7 +14,9 @@ by functional code of a user's model; a plain forward pass outside of it keeps t
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -23,6 +25,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+with warnings.catch_warnings():
+    # torch loads these on the first forward-mode derivative and warns of its own deprecated
+    # torch.jit.script while it does; nothing here or in the user's code can answer for that.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import torch._decomp.decompositions_for_jvp
 
 _RNN_OPERATIONS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -243,6 +251,18 @@ _lock = threading.RLock()
 _depth = 0
 
 
+@functools.cache
+def _load_forward_mode() -> None:
+    """Have torch load its forward-mode rules, a part of torch that warns of torch's own age.
+
+    Where warnings are errors, the load would fail at every derivative that comes first, and the
+    check would turn forward mode down.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))
+
+
 @contextlib.contextmanager
 def differentiation() -> Iterator[None]:
     """Run the body alone in this process, with derivatives that are right.
@@ -262,6 +282,7 @@ def differentiation() -> Iterator[None]:
         if _depth:  # the settings are in place
             yield
             return
+        _load_forward_mode()
         _depth += 1
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dask_influence.core.checks import check_loss
 from dask_influence.core.derivatives import choose_forms, differentiation
-from dask_influence.core.forms import Forms
-from dask_influence.core.objective import Objective, Tree, leading_size
+from dask_influence.core.forms import Forms, sample_gradients
+from dask_influence.core.objective import Objective, Tree, leading_size, sliced
+from dask_influence.errors import DataError, DerivativeError
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,46 @@ class Problem:
 def prepare(objective: Objective, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]:
     """Check the loss and every derivative on a few samples; the second value is for diagnostics."""
     check_loss(objective, x, y)
-    forms, report = choose_forms(objective, x, y)
+    try:
+        forms, report = choose_forms(objective, x, y)
+    except DerivativeError:
+        check_gradients(
+            objective, x, y
+        )  # a sample at which the loss has no gradient is no fault of the model
+        raise
     return Problem(objective, forms, activation_size(objective, x, y)), report
+
+
+def check_gradients(objective: Objective, x: Tree, y: Tree, argument: str = "train", start: int = 0) -> None:
+    """Refuse losses and gradients that are NaN or infinite, naming the sample and what it is a gradient of.
+
+    Raises
+    ------
+    DataError
+        Naming ``argument`` and the first such sample, counted from ``start``.
+    """
+    for j in range(leading_size(y)):
+        one = slice(j, j + 1)
+        gradient = sample_gradients(objective, sliced(x, one), sliced(y, one), Forms(gradient="loop"))
+        if not gradient.isfinite().all():
+            raise DataError(
+                f"{argument}: the gradient of sample {start + j} is not finite; look at its loss and its inputs, "
+                "or leave the sample out"
+            )
+
+
+def check_losses(problem: Problem, x: Tree, y: Tree, argument: str, start: int) -> None:
+    """Refuse losses that are NaN or infinite, naming the first such sample, counted from ``start``."""
+    objective = problem.objective
+    with torch.no_grad(), differentiation():
+        losses = objective.sample_losses(objective.parameters(), x, y)
+    bad = ~losses.isfinite()
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise DataError(
+            f"{argument}: the loss of sample {start + first} is {losses[first].item()}; look at its inputs and "
+            "its target, or leave the sample out"
+        )
 
 
 def with_mixed_form(problem: Problem, x: Tree, y: Tree) -> Problem:

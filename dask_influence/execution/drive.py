@@ -42,12 +42,12 @@ class Passes:
     job: Sealed
     chunks: Chunks
 
-    def __call__(self, request: Round) -> Moments:
+    def __call__(self, request: Round, *, first: bool = False) -> Moments:
         """Sum ``request.function`` over the chunks, in an order that depends on the chunks alone."""
         operand = self.executor.publish(request.operand)
         groups = self._groups(self._pieces(request.samples), request.result_bytes)
         return self.executor.reduce(
-            tasks.sum_group, [(self.job, request.function, operand, group) for group in groups]
+            tasks.sum_group, [(self.job, request.function, operand, group, first) for group in groups]
         )
 
     def _pieces(self, samples: Sequence[range] | None) -> list[range]:

@@ -137,10 +137,11 @@ class Output:
         StoreError
             It cannot be written.
         """
-        if overwrite:
+        stored = self.ledger.read_run()
+        if overwrite and stored is not None:  # never what another program wrote
             self.location.check_writable()
             self.location.delete()
-        stored = self.ledger.read_run()
+            stored = None
         if stored is not None and stored["state"] != "created":
             return self._resumed(stored, resume), stored["state"] == "complete"
         self.location.check_writable()
@@ -148,8 +149,8 @@ class Output:
             self.location.delete()
         if self.location.list():
             raise StoreMismatchError(
-                f"{self.location.url} holds data that no run of dask_influence wrote; "
-                "choose another store or pass overwrite=True"
+                f"{self.location.url} holds data that no run of dask_influence wrote, which not even "
+                "overwrite=True replaces; choose another store, or delete them yourself"
             )
         run = {"fingerprint": self.fingerprint, "plan": plan.to_json()}
         self.ledger.write_run({**run, "state": "created"})

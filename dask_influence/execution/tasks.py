@@ -24,7 +24,7 @@ from dask_influence.core import directional
 from dask_influence.core.estimators.base import ChunkFunction, without_rounds
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree
-from dask_influence.core.problem import Problem
+from dask_influence.core.problem import Problem, check_gradients, check_losses
 from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Model, Sealed, Solver
@@ -77,14 +77,24 @@ def to_tensors(batch: Any, objective: Objective) -> Any:
 
 
 # -- fit -------------------------------------------------------------------------------
-def sum_group(job: Sealed, function: ChunkFunction, operand: Artifact, chunks: Sequence[range]) -> Moments:
-    """Moments of consecutive chunks, added one after the other."""
+def sum_group(
+    job: Sealed, function: ChunkFunction, operand: Artifact, chunks: Sequence[range], first: bool
+) -> Moments:
+    """Moments of consecutive chunks, added one after the other.
+
+    The ``first`` pass over the data also looks at every loss; sums that are not finite are
+    traced to the sample.
+    """
     opened: Job = job.open()
     total: Moments | None = None
     with torch_threads(opened.threads):
         for chunk in chunks:
             problem, x, y = opened.batch(chunk.start, chunk.stop)
+            if first:
+                check_losses(problem, x, y, opened.argument, chunk.start)
             part = function(problem, x, y, operand.load())
+            if not all(value.isfinite().all() for value in part.total.values()):
+                check_gradients(problem.objective, x, y, opened.argument, chunk.start)
             total = part if total is None else total + part
     assert total is not None
     return total
@@ -128,11 +138,9 @@ def closed_factors(
         solver = inverse.inverse()
         gradients = query_gradients(job, start, stop, batch)
         wide = gradients.to(torch.float64)
-        residual = None
-        if certify or not project:
-            factors = without_rounds(solver.solve(wide))
-            residual = solver.residuals(wide, factors) if certify else None
-        rows = solver.coefficients(wide) if project else factors
+        factors = without_rounds(solver.solve(wide)) if certify or not project else None
+        residual = solver.residuals(wide, factors) if certify and factors is not None else None
+        rows = solver.coefficients(wide) if project or factors is None else factors
     measured = torch.full((len(wide),), torch.nan, dtype=torch.float64) if residual is None else residual
     return Factors(rows.to(gradients.dtype), measured.numpy())
 

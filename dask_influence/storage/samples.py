@@ -105,6 +105,11 @@ class Source(ABC):
 
         A Zarr group is the exception: its digest is that of its listing (names, sizes, versions), so that
         its data need not be read, unless it was staged by this package from another source.
+
+        Raises
+        ------
+        DataError
+            Where a sample that is read for it holds NaN or inf, or is shaped unlike the others.
         """
         if self._digest is None:
             self._digest = self._content_digest()
@@ -115,10 +120,11 @@ class Source(ABC):
         """The samples, as numpy arrays of the announced structure."""
 
     def _content_digest(self) -> str:
-        blocks = (
-            digest_block(optree.tree_leaves(self._read(b.start, b.stop))) for b in self._digest_blocks()
+        blocks = (self._read(block.start, block.stop) for block in self._digest_blocks())
+        starts = (block.start for block in self._digest_blocks())
+        return self._combined_digest(
+            checked_digest(block, self.argument, start) for block, start in zip(blocks, starts, strict=True)
         )
-        return self._combined_digest(blocks)
 
     def write(self, arrays: Pair, rows: int) -> None:
         """Copy all samples into arrays that are indexed like numpy's, ``rows`` samples at a time."""
@@ -170,6 +176,12 @@ def digest_block(leaves: Iterable[np.ndarray[Any, Any]]) -> bytes:
     for leaf in leaves:
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.digest()
+
+
+def checked_digest(block: Pair, argument: str, start: int) -> bytes:
+    """:func:`digest_block` of finite samples: whoever reads all the data may as well look at them."""
+    check_finite(block, argument, start)
+    return digest_block(optree.tree_leaves(block))
 
 
 # -- structure ----------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from dask_influence.storage.samples import (
     as_numpy,
     as_pair,
     check_finite,
-    digest_block,
+    checked_digest,
     leaf_name,
     native,
     regular_size,
@@ -169,10 +169,18 @@ class DaskSource(Source):
 
     def _content_digest(self) -> str:
         # The data stay where they are computed: only digests of blocks come here.
-        hashed = dask.delayed(lambda *leaves: digest_block(map(np.asarray, leaves)), pure=False)
-        sizes = tuple(map(len, self._digest_blocks()))
-        blocks = [leaf.rechunk({0: sizes}).to_delayed().ravel() for leaf in optree.tree_leaves(self.data)]
-        return self._combined_digest(dask.compute(*(hashed(*leaves) for leaves in zip(*blocks, strict=True))))
+        leaves, structure = optree.tree_flatten(self.data)
+        argument, pieces = self.argument, self._digest_blocks()
+
+        @dask.delayed(pure=False)
+        def digest(start: int, *block: Any) -> bytes:
+            pair = optree.tree_unflatten(structure, map(np.asarray, block))
+            return checked_digest(pair, argument, start)
+
+        sizes = tuple(map(len, pieces))
+        blocks = [leaf.rechunk({0: sizes}).to_delayed().ravel() for leaf in leaves]
+        digests = [digest(piece.start, *block) for piece, *block in zip(pieces, *blocks, strict=True)]
+        return self._combined_digest(dask.compute(*digests))
 
     def write(self, arrays: Pair, rows: int) -> None:
         """Let dask store ``rows`` samples at a time, wherever it computes them."""
@@ -247,8 +255,8 @@ def _of_loader(loader: DataLoader[Any], argument: str) -> Source:
     order = loader.batch_sampler if loader.batch_size is None else loader.sampler
     if not isinstance(order, SequentialSampler):
         warnings.warn(
-            f"{argument}: the DataLoader's sampler ({type(order).__name__}) is ignored: all samples of its "
-            "dataset are used, each once, in the order of their index",
+            f"{argument}: the DataLoader's shuffling or sampling ({type(order).__name__}) is ignored: all samples "
+            "of its dataset are used, each once, in the order of their index",
             DataWarning,
             stacklevel=4,
         )

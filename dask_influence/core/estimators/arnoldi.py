@@ -162,7 +162,10 @@ class LowRankInverse(Inverse):
         return cls(tensors["vectors"], tensors["values"], tensors["images"], **values)
 
     def diagnostics(self) -> dict[str, Any]:
-        """Spectrum kept, its residuals, and the rounds that it took."""
+        """Spectrum kept, its residuals, the rounds that it took.
+
+        ``captured_spectrum`` estimates Σ θ² of the kept eigenvalues over that of all.
+        """
         return {
             "eigenvalues": self.values.tolist(),
             "smallest_eigenvalue": self.values.min().item(),
@@ -171,6 +174,15 @@ class LowRankInverse(Inverse):
             "complement": self.complement,
             **self.report,
         }
+
+
+CONFIRMATIONS = 3
+"""Passes spent after convergence on looking for pairs that were missed.
+
+A Krylov space of B start vectors holds at most B vectors of an eigenspace, so eigenvalues of
+larger multiplicity (those of a linear layer under squared error, one for each output) would be
+found once too few. A fresh random block finds the others.
+"""
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,7 @@ class Arnoldi(Estimator):
     seed : int
         Of the random start block.
     block_size : int, optional
-        B, vectors multiplied in one pass; default about a third of the rank, from 1 to 16.
+        B, vectors multiplied in one pass; default about a third of the rank, from 2 to 16.
     maxiter : int
         Passes after which the best pairs are taken, with a :class:`ConvergenceWarning`.
     """
@@ -229,34 +241,45 @@ class Arnoldi(Estimator):
 
     def fit(self, system: System) -> Generator[Round, Moments, LowRankInverse]:
         """Grow the basis B vectors a pass, restart when it is full, stop when R pairs have converged."""
-        block = min(self.block_size or max(1, min(16, -(-self.rank // 3))), system.size)
-        limit = min(self.krylov_dimension or max(2 * self.rank + 2 * block, 20), system.size)
-        limit = max(limit, min(self.rank + block, system.size))
+        block = min(self.block_size or max(2, min(16, -(-self.rank // 3))), system.size)
+        probe = min(max(block, 4), system.size)  # vectors that look for missed pairs
+        limit = self.krylov_dimension or max(2 * self.rank + 2 * block, 20)
+        limit = min(max(limit, self.rank + 2 * probe), system.size)
         tolerance = max(self.tol, 32 * torch.finfo(system.dtype).eps)  # below it products are noise
         generator = torch.Generator().manual_seed(self.seed)
         start = torch.randn(block, system.size, generator=generator, dtype=torch.float64)
         basis = _Basis(system.size, limit)
         fresh = basis.orthonormalised(start, generator)
-        passes = 0
+        passes = confirmed = 0
+        frobenius = 0.0
         while True:
             moments = yield system.products(fresh)
             passes += 1
+            if passes == 1:  # random directions estimate ‖C‖²_F for free
+                frobenius = system.size * moments.mean("products").square().sum(dim=1).mean().item()
             basis.append(fresh, moments.mean("products"))
             values, rotation = basis.ritz()
-            kept = min(self.rank, basis.length)
-            residuals = basis.residuals(rotation[:, :kept], values[:kept])  # (kept, P)
-            norms = residuals.norm(dim=1)
+            wanted = min(self.rank + probe, basis.length)
+            residuals = basis.residuals(rotation[:, :wanted], values[:wanted])  # (wanted, P)
+            norms = residuals[: self.rank].norm(dim=1)
             scale = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny)
             worst = (norms.max() / scale).item()
             complete = basis.length == system.size
-            if basis.length >= self.rank and (worst <= tolerance or complete or passes >= self.maxiter):
+            converged = basis.length >= self.rank and worst <= tolerance
+            if complete or passes >= self.maxiter or (converged and confirmed == CONFIRMATIONS):
                 break
-            # The residuals of the pairs still open span what a Lanczos step would add next.
-            candidates = residuals[norms > tolerance * scale][:block]
-            if len(candidates) == 0:  # all found so far is exact, but fewer than the rank: look elsewhere
-                candidates = torch.zeros(block, system.size, dtype=torch.float64)
+            if not converged:
+                # The residuals of the pairs still open span what a Lanczos step would add next.
+                candidates, confirmed = residuals[: self.rank][norms > tolerance * scale][:block], 0
+            elif confirmed == 0:
+                candidates = residuals[:0]
+            else:
+                candidates = residuals[self.rank :]
+            if len(candidates) == 0:  # zeros are replaced by random vectors: look elsewhere
+                candidates = torch.zeros(probe, system.size, dtype=torch.float64)
+            confirmed += converged
             if basis.length + len(candidates) > limit:
-                basis.restart(rotation[:, : min(max(kept, limit - 2 * block), basis.length)])
+                basis.restart(rotation[:, : min(max(self.rank, limit - 2 * probe), basis.length)])
             fresh = basis.orthonormalised(candidates[: system.size - basis.length], generator)
         if worst > tolerance and not complete:
             warnings.warn(
@@ -266,11 +289,13 @@ class Arnoldi(Estimator):
                 ),
                 stacklevel=2,
             )
+        captured = values[: self.rank].square().sum().item() / max(frobenius, torch.finfo(torch.float64).tiny)
         report = {
             "passes": passes,
             "block_size": block,
             "eigenpair_residual": worst,
             "krylov_dimension": limit,
+            "captured_spectrum": min(1.0, captured),
         }
         vectors, images = basis.rotated(rotation[:, : self.rank])
         return LowRankInverse.checked(
