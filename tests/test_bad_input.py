@@ -91,7 +91,7 @@ def test_queries_of_different_lengths(tmp_path: Path) -> None:
         fitted.influences(x_test, y_test[:-1], x, y)
     with pytest.raises(DataError, match=r"(?s)37.*30|30.*37"):
         fitted.influences(x_test, y_test, x[:30], y)
-    with pytest.raises(DataError, match=r"(?s)test.*13.*12|test.*12.*13"):
+    with pytest.raises(DataError, match=r"(?s)13.*12|12.*13"):
         fitted.influence_factors(x_test, y_test[:-1])
     with pytest.raises(DataError, match=r"(?s)train.*37.*30|train.*30.*37"):
         fitted.influences_to_zarr(tmp_path / "run", case().test, (x[:30], y))
@@ -245,15 +245,18 @@ def test_non_finite_targets_are_named_by_sample() -> None:
         DirectInfluence(regression.model, regression.loss, 0.05).fit((regression.train[0], y))
 
 
-@pytest.mark.parametrize("sample", [2, 29])
-def test_overflow_of_the_loss_is_named_by_sample(sample: int) -> None:
-    """Finite inputs, infinite loss: the square of a difference of 1e200."""
-    regression = data.mlp_regression()
-    y = regression.train[1].clone()
-    y[sample] = 1e200
-    model = DirectInfluence(regression.model, regression.loss, 0.05, chunk_size=10)
+@pytest.mark.parametrize("sample", [2, 19])
+def test_overflow_is_named_by_sample(sample: int) -> None:
+    """Finite inputs, but the square of 1e200 in loss, gradient and Hessian is infinite."""
+    regression = data.linear_regression()
+    model = DirectInfluence(regression.model, regression.loss, 0.05, chunk_size=10).fit(regression.train)
+    wrong = replaced(regression.train, (sample, 1), 1e200)
     with pytest.raises(DataError, match=rf"\b{sample}\b"):
-        model.fit((regression.train[0], y))
+        model.influences(*regression.test, *wrong)
+    with pytest.raises(DataError, match=rf"\b{sample}\b"):
+        model.influence_factors(*wrong)
+    with pytest.raises(DataError, match=rf"\b{sample}\b"):
+        model.fit(wrong)
 
 
 def rooted(output: Tensor, target: Tensor) -> Tensor:
@@ -311,6 +314,7 @@ def test_targets_of_the_wrong_dtype_name_what_arrived() -> None:
     fit((x, y))
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
 def test_targets_of_the_wrong_shape_for_a_regression() -> None:
     """mse_loss broadcasts (n, 1) against (n,) to n × n with a warning: never a silent score."""
     regression = data.mlp_regression()
@@ -383,7 +387,7 @@ def test_regularization_of_unknown_blocks() -> None:
 
 # -- configuration --------------------------------------------------------------------------------
 @BOTH
-@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf"), "0.1", None])
+@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf"), "much", None])
 def test_regularization_that_is_no_number_from_zero(estimator: Any, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"hessian_regularization"):
         fit(estimator=estimator, hessian_regularization=value)
