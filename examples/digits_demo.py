@@ -1,0 +1,365 @@
+"""Which training images made this network misread that digit? From training to a picture, on a Dask cluster.
+
+Trains a small network on scikit-learn's digits, starts two worker processes on this machine, and scores every
+training image for every test image: with the exact Hessian, and with a sketch of its leading eigenvectors. Scores
+and per-pixel sensitivities go to Zarr; the most helpful and the most harmful images are printed, checked by training
+again without them, and drawn.
+
+    python examples/digits_demo.py [--output demo-output] [--help]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import xarray as xr
+from distributed import Client, LocalCluster
+from scipy.stats import spearmanr
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dask_influence import ArnoldiInfluence, DirectInfluence
+
+mpl.use("Agg")  # a picture file, on machines without a screen too
+import matplotlib.pyplot as plt
+
+DECAY = 0.01
+"""Weight decay of the training, and the λ of the influences.
+
+Training minimises mean loss + DECAY/2 ‖θ‖², whose second derivative is H + λI with λ = DECAY: positive definite at a
+minimum, and the matrix that says where the minimum moves when a training image is left out.
+"""
+
+LEFT_OUT = 10
+"""Most harmful images that the check leaves out."""
+
+
+# -- data and network -------------------------------------------------------------------
+@dataclass(frozen=True)
+class Digits:
+    """Images (n, 8, 8) with pixels in [0, 1], their labels, and their numbers in scikit-learn's set."""
+
+    x: Tensor
+    y: Tensor
+    ids: np.ndarray
+
+    @classmethod
+    def load(cls) -> Digits:
+        """All 1,797 digits in a random but fixed order."""
+        digits = load_digits()
+        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+        images = torch.from_numpy(digits.images / 16).float()
+        return cls(images[order], torch.from_numpy(digits.target)[order], order.numpy())
+
+    def __getitem__(self, which: slice | np.ndarray) -> Digits:
+        return Digits(self.x[which], self.y[which], self.ids[which])
+
+
+def network() -> nn.Sequential:
+    """64 pixels, 32 hidden units, 10 digits: 2,410 parameters."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+
+def train(data: Digits, start: nn.Module | None = None) -> nn.Module:
+    """A network at a minimum of mean loss + decay, reached from ``start`` where one is given.
+
+    L-BFGS in float64, because influence functions speak about minima: they assume a gradient of zero.
+    """
+    torch.manual_seed(0)
+    model = network().double()
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    x, weights = data.x.double(), list(model.parameters())
+    optimizer = torch.optim.LBFGS(
+        weights,
+        max_iter=3000,
+        max_eval=4000,
+        history_size=50,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(model(x), data.y) + DECAY / 2 * sum((w**2).sum() for w in weights)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    model.zero_grad(set_to_none=True)
+    return model.float()
+
+
+@torch.no_grad()
+def closest_calls(model: nn.Module, test: Digits, count: int) -> list[int]:
+    """Positions of the misread test images that came closest to being read right, then of near misses."""
+    logits = model(test.x)
+    right = logits.gather(1, test.y[:, None])[:, 0]
+    others = logits.scatter(1, test.y[:, None], -torch.inf).amax(1)
+    order = np.lexsort([(right - others).abs().numpy(), (right > others).numpy()])
+    return order[:count].tolist()
+
+
+@torch.no_grad()
+def reading(model: nn.Module, data: Digits, position: int) -> tuple[int, float]:
+    """What the network reads at ``position``, and its loss there."""
+    logits = model(data.x[position : position + 1])
+    return int(logits.argmax()), float(cross_entropy(logits, data.y[position : position + 1]))
+
+
+# -- what the scores say ----------------------------------------------------------------
+def agreement(sketch: xr.DataArray, exact: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Pearson and Spearman correlation of the two rows of scores of every test image."""
+    pairs = list(zip(sketch.values, exact.values, strict=True))
+    pearson = np.array([np.corrcoef(a, b)[0, 1] for a, b in pairs])
+    spearman = np.array([spearmanr(a, b).statistic for a, b in pairs])
+    return pearson, spearman
+
+
+def ranked(scores: xr.DataArray, test_id: int) -> xr.DataArray:
+    """Scores of all training images for one test image, the most helpful first."""
+    row = scores.sel(test=test_id).load()
+    return row.isel(train=np.argsort(-row.values))
+
+
+def describe(row: xr.DataArray, labels: dict[int, int]) -> str:
+    """Training images as ``label (number) score``."""
+    cells = (
+        f"{labels[int(i)]} (#{int(i):<4}) {score:+7.1f}"
+        for i, score in zip(row.train.values, row.values, strict=True)
+    )
+    return "   ".join(cells)
+
+
+def without_harmful(model: nn.Module, data: Digits, row: xr.DataArray) -> nn.Module:
+    """The network trained again without the most harmful images of ``row``."""
+    left = row.train.values[-LEFT_OUT:]
+    return train(data[~np.isin(data.ids, left)], start=model)
+
+
+# -- the picture ------------------------------------------------------------------------
+INK, HELPS, HARMS = "#222222", "#2166ac", "#b2182b"
+
+
+def draw(path: Path, shown: list[Row], columns: int) -> None:
+    """Each test image with its most helpful and most harmful training images and two perturbation maps."""
+    widths = [1.25, 0.12, *[1] * columns, 0.12, *[1] * columns, 0.2, 1.25, 1.25]
+    figure, axes = plt.subplots(
+        len(shown),
+        len(widths),
+        figsize=(1.08 * sum(widths), 1.42 * len(shown) + 0.75),
+        gridspec_kw={"width_ratios": widths, "wspace": 0.12, "hspace": 0.3},
+        squeeze=False,
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    helpful, harmful, maps = 2, 3 + columns, 4 + 2 * columns
+    for line, row in zip(axes, shown, strict=True):
+        _digit(line[0], row.image, f"a {row.label}, read as {row.read}", INK)
+        for k in range(columns):
+            _digit(line[helpful + k], row.images[k], row.captions[k], HELPS)
+            _digit(line[harmful + k], row.images[-1 - k], row.captions[-1 - k], HARMS)
+        limit = max(np.abs(row.maps[0]).max(), np.abs(row.maps[1]).max())
+        for k, image in ((0, row.images[0]), (1, row.images[-1])):
+            _map(line[maps + k], row.maps[k], image, limit)
+    _heading(axes[0, 0], axes[0, 0], "test image", INK)
+    _heading(axes[0, helpful], axes[0, helpful + columns - 1], "training images that help most", HELPS)
+    _heading(axes[0, harmful], axes[0, harmful + columns - 1], "training images that harm most", HARMS)
+    _heading(axes[0, maps], axes[0, maps], "per pixel: first helper", HELPS)
+    _heading(axes[0, maps + 1], axes[0, maps + 1], "first harmer", HARMS)
+    figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of the picture shows; images and captions from the most helpful to the most harmful."""
+
+    image: np.ndarray
+    label: int
+    read: int
+    images: list[np.ndarray]
+    captions: list[str]
+    maps: tuple[np.ndarray, np.ndarray]
+
+
+def _digit(axis: plt.Axes, image: np.ndarray, caption: str, colour: str) -> None:
+    axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+    _frame(axis, colour)
+    axis.set_title(caption, fontsize=8, color=colour, pad=3)
+
+
+def _map(axis: plt.Axes, values: np.ndarray, image: np.ndarray, limit: float) -> None:
+    axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
+    axis.contour(image, levels=[0.4], colors=INK, linewidths=1)
+    _frame(axis, "#999999")
+
+
+def _frame(axis: plt.Axes, colour: str) -> None:
+    axis.axis("on")
+    axis.set(xticks=[], yticks=[])
+    for side in axis.spines.values():
+        side.set(color=colour, linewidth=1.2)
+
+
+def _heading(first: plt.Axes, last: plt.Axes, text: str, colour: str) -> None:
+    left, right = first.get_position(), last.get_position()
+    figure = first.figure
+    figure.text(
+        (left.x0 + right.x1) / 2, left.y1 + 0.075, text, ha="center", fontsize=10, color=colour, weight="bold"
+    )
+
+
+# -- the whole way ----------------------------------------------------------------------
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Say what is going on, and how long it took."""
+    print(f"\n{what}", flush=True)
+    began = time.perf_counter()
+    yield
+    print(f"  {time.perf_counter() - began:.1f} s", flush=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much of the demo to run, and where to."""
+
+    output: Path
+    train: int
+    test: int
+    rank: int
+    shown: int
+
+    @classmethod
+    def parse(cls) -> Setting:
+        """What the command line asks for."""
+        parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+        parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of all results")
+        parser.add_argument("--train", type=int, default=1437, help="training images (default 1437)")
+        parser.add_argument("--test", type=int, default=360, help="test images (default 360)")
+        parser.add_argument("--rank", type=int, default=100, help="eigenpairs of the sketch (default 100)")
+        parser.add_argument("--shown", type=int, default=3, help="test images explained (default 3)")
+        return cls(**vars(parser.parse_args()))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The three stores, opened."""
+
+    exact: xr.Dataset
+    sketch: xr.Dataset
+    pixels: xr.Dataset
+
+
+def score(model: nn.Module, known: Digits, new: Digits, shown: list[int], setting: Setting) -> Scores:
+    """Fit both estimators on a cluster of two worker processes, and write what they say about ``new``."""
+    training, testing, few = (known.x, known.y), (new.x, new.y), new[np.array(shown)]
+    ids = {"train_ids": known.ids, "overwrite": True, "progress": True}
+    cluster = LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        memory_limit="2GiB",
+        dashboard_address=":0",
+        silence_logs=logging.ERROR,
+    )
+    with cluster, Client(cluster) as client:
+        with timed("Fitting the exact Hessian on two worker processes"):
+            exact = DirectInfluence(model, cross_entropy, DECAY, client=client).fit(training)
+            print(f"  eigenvalues from {exact.diagnostics['smallest_eigenvalue']:.4f}", end=" ")
+            print(f"to {exact.diagnostics['largest_eigenvalue']:.2f}, λ = {DECAY}")
+        with timed(f"Fitting a sketch of its {setting.rank} leading eigenvectors"):
+            sketch = ArnoldiInfluence(
+                model, cross_entropy, DECAY, rank=setting.rank, complement=True, client=client
+            ).fit(training)
+            print(f"  {sketch.diagnostics['passes']} passes over the training images")
+        with timed(f"Scoring {len(new.ids):,} × {len(known.ids):,} pairs of images with each"):
+            folder, pair = setting.output, (testing, training)
+            scores = exact.influences_to_zarr(folder / "exact.zarr", *pair, test_ids=new.ids, **ids)
+            sketched = sketch.influences_to_zarr(folder / "sketch.zarr", *pair, test_ids=new.ids, **ids)
+        with timed(f"Scoring every pixel of every training image for {len(shown)} test images"):
+            pixels = exact.influences_to_zarr(
+                folder / "pixels.zarr",
+                (few.x, few.y),
+                training,
+                mode="perturbation",
+                test_ids=few.ids,
+                **ids,
+            )
+    return Scores(scores, sketched, pixels)
+
+
+def explain(
+    model: nn.Module, known: Digits, new: Digits, position: int, scores: xr.DataArray, correlation: float
+) -> int:
+    """Print what helps and harms one test image, and what training again without the harm does to it."""
+    row = ranked(scores, int(new.ids[position]))
+    labels = dict(zip(known.ids.tolist(), known.y.tolist(), strict=True))
+    read, loss = reading(model, new, position)
+    print(f"\nTest image #{new.ids[position]}, a {new.y[position]}, is read as {read}")
+    print(f"  helped by   {describe(row[:4], labels)}")
+    print(f"  harmed by   {describe(row[:-5:-1], labels)}")
+    print(f"  sketch and exact scores of its training images correlate by {correlation:.3f}")
+    expected = loss + float(row[-LEFT_OUT:].sum()) / len(known.ids)
+    again, after = reading(without_harmful(model, known, row), new, position)
+    print(f"  trained again without the {LEFT_OUT} that harm most: loss {loss:.3f} → {after:.3f}", end=" ")
+    print(f"(the scores said {expected:.3f}), read as {again}")
+    return read
+
+
+def picture(known: Digits, new: Digits, position: int, read: int, scores: Scores, columns: int) -> Row:
+    """One row of the picture."""
+    test_id = int(new.ids[position])
+    row = ranked(scores.exact["influence"], test_id)
+    row = xr.concat([row[:columns], row[-columns:]], dim="train")
+    place = {number: k for k, number in enumerate(known.ids.tolist())}
+    positions = [place[number] for number in row.train.values.tolist()]
+    maps = scores.pixels["influence"].sel(test=test_id, train=row.train[[0, -1]]).values
+    captions = [f"{int(known.y[k])}   {value:+.0f}" for k, value in zip(positions, row.values, strict=True)]
+    images = [known.x[k].numpy() for k in positions]
+    return Row(new.x[position].numpy(), int(new.y[position]), read, images, captions, (maps[0], maps[1]))
+
+
+def main() -> None:
+    """Train, score, explain, draw."""
+    torch.set_num_threads(1)  # matrices this small are faster without, whatever else the machine does
+    setting = Setting.parse()
+    digits = Digits.load()
+    new, known = digits[: setting.test], digits[360 : 360 + setting.train]
+    with timed(f"Training a 64-32-10 network on {len(known.ids):,} images of digits"):
+        model = train(known)
+        right = int((model(new.x).argmax(1) == new.y).sum())
+        print(f"  reads {right} of {len(new.ids)} test images right")
+    shown = closest_calls(model, new, setting.shown)
+    scores = score(model, known, new, shown, setting)
+
+    pearson, spearman = agreement(scores.sketch["influence"], scores.exact["influence"])
+    print("\nHow closely the sketch follows the exact Hessian, by test image")
+    for name, values in (("Pearson", pearson), ("Spearman", spearman)):
+        low, middle, high = np.percentile(values, [10, 50, 90])
+        print(f"  {name:<8} median {middle:.3f}; eight of ten between {low:.3f} and {high:.3f}")
+
+    reads = [explain(model, known, new, k, scores.exact["influence"], pearson[k]) for k in shown]
+    columns = min(4, len(known.ids) // 2)
+    rows = [picture(known, new, k, read, scores, columns) for k, read in zip(shown, reads, strict=True)]
+    draw(setting.output / "digits.png", rows, columns)
+    print(f"\nPicture: {setting.output / 'digits.png'}")
+    print(f"Scores:  {setting.output}/exact.zarr, sketch.zarr and pixels.zarr; open them with")
+    print("    from dask_influence import open_influences")
+    print(
+        f'    open_influences("{setting.output / "exact.zarr"}")["influence"].sel(test={new.ids[shown[0]]})'
+    )
+
+
+if __name__ == "__main__":  # worker processes import this file: only the first one runs it
+    main()
