@@ -130,6 +130,21 @@ def test_digest_is_the_same_however_it_is_read(monkeypatch: pytest.MonkeyPatch) 
         assert as_source((x, y)).digest() == blocks
 
 
+@pytest.mark.parametrize("kind", ["numpy", "dask", "dataset"])
+def test_digest_names_a_bad_sample_of_the_whole_data(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "DIGEST_BLOCK", 50)
+    x = X.copy()
+    x[8, 1] = np.nan
+    data = {
+        "numpy": ((Y, x), Y),
+        "dask": ((Y, da.from_array(x, chunks=(4, 2))), Y),
+        "dataset": Listed(*(((label, row), label) for label, row in zip(Y, x, strict=True))),
+    }[kind]
+    source = as_source(data, "train")
+    with pytest.raises(DataError, match=r"train: x\[1\] of sample 8 holds NaN"):
+        source.digest()
+
+
 def test_digest_of_a_zarr_group_is_its_listing(tmp_path: Path) -> None:
     group = zarr.create_group(str(tmp_path / "g"))
     group.create_array("x", data=X, chunks=(4, 2))
@@ -178,10 +193,10 @@ def test_loader_gives_batch_size_and_collate() -> None:
 @pytest.mark.parametrize(
     ("arguments", "warning"),
     [
-        ({"shuffle": True}, "sampler .RandomSampler. is ignored"),
+        ({"shuffle": True}, "RandomSampler. is ignored"),
         ({"drop_last": True}, "drop_last=True"),
         ({"sampler": RandomSampler(range(11))}, "RandomSampler"),
-        ({"batch_size": 1, "batch_sampler": [[3, 1], [2]]}, "sampler .list. is ignored"),
+        ({"batch_size": 1, "batch_sampler": [[3, 1], [2]]}, ".list. is ignored"),
     ],
 )
 def test_loader_order_and_drop_last_are_not_followed(arguments: dict[str, Any], warning: str) -> None:
