@@ -26,12 +26,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-with warnings.catch_warnings():
-    # torch loads these on the first forward-mode derivative and warns of its own deprecated
-    # torch.jit.script while it does; nothing here or in the user's code can answer for that.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    import torch._decomp.decompositions_for_jvp
-
 _RNN_OPERATIONS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
@@ -103,6 +97,12 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     if weight.numel() > 1 and input.dim() > 1:
         weight = weight.reshape((-1,) + (1,) * (input.dim() - 2))
     return torch.where(input > 0, input, weight * input)
+
+
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.bilinear``; the fused kernel has no batching rule under ``vmap``."""
+    result = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return result if bias is None else result + bias
 
 
 # -- recurrent cells and layers --------------------------------------------------------
@@ -226,6 +226,7 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._C._nn.glu: glu,
     torch.prelu: prelu,
     Tensor.prelu: prelu,
+    torch.bilinear: bilinear,
     _functions.gru_cell: gru_cell,
     _functions.lstm_cell: lstm_cell,
     _functions.rnn_tanh_cell: rnn_tanh_cell,

@@ -127,14 +127,15 @@ class Objective:
 
     def flatten(self, tangents: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
         """Concatenate tensors of θ's shapes, after ``batch_dims`` leading axes, to (..., P)."""
-        return torch.cat([tangents[name].flatten(batch_dims) for name in self.names], dim=-1)
+        parts = (tangents[name] for name in self.names)  # reshape, because a parameter may have no axis
+        return torch.cat([part.reshape(*part.shape[:batch_dims], -1) for part in parts], dim=-1)
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """Split (..., P) into views by parameter name."""
         parts = vectors.split(self.sizes, dim=-1)
         leading = vectors.shape[:-1]
         return {
-            name: part.reshape(*leading, *shape)
+            name: part.reshape((*leading, *shape))
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
