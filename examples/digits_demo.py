@@ -152,73 +152,73 @@ def without_harmful(model: nn.Module, data: Digits, row: xr.DataArray) -> nn.Mod
 INK, HELPS, HARMS = "#222222", "#2166ac", "#b2182b"
 
 
-def draw(path: Path, shown: list[Row], columns: int) -> None:
-    """Each test image with its most helpful and most harmful training images and two perturbation maps."""
-    widths = [1.25, 0.12, *[1] * columns, 0.12, *[1] * columns, 0.2, 1.25, 1.25]
-    figure, axes = plt.subplots(
-        len(shown),
-        len(widths),
-        figsize=(1.08 * sum(widths), 1.42 * len(shown) + 0.75),
-        gridspec_kw={"width_ratios": widths, "wspace": 0.12, "hspace": 0.3},
-        squeeze=False,
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    helpful, harmful, maps = 2, 3 + columns, 4 + 2 * columns
-    for line, row in zip(axes, shown, strict=True):
-        _digit(line[0], row.image, f"a {row.label}, read as {row.read}", INK)
-        for k in range(columns):
-            _digit(line[helpful + k], row.images[k], row.captions[k], HELPS)
-            _digit(line[harmful + k], row.images[-1 - k], row.captions[-1 - k], HARMS)
-        limit = max(np.abs(row.maps[0]).max(), np.abs(row.maps[1]).max())
-        for k, image in ((0, row.images[0]), (1, row.images[-1])):
-            _map(line[maps + k], row.maps[k], image, limit)
-    _heading(axes[0, 0], axes[0, 0], "test image", INK)
-    _heading(axes[0, helpful], axes[0, helpful + columns - 1], "training images that help most", HELPS)
-    _heading(axes[0, harmful], axes[0, harmful + columns - 1], "training images that harm most", HARMS)
-    _heading(axes[0, maps], axes[0, maps], "per pixel: first helper", HELPS)
-    _heading(axes[0, maps + 1], axes[0, maps + 1], "first harmer", HARMS)
-    figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
-
-
 @dataclass(frozen=True)
 class Row:
     """What one row of the picture shows; images and captions from the most helpful to the most harmful."""
 
     image: np.ndarray
-    label: int
-    read: int
+    caption: str
+    outcome: str
     images: list[np.ndarray]
     captions: list[str]
     maps: tuple[np.ndarray, np.ndarray]
 
 
+def draw(path: Path, rows: list[Row], columns: int) -> None:
+    """Each test image with its most helpful and most harmful training images and two perturbation maps."""
+    widths = [1, 0.3, *[1] * columns, 0.3, *[1] * columns, 0.3, 1, 1]
+    height = 1.58 * len(rows) + 0.62
+    figure, axes = plt.subplots(
+        len(rows), len(widths), figsize=(1.12 * sum(widths), height), width_ratios=widths, squeeze=False
+    )
+    figure.subplots_adjust(0.01, 0.36 / height, 0.99, 1 - 0.5 / height, wspace=0.08, hspace=0.42)
+    for axis in axes.flat:
+        axis.axis("off")
+    helpful, harmful, maps = 2, 3 + columns, 4 + 2 * columns
+    for line, row in zip(axes, rows, strict=True):
+        _digit(line[0], row.image, row.caption, INK)
+        line[0].set_xlabel(row.outcome, fontsize=7, color=INK, labelpad=3)
+        for k in range(columns):
+            _digit(line[helpful + k], row.images[k], row.captions[k], HELPS)
+            _digit(line[harmful + k], row.images[-1 - k], row.captions[-1 - k], HARMS)
+        limit = max(np.abs(values).max() for values in row.maps)
+        _pixels(line[maps], row.images[0], row.maps[0] / limit, "first that helps")
+        _pixels(line[maps + 1], row.images[-1], row.maps[1] / limit, "first that harms")
+    for first, last, text, colour in (
+        (0, 0, "test image", INK),
+        (helpful, harmful - 2, "training images that help most", HELPS),
+        (harmful, maps - 2, "training images that harm most", HARMS),
+        (maps, maps + 1, "pixel by pixel", INK),
+    ):
+        middle = (axes[0, first].get_position().x0 + axes[0, last].get_position().x1) / 2
+        figure.text(middle, 1 - 0.2 / height, text, ha="center", fontsize=10, color=colour, weight="bold")
+    legend = "more ink here would make the image help more (blue) or less (red)"
+    figure.text(0.99, 0.06 / height, legend, ha="right", fontsize=7.5, color=INK)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
+
+
 def _digit(axis: plt.Axes, image: np.ndarray, caption: str, colour: str) -> None:
     axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
-    _frame(axis, colour)
-    axis.set_title(caption, fontsize=8, color=colour, pad=3)
+    _frame(axis, caption, colour)
 
 
-def _map(axis: plt.Axes, values: np.ndarray, image: np.ndarray, limit: float) -> None:
-    axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
-    axis.contour(image, levels=[0.4], colors=INK, linewidths=1)
-    _frame(axis, "#999999")
+def _pixels(axis: plt.Axes, image: np.ndarray, strength: np.ndarray, caption: str) -> None:
+    """The image in pale ink under squares whose area is the strength of each pixel, within ±1."""
+    axis.imshow(image, cmap="gray_r", vmin=0, vmax=3)
+    for (i, j), value in np.ndenumerate(strength):
+        side = 0.96 * abs(value) ** 0.5
+        colour = HELPS if value > 0 else HARMS
+        axis.add_patch(plt.Rectangle((j - side / 2, i - side / 2), side, side, color=colour, linewidth=0))
+    _frame(axis, caption, INK)
 
 
-def _frame(axis: plt.Axes, colour: str) -> None:
+def _frame(axis: plt.Axes, caption: str, colour: str) -> None:
     axis.axis("on")
     axis.set(xticks=[], yticks=[])
+    axis.set_title(caption, fontsize=8, color=colour, pad=3)
     for side in axis.spines.values():
         side.set(color=colour, linewidth=1.2)
-
-
-def _heading(first: plt.Axes, last: plt.Axes, text: str, colour: str) -> None:
-    left, right = first.get_position(), last.get_position()
-    figure = first.figure
-    figure.text(
-        (left.x0 + right.x1) / 2, left.y1 + 0.075, text, ha="center", fontsize=10, color=colour, weight="bold"
-    )
 
 
 # -- the whole way ----------------------------------------------------------------------
@@ -299,35 +299,59 @@ def score(model: nn.Module, known: Digits, new: Digits, shown: list[int], settin
     return Scores(scores, sketched, pixels)
 
 
-def explain(
-    model: nn.Module, known: Digits, new: Digits, position: int, scores: xr.DataArray, correlation: float
-) -> int:
-    """Print what helps and harms one test image, and what training again without the harm does to it."""
-    row = ranked(scores, int(new.ids[position]))
+@dataclass(frozen=True)
+class Finding:
+    """What the scores say about one test image, and whether training again bears them out."""
+
+    position: int
+    read: int
+    loss: float
+    scores: xr.DataArray
+    expected: float
+    read_without: int
+    loss_without: float
+
+    @classmethod
+    def about(
+        cls, model: nn.Module, known: Digits, new: Digits, position: int, scores: xr.DataArray
+    ) -> Finding:
+        """Rank the training images, and train again without the most harmful ones."""
+        row = ranked(scores, int(new.ids[position]))
+        read, loss = reading(model, new, position)
+        # leaving a training image out raises the loss by its score / n
+        expected = loss + float(row[-LEFT_OUT:].sum()) / len(known.ids)
+        again = without_harmful(model, known, row)
+        return cls(position, read, loss, row, expected, *reading(again, new, position))
+
+
+def explain(finding: Finding, known: Digits, new: Digits, correlation: float) -> None:
+    """Print one finding."""
+    row, test_id, label = finding.scores, new.ids[finding.position], int(new.y[finding.position])
     labels = dict(zip(known.ids.tolist(), known.y.tolist(), strict=True))
-    read, loss = reading(model, new, position)
-    print(f"\nTest image #{new.ids[position]}, a {new.y[position]}, is read as {read}")
+    print(f"\nTest image #{test_id}, a {label}, is read as {finding.read}")
     print(f"  helped by   {describe(row[:4], labels)}")
     print(f"  harmed by   {describe(row[:-5:-1], labels)}")
-    print(f"  sketch and exact scores of its training images correlate by {correlation:.3f}")
-    expected = loss + float(row[-LEFT_OUT:].sum()) / len(known.ids)
-    again, after = reading(without_harmful(model, known, row), new, position)
-    print(f"  trained again without the {LEFT_OUT} that harm most: loss {loss:.3f} → {after:.3f}", end=" ")
-    print(f"(the scores said {expected:.3f}), read as {again}")
-    return read
+    print(f"  sketch and exact scores correlate by {correlation:.3f}")
+    print(f"  trained again without the {LEFT_OUT} that harm most: loss {finding.loss:.3f}", end=" ")
+    print(f"→ {finding.loss_without:.3f} (the scores said {finding.expected:.3f}),", end=" ")
+    print(f"{'now' if finding.read_without != finding.read else 'still'} read as {finding.read_without}")
 
 
-def picture(known: Digits, new: Digits, position: int, read: int, scores: Scores, columns: int) -> Row:
+def picture(finding: Finding, known: Digits, new: Digits, pixels: xr.DataArray, columns: int) -> Row:
     """One row of the picture."""
-    test_id = int(new.ids[position])
-    row = ranked(scores.exact["influence"], test_id)
-    row = xr.concat([row[:columns], row[-columns:]], dim="train")
+    row = xr.concat([finding.scores[:columns], finding.scores[-columns:]], dim="train")
     place = {number: k for k, number in enumerate(known.ids.tolist())}
     positions = [place[number] for number in row.train.values.tolist()]
-    maps = scores.pixels["influence"].sel(test=test_id, train=row.train[[0, -1]]).values
-    captions = [f"{int(known.y[k])}   {value:+.0f}" for k, value in zip(positions, row.values, strict=True)]
-    images = [known.x[k].numpy() for k in positions]
-    return Row(new.x[position].numpy(), int(new.y[position]), read, images, captions, (maps[0], maps[1]))
+    first, last = pixels.sel(test=new.ids[finding.position], train=row.train.values[[0, -1]]).values
+    signed = [f"{value:+.0f}".replace("-", "\N{MINUS SIGN}") for value in row.values]
+    return Row(
+        new.x[finding.position].numpy(),
+        f"a {new.y[finding.position]}, read as {finding.read}",
+        f"without the {LEFT_OUT} worst:\nread as {finding.read_without}",
+        [known.x[k].numpy() for k in positions],
+        [f"a {known.y[k]}   {value}" for k, value in zip(positions, signed, strict=True)],
+        (first, last),
+    )
 
 
 def main() -> None:
@@ -349,9 +373,11 @@ def main() -> None:
         low, middle, high = np.percentile(values, [10, 50, 90])
         print(f"  {name:<8} median {middle:.3f}; eight of ten between {low:.3f} and {high:.3f}")
 
-    reads = [explain(model, known, new, k, scores.exact["influence"], pearson[k]) for k in shown]
+    findings = [Finding.about(model, known, new, k, scores.exact["influence"]) for k in shown]
+    for finding in findings:
+        explain(finding, known, new, pearson[finding.position])
     columns = min(4, len(known.ids) // 2)
-    rows = [picture(known, new, k, read, scores, columns) for k, read in zip(shown, reads, strict=True)]
+    rows = [picture(finding, known, new, scores.pixels["influence"], columns) for finding in findings]
     draw(setting.output / "digits.png", rows, columns)
     print(f"\nPicture: {setting.output / 'digits.png'}")
     print(f"Scores:  {setting.output}/exact.zarr, sketch.zarr and pixels.zarr; open them with")
