@@ -67,9 +67,11 @@ from dask_influence.execution.run import (
     Fit,
     Output,
     StoredFactors,
+    factor_names,
     factor_templates,
     required,
     score_templates,
+    strip_names,
     write_factors,
     write_scores,
 )
@@ -502,7 +504,7 @@ class InfluenceFunctionModel:
         names = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
         templates = score_templates(plan, self._score_dtype(fitted), names)
         problem = self._problem(fitted, mode, train_source)
-        plan, complete = output.prepare(plan, templates, resume=resume, overwrite=overwrite)
+        plan, complete = output.prepare(plan, templates, strip_names, resume=resume, overwrite=overwrite)
         if not complete:
             executor = executor.at(output.artifacts)
             write_scores(
@@ -551,7 +553,7 @@ class InfluenceFunctionModel:
             ids,
         )
         templates = factor_templates(plan, self._score_dtype(fitted))
-        plan, complete = output.prepare(plan, templates, resume=resume, overwrite=overwrite)
+        plan, complete = output.prepare(plan, templates, factor_names, resume=resume, overwrite=overwrite)
         if not complete:
             executor = executor.at(output.artifacts)
             fit = self._fit(fitted, executor, fitted.problem)

@@ -6,7 +6,7 @@ that is called again lists the ledger and does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -124,11 +124,18 @@ class Output:
         return self.location.child("_run", "artifacts")
 
     def prepare(
-        self, plan: Plan, templates: Mapping[str, ArrayTemplate], *, resume: bool, overwrite: bool
+        self,
+        plan: Plan,
+        templates: Mapping[str, ArrayTemplate],
+        pieces: Callable[[Plan], set[str]],
+        *,
+        resume: bool,
+        overwrite: bool,
     ) -> tuple[Plan, bool]:
         """Make the store ready and return the plan to follow, and whether it is already complete.
 
-        A store of the same fingerprint is continued under the plan that it was begun with.
+        A store of the same fingerprint is continued under the plan that it was begun with. It
+        is complete when it says so and the ledger lists all ``pieces`` of that plan.
 
         Raises
         ------
@@ -143,7 +150,8 @@ class Output:
             self.location.delete()
             stored = None
         if stored is not None and stored["state"] != "created":
-            return self._resumed(stored, resume), stored["state"] == "complete"
+            plan = self._resumed(stored, resume)
+            return plan, stored["state"] == "complete" and pieces(plan) <= self.ledger.done()
         self.location.check_writable()
         if stored is not None:  # killed while the template was being written: nothing to lose
             self.location.delete()
@@ -216,6 +224,16 @@ def factor_templates(plan: Plan, dtype: np.dtype[Any]) -> dict[str, ArrayTemplat
         ),
         "factor_residual": residual_template(work.tests),
     }
+
+
+def strip_names(plan: Plan) -> set[str]:
+    """Ledger entries of all strips."""
+    return {plan.strip(index).name for index in range(plan.strips)}
+
+
+def factor_names(plan: Plan) -> set[str]:
+    """Ledger entries of all factor tasks."""
+    return {_factor_name(index) for index in range(len(plan.factor_chunks))}
 
 
 # -- factors ---------------------------------------------------------------------------
