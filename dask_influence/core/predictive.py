@@ -97,7 +97,7 @@ class Expectation:
         ConfigurationError
             Draws are needed, of a loss that is no known likelihood.
         LossError
-            Nor is it convex in the outputs.
+            The loss is neither a known likelihood nor convex in the outputs.
         """
         if self.curvature == "empirical_fisher":
             return _gradient(outputs)[:, None]
@@ -117,6 +117,21 @@ class Expectation:
         rows = _roots(outputs) if likelihood is None else likelihood.factors().reshape(n, -1, size)
         rows = rows.to(outputs.flat)
         return rows if exact else self._combined(outputs, rows)
+
+    def check(self, outputs: Outputs) -> None:
+        """Refuse a loss without a Fisher matrix, on a few samples.
+
+        Raises
+        ------
+        ConfigurationError, LossError
+            As :meth:`columns`; also where a loss that is no known likelihood is linear in the
+            outputs of all of them, so that its Gauss-Newton matrix vanishes.
+        """
+        columns = self.columns(outputs)
+        if self.curvature == "empirical_fisher" or isinstance(outputs.objective.loss, PredictiveLoss):
+            return
+        if not columns.any() and self._likelihood(outputs) is None:
+            raise _without_curvature(outputs, "is zero")
 
     def _likelihood(self, outputs: Outputs) -> Likelihood | None:
         try:
@@ -178,15 +193,19 @@ def _gradient(outputs: Outputs) -> Tensor:
 
 def _roots(outputs: Outputs) -> Tensor:
     """Rows √Λ Vᵀ of ∂²ℓ/∂f² = V Λ Vᵀ, (n, K, K) float64."""
-    values, vectors = torch.linalg.eigh(outputs.matrices(outputs.curvature()))
-    lowest, highest = values[:, 0], values[:, -1]
-    bad = (lowest < -_NOISE * highest) | (highest <= 0)
+    inner = outputs.curvature()
+    # 0·u: vmap wants a result that depends on u, which that of a piecewise linear loss does not
+    values, vectors = torch.linalg.eigh(outputs.matrices(lambda u: inner(u) + 0.0 * u))
+    bad = values[:, 0] < -_NOISE * values[:, -1].clamp_min(torch.finfo(torch.float64).tiny)
     if bad.any():
-        loss, worst = outputs.objective.loss, lowest[bad].min().item()
-        fault = "is zero" if worst == 0 else f"has the eigenvalue {worst:.3g}"
-        raise LossError(
-            f"the second derivative of {getattr(loss, '__name__', type(loss).__name__)} in the model's outputs "
-            f"{fault}, so that it gives no Gauss-Newton matrix; give the loss a method "
-            "sample_targets(output, generator), or use curvature='empirical_fisher'"
-        )
+        raise _without_curvature(outputs, f"has the eigenvalue {values[bad, 0].min().item():.3g}")
     return (vectors * values.clamp_min(0).sqrt()[:, None, :]).mT
+
+
+def _without_curvature(outputs: Outputs, fault: str) -> LossError:
+    loss = outputs.objective.loss
+    return LossError(
+        f"the second derivative of {getattr(loss, '__name__', type(loss).__name__)} in the model's outputs {fault}, "
+        "so that it gives no Gauss-Newton matrix; give the loss a method sample_targets(output, generator), "
+        "or use curvature='empirical_fisher'"
+    )

@@ -382,7 +382,7 @@ class Ekfac(Estimator):
             The loss has no Fisher matrix.
         """
         with differentiation():
-            self._expectation(system.curvature).columns(Outputs.of(problem.objective, x, y))
+            self._expectation(system.curvature).check(Outputs.of(problem.objective, x, y))
         layout = self._layout(system)
         true = directional.gradients(problem, x, y).to(torch.float64)
         tolerance = torch.finfo(problem.objective.dtype).eps ** 0.5 * true.norm()

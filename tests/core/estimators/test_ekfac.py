@@ -1,0 +1,665 @@
+"""EK-FAC and KFAC against dense constructions of the same approximation, from hooks and the dense GGN."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import itertools
+import math
+import pickle
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dask_influence import EkfacInfluence, InfluenceFunctionModel
+from dask_influence.core.estimators import Ekfac, System
+from dask_influence.core.estimators.ekfac import covariance_sums
+from dask_influence.core.forms import Forms
+from dask_influence.core.layers import layout_of
+from dask_influence.core.objective import Objective
+from dask_influence.core.outputs import Outputs
+from dask_influence.core.predictive import Expectation
+from dask_influence.core.problem import Problem
+from dask_influence.errors import ConfigurationError, DerivativeError, LossError, SingularCurvatureError
+from tests import data, oracles
+
+EXACT = 1e-8
+SAME = 1e-10
+
+
+# -- dense construction ----------------------------------------------------------------
+def patches(module: nn.Module, image: Tensor) -> Tensor:
+    """What each output place of a convolution reads, by loops, (T, g, p)."""
+    pads = [w for width in reversed(module.padding) for w in (width, width)]
+    image = functional.pad(image, pads)[0]
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    sizes = [
+        (image.shape[1 + d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(len(kernel))
+    ]
+    rows = []
+    for place in itertools.product(*map(range, sizes)):
+        taps = [
+            image[
+                (
+                    slice(None),
+                    *(p * s + t * d for p, s, t, d in zip(place, stride, tap, dilation, strict=True)),
+                )
+            ]
+            for tap in itertools.product(*map(range, kernel))
+        ]
+        rows.append(torch.stack(taps, 1).reshape(module.groups, -1))
+    return torch.stack(rows)
+
+
+def seen(module: nn.Module, into: Tensor) -> Tensor:
+    """a of one call, (T, g, p)."""
+    if isinstance(module, nn.Linear):
+        return into.reshape(-1, 1, into.shape[-1])
+    if isinstance(module, nn.Embedding):
+        hot = functional.one_hot(into.reshape(-1), module.num_embeddings).double()
+        if module.padding_idx is not None:
+            hot[:, module.padding_idx] = 0
+        return hot[:, None, :]
+    if isinstance(module, nn.LayerNorm):
+        centred = into - into.mean(-1, keepdim=True)
+        standard = centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
+        return standard.reshape(-1, standard.shape[-1], 1)
+    return patches(module, into)
+
+
+def returned(module: nn.Module, delta: Tensor) -> Tensor:
+    """δ of one call, (T, g, q)."""
+    if isinstance(module, nn.LayerNorm):
+        return delta.reshape(-1, delta.shape[-1], 1)
+    groups = getattr(module, "groups", 1)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        delta = delta.movedim(1, -1)
+    return delta.reshape(-1, groups, delta.shape[-1] // groups)
+
+
+def roots(loss: oracles.Loss, output: Tensor, target: Any, observed: bool) -> Tensor:
+    """Columns of the output's curvature, or the gradient at the target, as rows shaped like the output."""
+    value = output.detach().requires_grad_()
+    if observed:
+        return torch.autograd.grad(loss(value, target), value)[0][None]
+    inner = torch.autograd.functional.hessian(lambda f: loss(f, target), value).reshape(value.numel(), -1)
+    values, vectors = torch.linalg.eigh(inner)
+    return (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *value.shape)
+
+
+def factors(model: nn.Module, loss: oracles.Loss, x: Any, y: Any, names: list[str], observed: bool) -> dict:
+    """A (g, p, p) and B (g, q, q) of each module by its path, from hooks on module calls."""
+    model = oracles.prepared(model)
+    held = {path: m for path, m in model.named_modules() if any(n.rpartition(".")[0] == path for n in names)}
+    sums: dict[str, list[Tensor]] = {}
+    for j in range(len(y)):
+        calls: list[tuple[str, Tensor, Tensor]] = []
+
+        def note(m: nn.Module, into: tuple, out: Tensor, path: str, calls: list = calls) -> None:
+            calls.append((path, into[0].detach(), out))
+
+        hooks = [m.register_forward_hook(partial(note, path=path)) for path, m in held.items()]
+        output = oracles.call(model, oracles.pick(x, slice(j, j + 1)))
+        columns = roots(loss, output, y[j : j + 1], observed)
+        deltas = [
+            torch.autograd.grad(output, [c[2] for c in calls], col, retain_graph=True) for col in columns
+        ]
+        for hook in hooks:
+            hook.remove()
+        positions = {path: sum(len(seen(held[p], a)) for p, a, _ in calls if p == path) for path in held}
+        for i, (path, into, _) in enumerate(calls):
+            module = held[path]
+            a = seen(module, into)
+            parts = [a] if f"{path}.weight".lstrip(".") in names else []
+            if f"{path}.bias".lstrip(".") in names:
+                parts.append(torch.ones_like(a[..., :1]))
+            a = torch.cat(parts, -1)
+            b = torch.stack([returned(module, d[i]) for d in deltas])
+            new = [torch.einsum("tgp,tgs->gps", a, a) / positions[path], torch.einsum("rtgq,rtgs->gqs", b, b)]
+            sums[path] = [u + v for u, v in zip(sums[path], new, strict=True)] if path in sums else new
+    return {path: [total / len(y) for total in pair] for path, pair in sums.items()}
+
+
+def dense(
+    model: nn.Module,
+    loss: oracles.Loss,
+    train: data.Pair,
+    regularization: float,
+    *,
+    corrected: bool = True,
+    names: list[str] | None = None,
+    observed: bool = False,
+    approximation: bool = False,
+) -> Tensor:
+    """(F̂ + λ)⁻¹ as a matrix (P, P), or F̂ itself, with Λ read off the dense Fisher matrix."""
+    names = [n for n, p in model.named_parameters() if p.requires_grad and (names is None or n in names)]
+    curvature = (oracles.empirical_fisher if observed else oracles.ggn)(model, loss, *train, names)
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    index = dict(
+        zip(names, torch.arange(len(curvature)).split([shapes[n].numel() for n in names]), strict=True)
+    )
+    result = torch.zeros_like(curvature)
+    for path, (a, b) in factors(model, loss, *train, names, observed).items():
+        weight, bias = (index.get(f"{path}.{kind}".lstrip(".")) for kind in ("weight", "bias"))
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Embedding):
+            places = weight.reshape(shapes[f"{path}.weight"]).T[None]  # type: ignore[union-attr]
+        else:
+            parts = [] if weight is None else [weight.reshape(len(b), b.shape[1], -1)]
+            places = torch.cat(parts + ([] if bias is None else [bias.reshape(len(b), -1, 1)]), -1)
+        for g in range(len(places)):
+            (va, ua), (vb, ub) = torch.linalg.eigh(a[g]), torch.linalg.eigh(b[g])
+            basis, at = torch.kron(ub, ua), places[g].reshape(-1)
+            block = curvature[at[:, None], at]
+            values = (basis.T @ block @ basis).diagonal() if corrected else torch.kron(vb, va)
+            values = values if approximation else 1 / (values + regularization)
+            result[at[:, None], at] = basis * values @ basis.T
+    return result
+
+
+# -- models ----------------------------------------------------------------------------
+class Tokens(nn.Module):
+    """Embedding with padding, LayerNorm, a layer called twice, positions folded into the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=0)
+        self.norm = nn.LayerNorm(4)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.norm(self.embedding(ids))
+        hidden = torch.tanh(self.mix(torch.tanh(self.mix(hidden))))
+        return self.head(hidden.mean(1))
+
+
+class Attention(nn.Module):
+    """One block of attention over five positions, its sample axis second."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, **how)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        other = x[..., : self.attention.kdim] * 0.5
+        return self.head(self.attention(x, other, other, need_weights=False)[0].mean(0))
+
+
+class Spelled(nn.Module):
+    """The same in four Linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(width, 4), nn.Linear(width, 4)
+        self.out, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x[..., : self.k.in_features] * 0.5
+        q, k, v = (
+            part.unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.q(x), self.k(other), self.v(other))
+        )
+        weights = (q @ k.mT / math.sqrt(2)).softmax(-1)
+        return self.head(self.out((weights @ v).transpose(1, 2).flatten(2)).mean(1))
+
+
+def conv(dims: int, **how: Any) -> nn.Module:
+    """Two convolutions and a Linear; inputs have side 5, 3 in three dimensions."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    return nn.Sequential(
+        kind(2, 4, 2, **how), nn.Tanh(), kind(4, 2, 2, groups=2), nn.Flatten(), nn.LazyLinear(3)
+    )
+
+
+def images(seed: int, dims: int, n: int = 17) -> data.Pair:
+    return data.normal(seed, n, 2, *[5 if dims < 3 else 4] * dims), data.classes(seed + 1, n, 3)
+
+
+def tokens(seed: int, n: int = 19) -> data.Pair:
+    ids = torch.randint(1, 7, (n, 5), generator=torch.Generator().manual_seed(seed))
+    return ids, data.classes(seed + 1, n, 3)
+
+
+def case(build: Callable[[], nn.Module], loss: Any, train: data.Pair, test: data.Pair, λ: float) -> data.Case:
+    model = data.seeded(build).double()
+    model(train[0])  # lazy layers
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.3
+    return data.Case(model, loss, train, test, λ)
+
+
+def _bernoulli() -> data.Case:
+    def pair(seed: int) -> data.Pair:
+        return data.normal(seed, 17, 4), data.classes(seed + 1, 34, 2).reshape(17, 2).double()
+
+    loss = functional.binary_cross_entropy_with_logits
+    return case(
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), loss, pair(41), pair(43), 0.01
+    )
+
+
+CASES: dict[str, Callable[[], data.Case]] = {
+    "linear_regression": data.linear_regression,
+    "mlp_regression": data.mlp_regression,
+    "mlp_classification": data.mlp_classification,
+    "bernoulli": _bernoulli,
+    "conv1d": lambda: case(
+        lambda: conv(1, dilation=2, padding=1), functional.cross_entropy, images(51, 1), images(53, 1), 0.01
+    ),
+    "conv2d": lambda: case(
+        lambda: conv(2, stride=2, padding=(1, 0)),
+        functional.cross_entropy,
+        images(55, 2),
+        images(57, 2),
+        0.01,
+    ),
+    "conv3d": lambda: case(lambda: conv(3), functional.cross_entropy, images(59, 3), images(61, 3), 0.01),
+    "tokens": lambda: case(Tokens, functional.cross_entropy, tokens(63), tokens(65), 0.005),
+}
+CASES = {name: cache(build) for name, build in CASES.items()}
+
+
+def fitted(held: data.Case, **how: Any) -> InfluenceFunctionModel:
+    return EkfacInfluence(held.model, held.loss, held.regularization, **how).fit(held.train)
+
+
+def scores(held: data.Case, **how: Any) -> Tensor:
+    return fitted(held, **how).influences(*held.test, *held.train)
+
+
+# -- values ----------------------------------------------------------------------------
+@pytest.mark.parametrize("corrected", [True, False], ids=["ekfac", "kfac"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_dense_construction(name: str, corrected: bool) -> None:
+    held = CASES[name]()
+    inverse = dense(held.model, held.loss, held.train, held.regularization, corrected=corrected)
+    expected = held.up(inverse)
+    plain = held.up(torch.eye(len(inverse), dtype=torch.float64) / held.regularization)
+    assert oracles.weight_of_curvature(expected, plain) > 0.5
+    actual = scores(held, update_diagonal=corrected, chunk_size=7)
+    assert oracles.relative_error(actual, expected) <= EXACT
+
+
+@pytest.mark.parametrize("names", [["*.bias"], ["*.weight"], ["0.weight", "2.bias"]])
+def test_part_of_the_parameters(names: list[str]) -> None:
+    """A weight without its bias has no homogeneous coordinate; a bias alone has nothing but that."""
+    held = data.mlp_classification()
+    own = [n for n, _ in held.model.named_parameters() if any(fnmatch.fnmatchcase(n, p) for p in names)]
+    inverse = dense(held.model, held.loss, held.train, held.regularization, names=own)
+    expected = oracles.up(held.model, held.loss, inverse, held.test, held.train, own)
+    assert oracles.relative_error(scores(held, parameters=names), expected) <= EXACT
+
+
+def test_empirical_fisher() -> None:
+    held = data.mlp_classification()
+    expected = held.up(dense(held.model, held.loss, held.train, held.regularization, observed=True))
+    model = fitted(held, curvature="empirical_fisher")
+    assert oracles.relative_error(model.influences(*held.test, *held.train), expected) <= EXACT
+    assert oracles.relative_error(scores(held), expected) > 0.05
+    assert model.diagnostics["fitted_curvature"] == "empirical_fisher"
+
+
+def test_uniform_predictions_have_an_output_factor() -> None:
+    """Zero logits: a pseudo-loss of the mean class has no gradient there, the Fisher matrix has."""
+    model = nn.Linear(4, 3).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    train, test = (
+        (data.normal(1, 13, 4), data.classes(2, 13, 3)),
+        (data.normal(3, 5, 4), data.classes(4, 5, 3)),
+    )
+    held = data.Case(model, functional.cross_entropy, train, test, 0.01)
+    expected = held.up(dense(model, held.loss, train, 0.01))
+    assert oracles.relative_error(scores(held), expected) <= EXACT
+    assert fitted(held).diagnostics["largest_eigenvalue"] > 0.1
+
+
+@pytest.mark.parametrize("name", ["mlp_classification", "conv2d", "digits_mlp"])
+def test_the_correction_is_nearer_to_the_fisher_matrix(name: str) -> None:
+    held = data.digits_mlp() if name == "digits_mlp" else CASES[name]()
+    train = oracles.pick(held.train, slice(0, 37))
+    true = oracles.ggn(held.model, held.loss, *train)
+    sizes = [
+        sum(p.numel() for p in m.parameters(recurse=False))
+        for m in held.model.modules()
+        if any(True for _ in m.parameters(recurse=False))
+    ]
+    blocks = oracles.block_diagonal(true, sizes)
+    build = partial(dense, held.model, held.loss, train, 0.0, approximation=True)
+    assert oracles.relative_error(build(), blocks) < oracles.relative_error(build(corrected=False), blocks)
+    part = data.Case(held.model, held.loss, train, held.test, held.regularization)
+    assert (
+        oracles.relative_error(
+            scores(part), held.up(dense(held.model, held.loss, train, held.regularization), train=train)
+        )
+        <= EXACT
+    )
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["packed", "separate"])
+def test_attention_is_its_four_projections(separate: bool) -> None:
+    width = 3 if separate else 4
+    how = {"kdim": 3, "vdim": 3} if separate else {}
+    packed, spelled = data.seeded(lambda: Attention(**how)).double(), Spelled(width).double()
+    attention = packed.attention
+    with torch.no_grad():
+        attention.in_proj_bias += data.normal(9, 12)
+        weights = (
+            (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+            if separate
+            else attention.in_proj_weight.chunk(3)
+        )
+        for part, w, b in zip(
+            (spelled.q, spelled.k, spelled.v), weights, attention.in_proj_bias.chunk(3), strict=True
+        ):
+            part.weight.copy_(w)
+            part.bias.copy_(b)
+        spelled.out.load_state_dict(attention.out_proj.state_dict())
+        spelled.head.load_state_dict(packed.head.state_dict())
+    train, test = (
+        (data.normal(1, 13, 5, 4), data.classes(2, 13, 3)),
+        (data.normal(3, 6, 5, 4), data.classes(4, 6, 3)),
+    )
+    left, right = (data.Case(m, functional.cross_entropy, train, test, 1e-3) for m in (packed, spelled))
+    expected = right.up(dense(spelled, right.loss, train, 1e-3))
+    assert oracles.relative_error(scores(right), expected) <= EXACT
+    assert oracles.relative_error(scores(left), expected) <= EXACT
+
+
+# -- losses ----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda f, y: functional.cross_entropy(f, y) + 0.1 * f.square().mean(),
+    ],
+    ids=["module", "smoothed", "own"],
+)
+def test_losses_convex_in_the_outputs(loss: Any) -> None:
+    base = data.mlp_classification()
+    held = data.Case(base.model, loss, base.train, base.test, base.regularization)
+    assert (
+        oracles.relative_error(
+            scores(held), held.up(dense(held.model, loss, held.train, held.regularization))
+        )
+        <= EXACT
+    )
+
+
+huber = partial(functional.huber_loss, delta=0.05)
+
+
+def test_fisher_by_name_needs_a_likelihood() -> None:
+    base = data.mlp_regression()
+    held = data.Case(base.model, huber, base.train, base.test, 0.01)
+    with pytest.raises(ConfigurationError, match="curvature='fisher'"):
+        fitted(held, curvature="fisher")
+    expected = held.up(dense(held.model, huber, held.train, 0.01))
+    assert oracles.relative_error(scores(held, curvature="ggn"), expected) <= EXACT
+
+
+def concave(output: Tensor, target: Tensor) -> Tensor:
+    return functional.mse_loss(output, target) - 2 * output.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"), [(functional.l1_loss, "is zero"), (concave, "eigenvalue -2")], ids=["linear", "concave"]
+)
+def test_a_loss_without_curvature_in_the_outputs_is_refused(loss: Any, said: str) -> None:
+    base = data.mlp_regression()
+    held = data.Case(base.model, loss, base.train, base.test, 0.01)
+    with pytest.raises(LossError, match=f"{said}.*sample_targets"):
+        fitted(held)
+    assert torch.isfinite(scores(held, curvature="empirical_fisher")).all()
+
+
+class Laplace:
+    """Σ|f − y|: the second moment of its gradient is the identity."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).abs().sum(-1).mean()
+
+    def sample_targets(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        u = torch.rand(output.shape, generator=generator, dtype=torch.float64) - 0.5
+        return output + u.sign().to(output) * torch.log1p(-2 * u.abs()).to(output)
+
+
+def test_a_loss_that_draws_its_targets() -> None:
+    """One output: the gradient is ±1 whatever is drawn, as for half a square."""
+    base = data.mlp_regression()
+    held = data.Case(base.model, Laplace(), base.train, base.test, 0.05)
+    inverse = dense(base.model, lambda f, y: functional.mse_loss(f, y) / 2, base.train, 0.05)
+    assert oracles.relative_error(scores(held), held.up(inverse)) <= EXACT
+
+
+# -- draws -----------------------------------------------------------------------------
+def _per_position() -> data.Case:
+    """Cross-entropy at three positions, (n, C, T)."""
+    build = lambda: nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)))  # noqa: E731
+    pairs = [(data.normal(s, 17, 4), data.classes(s, 51, 2).reshape(17, 3)) for s in (71, 72)]
+    return case(build, functional.cross_entropy, *pairs, 0.05)
+
+
+def _drawn(name: str) -> data.Case:
+    if name == "positions":
+        return _per_position()
+    if name == "smoothed":
+        base = data.mlp_classification()
+        return data.Case(base.model, nn.CrossEntropyLoss(label_smoothing=0.1), base.train, base.test, 0.05)
+    return CASES[name]()
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp_classification", "linear_regression", "bernoulli", "positions", "smoothed"]
+)
+def test_draws_have_the_exact_second_moment(name: str) -> None:
+    """SᵀS of many draws is the output's Fisher matrix to within the error of a mean."""
+    held, draws = _drawn(name), 4000
+    x, y = oracles.pick(held.train, slice(0, 3))
+    outputs = Outputs.of(Objective.of(held.model, held.loss), x, y)
+    exact = Expectation(how="exact", curvature="ggn").columns(outputs)
+    drawn = Expectation(how="sampled", curvature="ggn", draws=draws).columns(outputs)
+    assert drawn.shape == (3, draws, exact.shape[2])
+    products = draws * drawn[..., :, None] * drawn[..., None, :]  # (n, draws, K, K)
+    error = (products.mean(1) - exact.mT @ exact).abs()
+    assert (error <= 5 * products.std(1) / draws**0.5 + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", ["mlp_classification", "positions"])
+def test_draws_are_seeded_and_tend_to_the_expectation(name: str) -> None:
+    held = _drawn(name)
+    exact = scores(held)
+    few, many = (scores(held, expectation="sampled", draws=d) for d in (1, 64))
+    assert 1e-6 < oracles.relative_error(many, exact) < min(0.2, oracles.relative_error(few, exact))
+    assert torch.equal(few, scores(held, expectation="sampled", draws=1))
+    assert not torch.equal(few, scores(held, expectation="sampled", draws=1, seed=1))
+
+
+def test_auto_draws_beyond_the_exact_outputs() -> None:
+    held = data.mlp_classification()
+    drawn = scores(held, exact_outputs=2)
+    assert torch.equal(drawn, scores(held, expectation="sampled"))
+    assert torch.equal(scores(held, exact_outputs=3), scores(held, expectation="exact"))
+
+
+def test_too_many_outputs_without_a_likelihood() -> None:
+    train = (data.normal(1, 5, 3), data.normal(2, 5, 1100))
+    held = data.Case(nn.Linear(3, 1100).double(), functional.huber_loss, train, train, 0.1)
+    with pytest.raises(ConfigurationError, match="1100 outputs"):
+        fitted(held)
+    squares = data.Case(held.model, functional.mse_loss, train, train, 0.1)
+    assert torch.isfinite(scores(squares)).all()
+
+
+# -- chunks and sizes ------------------------------------------------------------------
+@pytest.mark.parametrize("how", [{}, {"expectation": "sampled", "draws": 2}, {"update_diagonal": False}])
+@pytest.mark.parametrize("name", ["mlp_classification", "tokens", "conv2d"])
+def test_any_chunks(name: str, how: dict[str, Any]) -> None:
+    held = CASES[name]()
+    whole = scores(held, chunk_size=1000, **how)
+    for size in (1, 5, 11):
+        assert oracles.relative_error(scores(held, chunk_size=size, **how), whole) <= SAME
+
+
+def test_small_batches_inside_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = CASES["conv2d"]()
+    whole = scores(held)
+    monkeypatch.setattr("dask_influence.core.capture.CAPTURE_BUDGET", 1)
+    monkeypatch.setattr("dask_influence.core.estimators.ekfac.CORRECTION_BUDGET", 1)
+    assert oracles.relative_error(scores(held), whole) <= SAME
+
+
+def test_one_sample_and_more_test_points_than_parameters() -> None:
+    base = data.linear_regression()
+    one = oracles.pick(base.train, slice(0, 1))
+    held = data.Case(base.model, base.loss, one, base.test, 0.05)
+    assert len(base.test[1]) > 10
+    assert oracles.relative_error(scores(held), held.up(dense(base.model, base.loss, one, 0.05))) <= EXACT
+
+
+class Branching(nn.Sequential):
+    """Cannot be batched by vmap."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum().item() > -1e9 else -x)
+
+
+def test_a_model_that_vmap_cannot_batch() -> None:
+    base = data.mlp_classification()
+    held = data.Case(
+        Branching(*copy.deepcopy(base.model)), base.loss, base.train, base.test, base.regularization
+    )
+    assert oracles.relative_error(scores(held), scores(base)) <= SAME
+
+
+def test_padding_rows_receive_nothing() -> None:
+    """torch gives the padding row no gradient, and neither do its covariances."""
+    held = CASES["tokens"]()
+    objective = Objective.of(held.model, held.loss)
+    problem = Problem(objective, Forms())
+    ids, y = held.train[0].clone(), held.train[1]
+    ids[:, 2:4] = 0
+    names, shapes = objective.names, tuple(map(tuple, objective.shapes))
+    system = System(names, shapes, 0.1, "hessian", len(y), torch.float64, layout_of(objective))
+    Ekfac().examine(system, problem, ids, y)  # captured = per-sample gradients, repeated ids included
+    frequencies = covariance_sums(problem, ids, y, {}, Expectation()).mean("0.inputs").flatten()
+    assert frequencies[0] == 0
+    assert frequencies.sum().item() == pytest.approx(3 / 5)
+
+
+# -- what has no Kronecker form ---------------------------------------------------------
+def _with_prelu() -> data.Case:
+    base = data.mlp_classification()
+    layers = copy.deepcopy(base.model)
+    model = nn.Sequential(layers[0], nn.PReLU().double(), layers[2])
+    return data.Case(model, base.loss, base.train, base.test, base.regularization)
+
+
+def test_unsupported_layers_are_refused_by_name() -> None:
+    with pytest.raises(ConfigurationError, match=r"1\.weight of 1 \(PReLU\)"):
+        fitted(_with_prelu())
+
+
+def test_unsupported_layers_are_left_out_on_request() -> None:
+    held = _with_prelu()
+    model = fitted(held, skip_unsupported=True)
+    assert model.diagnostics["left_out"] == ["1.weight"]
+    factors = model.influence_factors(*held.test)
+    assert (factors[:, 30] == 0).all()
+    assert (factors[:, 29] != 0).all()
+    without = scores(held, parameters=["0.*", "2.*"])
+    assert oracles.relative_error(model.influences(*held.test, *held.train), without) <= SAME
+    with pytest.raises(ConfigurationError, match="no layer"):
+        fitted(held, parameters=["1.weight"], skip_unsupported=True)
+
+
+def test_tied_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    pair = (data.normal(1, 9, 4), data.classes(2, 9, 4))
+    with pytest.raises(ConfigurationError, match=r"shared by 0\.weight and 2\.weight"):
+        fitted(data.Case(model, functional.cross_entropy, pair, pair, 0.1))
+
+
+def test_parametrised_weights_are_refused() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))).double()
+    pair = (data.normal(1, 9, 4), data.classes(2, 9, 3))
+    with pytest.raises(ConfigurationError, match="original0"):
+        fitted(data.Case(model, functional.cross_entropy, pair, pair, 0.1))
+
+
+class Penalised(nn.Linear):
+    """Uses its weight outside of its call as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.weight.square().sum()
+
+
+def test_a_weight_that_is_used_in_another_way_is_refused() -> None:
+    held = data.mlp_regression()
+    model = nn.Sequential(Penalised(3, 2), nn.Linear(2, 1)).double()
+    with pytest.raises(DerivativeError, match="layer 0 is not the sum"):
+        fitted(data.Case(model, held.loss, held.train, held.test, 0.1))
+
+
+# -- configuration, λ, state -------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"expectation": "mean"}, "expectation"),
+        ({"draws": 0}, "draws"),
+        ({"exact_outputs": True}, "exact_outputs"),
+    ],
+)
+def test_arguments_are_checked(own: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        fitted(data.mlp_regression(), **own)
+
+
+def test_another_regularization_is_a_refit() -> None:
+    held = data.mlp_classification()
+    moved = fitted(held).with_regularization(0.3)
+    other = data.Case(held.model, held.loss, held.train, held.test, 0.3)
+    assert oracles.relative_error(moved.influences(*held.test, *held.train), scores(other)) <= SAME
+
+
+def test_zero_regularization_is_singular() -> None:
+    held = data.mlp_classification()
+    with pytest.raises(SingularCurvatureError, match="layer 2"):
+        fitted(data.Case(held.model, held.loss, held.train, held.test, 0.0))
+    with pytest.raises(SingularCurvatureError):
+        fitted(held).with_regularization(0.0)
+
+
+def test_zero_regularization_of_a_regular_matrix() -> None:
+    held = data.linear_regression()
+    exact = data.Case(held.model, held.loss, held.train, held.test, 0.0)
+    expected = exact.up(dense(held.model, held.loss, held.train, 0.0))
+    assert oracles.relative_error(scores(exact), expected) <= EXACT
+
+
+def test_saved_and_loaded(tmp_path: Any) -> None:
+    held = CASES["tokens"]()
+    model = fitted(held)
+    model.save(tmp_path / "fit")
+    loaded = EkfacInfluence.load(tmp_path / "fit", held.model, held.loss)
+    assert torch.equal(loaded.influences(*held.test, *held.train), model.influences(*held.test, *held.train))
+    assert loaded.diagnostics["layers"] == model.diagnostics["layers"]
+
+
+def test_two_passes_or_one_and_functions_that_travel() -> None:
+    held = data.mlp_classification()
+    assert fitted(held).diagnostics["passes"] == 2
+    assert fitted(held, update_diagonal=False).diagnostics["passes"] == 1
+    function = partial(covariance_sums, expectation=Expectation())
+    assert pickle.loads(pickle.dumps(function)).func is covariance_sums
+    assert Ekfac().own_directions is None
