@@ -132,6 +132,36 @@ def test_dask_graph_reads_nothing_when_built_and_each_chunk_once_when_computed()
     assert sorted(x.reads) == [0, 13, 26, 39]
 
 
+class Counted:
+    """A loss that counts its calls, through copies and pickles within this process."""
+
+    calls = 0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        Counted.calls += 1
+        return nn.functional.mse_loss(output, target)
+
+
+@MODES
+def test_dask_graph_does_the_work_of_each_chunk_once(mode: str) -> None:
+    """The work is a sum over chunks of either side, not over their pairs."""
+    case = data.mlp_regression()
+    fitted = DirectInfluence(case.model, Counted(), case.regularization).fit(case.train)
+
+    def work(test_chunk: int, train_chunk: int) -> int:
+        before = Counted.calls
+        values = fitted.influences(
+            *as_dask(case.test, test_chunk), *as_dask(case.train, train_chunk), mode=mode
+        )
+        values.compute(scheduler="sync")
+        return Counted.calls - before
+
+    whole, many_tests, many_trains, many = work(31, 43), work(4, 43), work(31, 6), work(4, 6)
+    assert whole < many_tests < many
+    assert whole < many_trains < many
+    assert many - many_tests == many_trains - whole
+
+
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_dask_result_composes_with_dask(scheduler: str) -> None:
     case = data.mlp_regression()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dask_influence import ArnoldiInfluence, DirectInfluence
+from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
 from dask_influence.errors import (
     ConfigurationError,
     IndefiniteCurvatureWarning,
@@ -238,6 +238,15 @@ def test_direct_solves_an_indefinite_system_all_the_same() -> None:
     assert oracles.relative_error(scores, case.up(case.inverse)) <= 1e-9
     with pytest.warns(IndefiniteCurvatureWarning):
         fitted.with_regularization(0.5)
+
+
+# -- a store that lives as long as the process --------------------------------------------------
+def test_store_in_memory() -> None:
+    case = data.mlp_regression()
+    fitted = DirectInfluence(case.model, case.loss, case.regularization).fit(case.train)
+    written = fitted.influences_to_zarr("memory://lifecycle", case.test, case.train, tile_bytes=1_500)
+    for dataset in (written, open_influences("memory://lifecycle")):
+        assert oracles.relative_error(dataset.influence.values, case.up(case.inverse)) <= 1e-9
 
 
 # -- the plan -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
 from dask_influence.errors import ClusterError, StoreMismatchError
+from dask_influence.execution import plan
 from tests import data, oracles
 
 EXACT = 1e-9
@@ -207,14 +208,34 @@ def test_more_test_points_than_training_points_and_one_of_each(tmp_path: Path) -
             assert oracles.relative_error(written.influence.values, expected) <= EXACT
 
 
-def test_store_in_memory_for_a_local_run() -> None:
+def test_store_in_memory_beside_a_cluster_that_cannot_see_it(client: Client) -> None:
+    """A client that is merely there reads lazily on its workers: right values or an error, never NaN."""
     case = data.mlp_regression()
-    written = direct(case).influences_to_zarr("memory://scores", case.test, case.train, tile_bytes=TILE)
+    written = direct(case).influences_to_zarr("memory://beside", case.test, case.train, tile_bytes=TILE)
     assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
-    assert (
-        oracles.relative_error(open_influences("memory://scores").influence.values, case.up(case.inverse))
-        <= EXACT
-    )
+    again = open_influences("memory://beside")
+    assert oracles.relative_error(again.influence.values, case.up(case.inverse)) <= EXACT
+
+
+@pytest.mark.parametrize("estimator", ["direct", "arnoldi"])
+@MODES
+def test_several_query_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, estimator: str
+) -> None:
+    """Directions beyond the budget: training data are differentiated once for each block of test points."""
+    case = data.mlp_regression()
+    if estimator == "direct":
+        fitted, inverse, tolerance = direct(case), case.inverse, EXACT
+    else:
+        fitted = ArnoldiInfluence(case.model, case.loss, case.regularization, rank=11, tol=1e-11).fit(
+            case.train
+        )
+        inverse = oracles.low_rank_inverse(case.hessian, case.regularization, 11, complement=False)
+        tolerance = 1e-6
+    monkeypatch.setattr(plan, "DIRECTION_BYTES", 7 * 8 * (26 if estimator == "direct" else 11))
+    assert fitted.plan(case.test, case.train, mode=mode).passes == 5
+    written = fitted.influences_to_zarr(tmp_path / "run", case.test, case.train, mode=mode, tile_bytes=TILE)
+    assert oracles.relative_error(written.influence.values, getattr(case, mode)(inverse)) <= tolerance
 
 
 # -- executors ------------------------------------------------------------------------------------
