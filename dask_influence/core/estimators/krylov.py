@@ -128,7 +128,7 @@ def block_cg(
         gram = directions @ images.mT
         values, rotation = torch.linalg.eigh((gram + gram.mT) / 2)
         tally.meet(values - system.regularization)
-        noise = 16 * torch.finfo(system.dtype).eps * values.abs().max()
+        noise = 16 * torch.finfo(system.dtype).eps * (tally.magnitude + system.regularization)
         if values[0] < -noise:
             return Outcome(solution, indefinite=True)
         used = values > noise
