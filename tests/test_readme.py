@@ -1,0 +1,65 @@
+"""The README's Python runs as printed, in order, and prints what the README shows."""
+
+from __future__ import annotations
+
+import re
+from contextlib import redirect_stdout
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    return BLOCK.findall(text)
+
+
+def shown_after(text: str) -> list[tuple[str, str | None]]:
+    """Each Python block, with the output shown right after it."""
+    found = [*blocks(text), ("", "")]
+    return [
+        (body, after if after_kind == "text" else None)
+        for (kind, body), (after_kind, after) in pairwise(found)
+        if kind == "python"
+    ]
+
+
+def steady(output: str) -> str:
+    """Output without what differs from machine to machine: trailing blanks and times."""
+    return re.sub(r"[\d.]+ (s|min|h) on", "T on", "\n".join(map(str.rstrip, output.strip().splitlines())))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_python_blocks_print_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    names: dict[str, object] = {"__name__": "__main__"}
+    examples = shown_after(README.read_text())
+    assert len(examples) == 2
+    try:
+        for body, shown in examples:
+            printed = StringIO()
+            with redirect_stdout(printed):
+                exec(compile(body, str(README), "exec"), names)
+            assert shown is not None
+            assert steady(printed.getvalue()) == steady(shown)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_changed_output_would_be_noticed() -> None:
+    text = "```python\nprint(1)\n```\n\n```text\n2\n```\n\n```sh\nls\n```\n"
+    assert shown_after(text) == [("print(1)\n", "2\n")]
+    assert steady("1\n") != steady("2\n")
+
+
+def test_links_lead_to_files() -> None:
+    missing = [target for target in LINK.findall(README.read_text()) if not (README.parent / target).exists()]
+    assert not missing
