@@ -80,7 +80,8 @@ def correction_sums(
         f"{i}.eigenvalues": torch.zeros(_matrix_shape(layer), dtype=torch.float64, device=device)
         for i, layer in enumerate(layout.layers)
     }
-    bases = {name: value.to(device) for name, value in operand.items()}
+    # torch's own memory: aligned the same wherever the operand came from, hence the same bits
+    bases = {name: value.to(device, copy=True) for name, value in operand.items()}
     for captured in capture(problem, x, y, layout, expectation.columns):
         for i, (layer, seen) in enumerate(zip(layout.layers, captured, strict=True)):
             if seen is None:
@@ -445,4 +446,4 @@ def _eigh(matrix: Tensor, name: str, layout: Layout) -> tuple[Tensor, Tensor]:
             "inf or overflow in the model's activations, or for a loss that is not convex in the outputs"
         )
     values, vectors = torch.linalg.eigh(matrix)
-    return values.clamp_min(0), vectors
+    return values.clamp_min(0), vectors.contiguous()  # as they are after a journey
