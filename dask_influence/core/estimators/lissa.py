@@ -54,6 +54,9 @@ MARGIN = 1.1
 EXPLODED = 1e8
 """Growth of a series at which it is stopped before it overflows."""
 
+GROWN = 4.0
+"""Growth of a true residual over the best one that is taken for divergence."""
+
 DOUBLINGS = 6
 """Times that a scale chosen here is doubled when the series diverges."""
 
@@ -159,7 +162,8 @@ class LissaInverse(Inverse):
             The series diverges, or holds NaN: names the setting that cures it. With
             ``strict`` also where maxiter is reached.
         """
-        series = _Series(self.system, self.settings, self.scale, gradients.to(torch.float64))
+        smallest = math.inf if self.smallest is None else self.smallest
+        series = _Series(self.system, self.settings, self.scale, smallest, gradients.to(torch.float64))
         yield from series.run()
         relative = series.relative(self.system.regularization)
         self._residuals[series.solution] = relative
@@ -223,12 +227,15 @@ class LissaInverse(Inverse):
 class _Series:
     """Right-hand sides on their way: solutions with true residuals, both of the damped system."""
 
-    def __init__(self, system: System, settings: Lissa, scale: float, gradients: Tensor) -> None:
-        self._system, self._settings, self.scale = system, settings, scale
+    def __init__(
+        self, system: System, settings: Lissa, scale: float, smallest: float, gradients: Tensor
+    ) -> None:
+        self._system, self._settings, self.scale, self._smallest = system, settings, scale, smallest
         self._gradients = gradients
         self._norms = gradients.norm(dim=1)
         self.solution, self._residual = torch.zeros_like(gradients), gradients
         self.open = self._norms > settings.rtol * self._norms
+        self._best = self._norms.clone()
         self.iterations, self.passes, self._doublings = 0, 0, 0
         size = settings.draw_size(system.samples)
         self._draws = Draws(system.samples, size, settings.seed)
@@ -262,12 +269,12 @@ class _Series:
             products = yield from self._products(trial, None)
             self.passes += 1
             residual = self._gradients[rows] - products
-            before, after = self._residual[rows].norm(dim=1), residual.norm(dim=1)
-            # a single step may grow a little on the way down; a series that doubles diverges
-            grown = ~(after <= 2 * before)
+            after = residual.norm(dim=1)
+            grown = ~(after <= GROWN * self._best[rows])
             if grown.any():
-                self._diverged(trial[grown], products[grown])
+                self._diverged(correction[grown], (self._residual[rows] - residual)[grown])
                 continue
+            self._best[rows] = torch.minimum(self._best[rows], after)
             self.solution[rows] = trial
             self._residual = self._residual.index_copy(0, rows, residual)
             self.open[rows[after <= self._settings.rtol * self._norms[rows]]] = False
@@ -305,20 +312,21 @@ class _Series:
     def _diverged(self, vectors: Tensor, products: Tensor) -> None:
         """Double a scale chosen here; otherwise say which setting cures the divergence.
 
-        What has grown points along the eigenvector at fault: its Rayleigh quotient is the
-        eigenvalue.
+        What has grown points along the eigenvector at fault: its Rayleigh quotient, from the
+        corrections and their products, is about the eigenvalue.
         """
         quotients = (vectors * products).sum(dim=1) / (vectors * vectors).sum(dim=1)
         lowest, highest = quotients.min().item(), quotients.max().item()
+        lowest = min(lowest, self._smallest + self._shift)
         start = f"the series diverged after {self.iterations} iterations"
         if lowest < 0:
-            cure = self._system.regularization - lowest
+            cure = self._system.regularization - 1.001 * lowest
             raise ConvergenceError(
                 f"{start}: H + λI has a negative eigenvalue of {lowest:.3g} or lower, which no scale cures; "
                 f"use hessian_regularization > {cure:.4g} instead of {self._system.regularization:g}"
             )
         if self._settings.scale is not None or self._doublings >= DOUBLINGS:
-            needed = max(MARGIN * highest, 2 * self.scale)
+            needed = max(1.5 * highest, 2 * self.scale)
             raise ConvergenceError(
                 f"{start}: scale={self.scale:.4g} is too small for an eigenvalue of about {highest:.3g} (of the whole "
                 f"data; draws of a few samples can have larger ones); use scale={needed:.3g} or scale=None, or a "
