@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from dask_influence import open_influences
+from dask_influence import DirectInfluence, open_influences
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEMO = EXAMPLES / "digits_demo.py"
@@ -57,18 +58,24 @@ def test_resume(tmp_path: Path) -> None:
     assert "hessian_regularization: stored 0.01, asked 0.1" in said
 
 
-def test_demo_in_a_small_setting_twice(tmp_path: Path) -> None:
+def test_demo_in_a_small_setting_replaces_what_an_earlier_run_left(tmp_path: Path) -> None:
+    x, y = torch.randn(5, 3), torch.randn(5, 1)
+    stale = DirectInfluence(torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, 0.1).fit((x, y))
+    stale.influences_to_zarr(tmp_path / "out" / "exact.zarr", (x, y), (x, y))
+
     small = ("--train", "200", "--test", "30", "--rank", "20", "--shown", "2", "--output", "out")
-    first, second = (run(DEMO, *small, cwd=tmp_path) for _ in range(2))
-    assert "factors" in first and "strips" in first  # progress is shown
-    for said in (first, second):
-        assert said.count("helped by") == said.count("harmed by") == 2
-        assert "Pearson  median" in said
-        assert 'open_influences("out/exact.zarr")' in said
+    said = run(DEMO, *small, cwd=tmp_path)
+    assert "factors" in said  # the stages of the progress shown
+    assert "strips" in said
+    assert said.count("helped by") == said.count("harmed by") == 2
+    assert "Pearson  median" in said
+    assert 'open_influences("out/exact.zarr")' in said
+
     pixels = open_influences(str(tmp_path / "out" / "pixels.zarr"))
     assert pixels["influence"].shape == (2, 200, 8, 8)
     for name in ("exact", "sketch"):
         scores = open_influences(str(tmp_path / "out" / f"{name}.zarr"))
+        assert scores["influence"].shape == (30, 200)
         assert scores.attrs["state"] == "complete"
         assert not scores["influence"].isnull().any()
     assert (tmp_path / "out" / "digits.png").stat().st_size > 10_000
