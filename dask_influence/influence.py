@@ -504,6 +504,7 @@ class InfluenceFunctionModel:
         names = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
         templates = score_templates(plan, self._score_dtype(fitted), names)
         problem = self._problem(fitted, mode, train_source)
+        executor.check_reach(location)
         plan, complete = output.prepare(plan, templates, strip_names, resume=resume, overwrite=overwrite)
         if not complete:
             executor = executor.at(output.artifacts)
@@ -553,6 +554,7 @@ class InfluenceFunctionModel:
             ids,
         )
         templates = factor_templates(plan, self._score_dtype(fitted))
+        executor.check_reach(location)
         plan, complete = output.prepare(plan, templates, factor_names, resume=resume, overwrite=overwrite)
         if not complete:
             executor = executor.at(output.artifacts)

@@ -19,8 +19,9 @@ from distributed import Client, LocalCluster
 from torch.utils.data import DataLoader, TensorDataset
 
 from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
-from dask_influence.errors import ClusterError, StoreMismatchError
+from dask_influence.errors import ClusterError, StoreError, StoreMismatchError
 from dask_influence.execution import plan
+from dask_influence.storage.stores import Location
 from tests import data, oracles
 
 EXACT = 1e-9
@@ -521,3 +522,10 @@ def test_store_of_factors_outlives_its_neighbours(tmp_path: Path) -> None:
     written = fitted.influences_to_zarr(tmp_path / "run", str(tmp_path / "elsewhere"), case.train)
     assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
     assert list(written.test.values) == [f"t{i}" for i in range(31)]
+
+
+def test_a_store_in_this_process_is_refused_by_workers_in_others(client: Client) -> None:
+    case = data.mlp_regression()
+    with pytest.raises(StoreError, match="memory://refused"):
+        direct(case, client).influences_to_zarr("memory://refused", case.test, case.train)
+    assert Location.of("memory://refused").list() == []

@@ -53,6 +53,10 @@ class Executor(ABC):
         """The same executor, with what it publishes kept at ``location``."""
 
     @abstractmethod
+    def check_reach(self, location: Location) -> None:
+        """Refuse an output store that tasks cannot write to, before anything is written."""
+
+    @abstractmethod
     def publish(self, tensors: dict[str, Tensor]) -> Artifact:
         """Make tensors loadable by every task."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
+import socket
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 from dask_influence.core.estimators import Inverse
 from dask_influence.core.moments import Moments, merge
 from dask_influence.core.problem import Problem
-from dask_influence.errors import ClusterError, ConfigurationError
+from dask_influence.errors import ClusterError, ConfigurationError, StoreError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
 from dask_influence.execution.shipping import Envelope, ShippedInverse, ShippedModel
@@ -77,6 +77,23 @@ class DaskExecutor(Executor):
         other.client, other.location, other._artifacts = self.client, location, Artifacts(location)
         other._home = self._home
         return other
+
+    def check_reach(self, location: Location) -> None:
+        """Refuse this process's memory, or this host's files, where workers have others."""
+        if location.in_process:
+            blind = [address for address, pid in self._run(_process).items() if pid != _process()]
+        elif location.local_path is not None:
+            folder = location.local_path
+            nearest = folder if folder.exists() else next(up for up in folder.parents if up.exists())
+            # where nothing can be written, the check of the store itself says so better
+            blind = self._blind_to(nearest) if os.access(nearest, os.W_OK) else []
+        else:
+            return
+        if blind:
+            raise StoreError(
+                f"workers {', '.join(blind)} cannot reach {location.url}; give a store that this process and all "
+                "workers share, such as s3://bucket/run or a network drive"
+            )
 
     def publish(self, tensors: dict[str, Tensor]) -> Artifact:
         """Write the tensors to the store."""
@@ -185,18 +202,19 @@ class DaskExecutor(Executor):
                 f"{version('dask_influence')} on all workers"
             ) from error
 
+    def _blind_to(self, folder: Path) -> list[str]:
+        """Workers that do not see a file made in ``folder``."""
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".dask-influence-") as token:
+            return [address for address, seen in self._run(os.path.exists, token.name).items() if not seen]
+
     def _temporary_folder(self) -> Location:
         folder = Path(tempfile.mkdtemp(prefix="dask-influence-"))
-        token = folder / secrets.token_hex(8)
-        token.touch()
-        seen = self._run(os.path.exists, str(token))
-        token.unlink()
-        if not all(seen.values()):
+        blind = self._blind_to(folder)
+        if blind:
             folder.rmdir()
-            blind = ", ".join(address for address, found in seen.items() if not found)
             raise ConfigurationError(
-                f"workers {blind} do not share this host's files, so artifacts= is needed: a URL that every worker "
-                'can read and write, such as artifacts="s3://bucket/scratch" (or config influence.artifacts.url)'
+                f"workers {', '.join(blind)} do not share this host's files, so artifacts= is needed: a URL that "
+                'every worker can read and write, such as artifacts="s3://bucket/scratch" (or config influence.artifacts.url)'
             )
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Location.of(folder)
@@ -205,6 +223,10 @@ class DaskExecutor(Executor):
 def versions() -> dict[str, str]:
     """What client and workers must agree on."""
     return {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)}
+
+
+def _process() -> tuple[str, int]:
+    return socket.gethostname(), os.getpid()
 
 
 def _merge(parts: Sequence[Moments]) -> Moments:

@@ -27,6 +27,9 @@ class LocalExecutor(Executor):
         """The same: what stays in this process is in every location."""
         return self
 
+    def check_reach(self, location: Location) -> None:
+        """Tasks run here, so they reach what this process reaches."""
+
     def publish(self, tensors: dict[str, Tensor]) -> Artifact:
         """Keep the tensors in this process."""
         return self._artifacts.publish(tensors)

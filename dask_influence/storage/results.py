@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -421,7 +421,9 @@ def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None
     with store_errors(location, "open"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)
         consolidated = None if state == "complete" else False
-        return xr.open_zarr(location.zarr(), consolidated=consolidated, chunks="auto")
+        # A lazy array in this process's memory must not be computed by a cluster, which finds nothing there.
+        chunks: Literal["auto"] | None = None if location.in_process else "auto"
+        return xr.open_zarr(location.zarr(), consolidated=consolidated, chunks=chunks)
 
 
 def _group_attributes(location: Location) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -61,6 +62,10 @@ _remote_clients: dict[tuple[str, str, bool], Any] = {}
 _clients_lock = threading.Lock()
 
 
+_PROCESS = f"{os.getpid()}-{secrets.token_hex(8)}"
+"""Names this process in the pickles of memory:// locations, which mean nothing in another."""
+
+
 @dataclass(frozen=True)
 class Location:
     """A folder of objects at a URL; cheap, picklable, compared by its URL alone.
@@ -109,6 +114,10 @@ class Location:
                 "'results.zarr' or 's3://bucket/results.zarr'"
             )
         return cls(_normalise(os.fspath(store)), dict(storage_options or {}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        home = _PROCESS if self.in_process else None
+        return _unpickled, (self.url, self.storage_options, home)
 
     def child(self, *parts: str) -> Location:
         """The folder ``parts`` below this one, with the same credentials."""
@@ -255,6 +264,15 @@ class Location:
             return self.get(key)
         except MissingObjectError:
             return None
+
+
+def _unpickled(url: str, storage_options: Mapping[str, Any], home: str | None) -> Location:
+    if home is not None and home != _PROCESS:
+        raise StoreError(
+            f"{url} lives in the process that made it, and another process was asked to use it; "
+            "give a URL that both reach (file, s3, gs, az)"
+        )
+    return Location(url, storage_options)
 
 
 class _Buffers(MutableMapping[str, Buffer]):
