@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from dask_influence.core.families import Likelihood, named_family, recognise
 from dask_influence.errors import ConfigurationError
@@ -38,16 +38,16 @@ def half_square(output: Tensor, target: Tensor) -> Tensor:
 
 
 def summed_elements(output: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(output, target, reduction="none").sum(1).mean()
+    return functional.binary_cross_entropy_with_logits(output, target, reduction="none").sum(1).mean()
 
 
 def last_axis(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output.flatten(0, 1), target.flatten())
+    return functional.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def next_token(output: Tensor, target: Tensor) -> Tensor:
     """(n, T, C) scored against the tokens that follow."""
-    return F.cross_entropy(output[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+    return functional.cross_entropy(output[:, :-1].flatten(0, 1), target[:, 1:].flatten())
 
 
 LOGITS, LABELS = 2 * data.normal(1, 5, 3), data.classes(2, 5, 3)
@@ -58,14 +58,14 @@ BITS = torch.bernoulli(
 SOFT = data.normal(7, 5, 3).softmax(1)
 
 RECOGNISED = {
-    "cross_entropy": (F.cross_entropy, LOGITS, LABELS, "categorical"),
+    "cross_entropy": (functional.cross_entropy, LOGITS, LABELS, "categorical"),
     "module": (nn.CrossEntropyLoss(), LOGITS, LABELS, "categorical"),
-    "partial": (functools.partial(F.cross_entropy, reduction="mean"), LOGITS, LABELS, "categorical"),
-    "soft_labels": (F.cross_entropy, LOGITS, SOFT, "categorical"),
-    "classes_on_axis_1": (F.cross_entropy, SEQUENCE, TOKENS, "categorical"),
+    "partial": (functools.partial(functional.cross_entropy, reduction="mean"), LOGITS, LABELS, "categorical"),
+    "soft_labels": (functional.cross_entropy, LOGITS, SOFT, "categorical"),
+    "classes_on_axis_1": (functional.cross_entropy, SEQUENCE, TOKENS, "categorical"),
     "classes_on_the_last_axis": (last_axis, SEQUENCE.mT.contiguous(), TOKENS, "categorical"),
     "next_token": (next_token, SEQUENCE.mT.contiguous(), TOKENS, "categorical"),
-    "bce": (F.binary_cross_entropy_with_logits, LOGITS, BITS, "bernoulli"),
+    "bce": (functional.binary_cross_entropy_with_logits, LOGITS, BITS, "bernoulli"),
     "bce_summed": (summed_elements, LOGITS, BITS, "bernoulli"),
     "mse": (nn.MSELoss(), LOGITS, SOFT, "gaussian"),
     "half_square": (half_square, LOGITS, SOFT, "gaussian"),
@@ -116,16 +116,16 @@ def test_draws_have_the_fisher_matrix_as_second_moment(name: str) -> None:
 
 def test_log_probabilities_have_the_fisher_matrix_of_their_logits() -> None:
     log_p = LOGITS.log_softmax(1)
-    likelihood = found(F.nll_loss, log_p, LABELS)
+    likelihood = found(functional.nll_loss, log_p, LABELS)
     assert likelihood.family == "log_categorical"
     u = data.normal(9, 5, 3)
     through = torch.stack(  # the Jacobian of log_softmax, δ_kl − p_l
         [torch.autograd.functional.jacobian(lambda f: f.log_softmax(0), f) for f in LOGITS]
     )
     pulled = torch.einsum("nkl,nk->nl", through, likelihood.multiply(torch.einsum("nkl,nl->nk", through, u)))
-    torch.testing.assert_close(pulled, found(F.cross_entropy, LOGITS, LABELS).multiply(u))
+    torch.testing.assert_close(pulled, found(functional.cross_entropy, LOGITS, LABELS).multiply(u))
     with pytest.raises(ConfigurationError, match="likelihood"):
-        found(F.nll_loss, LOGITS, LABELS)  # no log-probabilities: they do not sum to one
+        found(functional.nll_loss, LOGITS, LABELS)  # no log-probabilities: they do not sum to one
 
 
 def test_ignored_positions_do_not_count() -> None:
@@ -133,7 +133,7 @@ def test_ignored_positions_do_not_count() -> None:
     tokens[0, :3], tokens[2, 1] = -100, -100
 
     def loss(output: Tensor, target: Tensor) -> Tensor:  # each sample's mean over its own positions
-        each = F.cross_entropy(output, target, reduction="none").sum(1)
+        each = functional.cross_entropy(output, target, reduction="none").sum(1)
         return (each / (target != -100).sum(1)).mean()
 
     likelihood = found(loss, SEQUENCE, tokens)
@@ -148,25 +148,26 @@ def test_ignored_positions_do_not_count() -> None:
 def test_confident_models_keep_their_precision() -> None:
     logits = torch.tensor([[40.0, 0.0, 1.0], [0.0, 60.0, -3.0]], dtype=torch.float64)
     labels = torch.tensor([0, 1])
-    likelihood = found(F.cross_entropy, logits, labels)
+    likelihood = found(functional.cross_entropy, logits, labels)
     assert likelihood.scale.flatten().tolist() == pytest.approx([1.0, 1.0])
-    sure = found(F.cross_entropy, 30 * logits, labels)  # no gradient is left, and no curvature
+    sure = found(functional.cross_entropy, 30 * logits, labels)  # no gradient is left, and no curvature
     assert not sure.multiply(torch.ones_like(logits)).any()
 
 
 REFUSED = {
-    "smoothed": (functools.partial(F.cross_entropy, label_smoothing=0.1), LOGITS, LABELS),
+    "smoothed": (functools.partial(functional.cross_entropy, label_smoothing=0.1), LOGITS, LABELS),
     "weighted": (
         lambda f, y: (
-            (F.cross_entropy(f, y, reduction="none") * f.detach()[:, 0].abs()).mean() + f.square().mean()
+            (functional.cross_entropy(f, y, reduction="none") * f.detach()[:, 0].abs()).mean()
+            + f.square().mean()
         ),
         LOGITS,
         LABELS,
     ),
     "pos_weight": (nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)), LOGITS, BITS),
-    "absolute": (F.l1_loss, LOGITS, SOFT),
-    "huber": (F.smooth_l1_loss, 3 * LOGITS, SOFT),
-    "hinge": (F.multi_margin_loss, LOGITS, LABELS),
+    "absolute": (functional.l1_loss, LOGITS, SOFT),
+    "huber": (functional.smooth_l1_loss, 3 * LOGITS, SOFT),
+    "hinge": (functional.multi_margin_loss, LOGITS, LABELS),
 }
 
 
@@ -178,12 +179,15 @@ def test_other_losses_are_refused(loss: Any, outputs: Tensor, target: Tensor) ->
 
 def test_names() -> None:
     assert named_family(nn.BCEWithLogitsLoss()) == "bernoulli"
-    assert named_family(functools.partial(functools.partial(F.mse_loss), reduction="mean")) == "gaussian"
+    assert (
+        named_family(functools.partial(functools.partial(functional.mse_loss), reduction="mean"))
+        == "gaussian"
+    )
     assert named_family(nn.NLLLoss()) == "log_categorical"
     assert named_family(half_square) is None
 
 
 def test_an_exact_fit_has_the_scale_of_the_named_loss() -> None:
-    likelihood = found(F.mse_loss, LOGITS, LOGITS.clone())
+    likelihood = found(functional.mse_loss, LOGITS, LOGITS.clone())
     assert likelihood.scale.item() == pytest.approx(1 / 3)
     torch.testing.assert_close(likelihood.multiply(SOFT), 2 / 3 * SOFT)
