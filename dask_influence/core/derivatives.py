@@ -8,9 +8,9 @@ that the run will use:
 
 - per-sample gradients G against central differences of the losses, taken with torch's fused
   kernels, so that the elementary forms are checked as well;
+- the gradient of their sum, the same way: later differences are taken of it;
 - directional derivatives against G·v;
-- Hessian-vector products against central differences of the gradient that was just checked, and
-  ⟨u, H v⟩ = ⟨v, H u⟩;
+- Hessian-vector products against central differences of the summed gradient, and ⟨u, H v⟩ = ⟨v, H u⟩;
 - ∇x ℓ against differences of the losses, and mixed derivatives against differences of ∇x ℓ in θ.
 
 The first form that passes, in the order of ``forms.FORMS``, is the one the run takes.
@@ -41,6 +41,7 @@ from dask_influence.core.forms import (
     mixed_derivatives,
     products,
     sample_gradients,
+    total_gradient,
     total_input_gradient,
     with_input,
 )
@@ -59,7 +60,9 @@ __all__ = [
 ]
 
 SAMPLES = 4
-"""Samples that the check looks at."""
+"""Samples that the check looks at; half as many where P is so large that gradients weigh."""
+
+_LARGE = 10**6
 
 _LABELS = {
     "gradient": "the per-sample gradient",
@@ -111,16 +114,18 @@ def choose_forms(
         input_leaf(x)
     kinds = ("gradient", "directional", "product", *(("input", "mixed") if perturbation else ()))
     with differentiation(), torch.no_grad():
-        points = _points(objective, sliced(x, slice(SAMPLES)), sliced(y, slice(SAMPLES)))
+        few = slice(SAMPLES if objective.size <= _LARGE else SAMPLES // 2)
+        exact = _in_double(objective, sliced(x, few), sliced(y, few))
+        points = _Points(exact)
         report: dict[str, Any] = {
-            "dtype": str(points[0].objective.dtype).removeprefix("torch."),
-            "samples": leading_size(points[0].y),
+            "dtype": str(exact.objective.dtype).removeprefix("torch."),
+            "samples": leading_size(exact.y),
         }
         chosen = Forms()
         for kind in kinds:
             found = _first_that_passes(kind, points, chosen)
             if found.form is None:
-                raise DerivativeError(_refusal(kind, found, points[0]))
+                raise DerivativeError(_refusal(kind, found, exact))
             report[kind] = found.report()
             if kind in FORMS:
                 chosen = replace(chosen, **{kind: found.form})
@@ -171,8 +176,20 @@ class _Point:
         """Two random directions, each about as long as θ, (2, P)."""
         return torch.stack([_random_like(self.theta, seed) for seed in (1, 2)])
 
-    def gradients(self, form: str, theta: Tensor) -> Tensor:
-        return GRADIENT[form](self.objective, self.objective.unflatten(theta), self.x, self.y)
+    @cached_property
+    def _projected(self) -> dict[str, Tensor]:
+        return {}
+
+    def projected(self, form: str) -> Tensor:
+        """Per-sample gradients in ``form`` along the two directions, (n, 2)."""
+        if form not in self._projected:
+            rows = GRADIENT[form](self.objective, self.objective.unflatten(self.theta), self.x, self.y)
+            self._projected[form] = rows @ self.directions.T
+        return self._projected[form]
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """Gradient of the summed loss, (P,)."""
+        return total_gradient(self.objective, self.objective.unflatten(theta), self.x, self.y)
 
     def input_gradient(self, theta: Tensor) -> Tensor:
         return total_input_gradient(self.objective, self.objective.unflatten(theta), self.x, self.y)
@@ -186,43 +203,58 @@ def _random_like(tensor: Tensor, seed: int, least: float = 0.01) -> Tensor:
     return normal * size
 
 
-def _points(objective: Objective, x: Tree, y: Tree) -> list[_Point]:
+@dataclass(frozen=True)
+class _Points:
     """Where to check, in order: beside the given θ and x, then at half of θ.
 
     Beside, because the given ones may sit exactly on kinks (zero pixels under zero biases, ties
     in pooling), where differences and derivatives rightly disagree. Half of θ takes a saturated
     classifier back to where its derivatives stand out of rounding.
     """
-    exact = _in_double(objective, x, y)
-    theta = exact.theta
-    beside = [
-        replace(
-            exact,
-            theta=scale * (theta + 1e-3 * _random_like(theta, 11)),
-            x=optree.tree_map(
-                lambda a: a + 1e-3 * _random_like(a, 12) if a.is_floating_point() else a, exact.x
-            ),
-        )
-        for scale in (1.0, 0.5)
-    ]
-    finite = [p for p in beside if p.losses(p.theta, p.x).isfinite().all()]
-    return [*finite, exact][:2]
+
+    exact: _Point
+
+    def __iter__(self) -> Iterator[_Point]:
+        yield self.beside
+        yield self.halved
+
+    @cached_property
+    def beside(self) -> _Point:
+        exact = self.exact
+        theta = exact.theta + 1e-3 * _random_like(exact.theta, 11)
+        return self._finite(replace(exact, theta=theta, x=optree.tree_map(_moved, exact.x)))
+
+    @cached_property
+    def halved(self) -> _Point:
+        return self._finite(replace(self.beside, theta=self.beside.theta / 2))
+
+    def _finite(self, point: _Point) -> _Point:
+        """The point, or the given one where the loss is not defined there."""
+        return point if point.losses(point.theta, point.x).isfinite().all() else self.exact
+
+
+def _moved(leaf: Tensor) -> Tensor:
+    return leaf + 1e-3 * _random_like(leaf, 12) if leaf.is_floating_point() else leaf
 
 
 def _in_double(objective: Objective, x: Tree, y: Tree) -> _Point:
     """The check's own copy: float64, or as it is where the model insists on its own dtype."""
 
-    def cast(tree: Tree) -> Tree:
-        return optree.tree_map(lambda a: a.to(torch.float64) if a.is_floating_point() else a, tree)
-
     double = objective.to(dtype=torch.float64)
-    point = _Point(double, double.flatten(double.parameters()), cast(x), cast(y), _FINE)
+    point = _Point(double, double.flatten(double.parameters()), _doubled(x), _doubled(y), _FINE)
     try:
         point.losses(point.theta, point.x)
     except (RuntimeError, TypeError, ValueError):  # tensors of a fixed dtype made in forward
         coarse = replace(_COARSE, dtype=objective.dtype)
         point = _Point(objective, objective.flatten(objective.parameters()), x, y, coarse)
     return point
+
+
+def _doubled(tree: Tree) -> Tree:
+    """Floating leaves in float64; all of them fresh, because autograd refuses inference tensors."""
+    return optree.tree_map(
+        lambda a: a.to(torch.float64 if a.is_floating_point() else a.dtype, copy=True), tree
+    )
 
 
 # -- agreement -------------------------------------------------------------------------
@@ -264,14 +296,20 @@ def _central(path: Callable[[float], Tensor], step: float) -> Tensor:
 
 def _gradient_verdict(point: _Point, form: str, _chosen: Forms) -> _Verdict:
     direction = point.directions[0]
-    value = point.gradients(form, point.theta) @ direction
-    return _compare(value, lambda t: point.losses(point.theta + t * direction, point.x), point.precision)
+    total = point.gradient(point.theta) @ direction
+    value = torch.cat([point.projected(form)[:, 0], total.reshape(1)])
+
+    def losses(t: float) -> Tensor:
+        each = point.losses(point.theta + t * direction, point.x)
+        return torch.cat([each, each.sum().reshape(1)])
+
+    return _compare(value, losses, point.precision)
 
 
 def _directional_verdict(point: _Point, form: str, chosen: Forms) -> _Verdict:
     if form == "gradients":
         return _Verdict(True, 0.0)
-    expected = point.gradients(chosen.gradient, point.theta) @ point.directions.T
+    expected = point.projected(chosen.gradient)
     named = point.objective.unflatten(point.theta)
     value = DIRECTIONAL[form](point.objective, named, point.x, point.y, point.directions)
     scale = float(torch.maximum(value.norm(), expected.norm()))
@@ -279,17 +317,14 @@ def _directional_verdict(point: _Point, form: str, chosen: Forms) -> _Verdict:
     return _Verdict(error <= point.precision.tolerance, error)
 
 
-def _product_verdict(point: _Point, form: str, chosen: Forms) -> _Verdict:
+def _product_verdict(point: _Point, form: str, _chosen: Forms) -> _Verdict:
     u, v = point.directions
     named = point.objective.unflatten(point.theta)
     of_u, of_v = PRODUCT[form](point.objective, named, point.x, point.y, point.directions)
-
-    def gradient(t: float) -> Tensor:  # along u + v: one difference for both products
-        return point.gradients(chosen.gradient, point.theta + t * (u + v)).sum(0)
-
     lengths = float(u.norm() * of_v.norm() + v.norm() * of_u.norm())
     asymmetry = float((u @ of_v - v @ of_u).abs()) / lengths if lengths else 0.0
-    verdict = _compare(of_u + of_v, gradient, point.precision)
+    both = u + v  # one difference for both products
+    verdict = _compare(of_u + of_v, lambda t: point.gradient(point.theta + t * both), point.precision)
     symmetric = asymmetry <= point.precision.tolerance
     return _Verdict(verdict.passed and symmetric, max(verdict.error, asymmetry))
 
@@ -334,7 +369,7 @@ class _Found:
         return {"form": self.form, "error": self.error, "rejected": self.rejected}
 
 
-def _first_that_passes(kind: str, points: list[_Point], chosen: Forms) -> _Found:
+def _first_that_passes(kind: str, points: _Points, chosen: Forms) -> _Found:
     rejected: dict[str, str] = {}
     for form in FORMS.get(kind, ("reverse",)):
         try:
@@ -348,7 +383,7 @@ def _first_that_passes(kind: str, points: list[_Point], chosen: Forms) -> _Found
     return _Found(None, float("inf"), rejected)
 
 
-def _best_verdict(kind: str, form: str, points: list[_Point], chosen: Forms) -> _Verdict:
+def _best_verdict(kind: str, form: str, points: _Points, chosen: Forms) -> _Verdict:
     """The verdict at the first point where the form passes, else the one with the least error."""
     verdicts = []
     for point in points:
@@ -414,7 +449,7 @@ def _fails_alone(kind: str, module: nn.Module, arguments: Any, point: _Point) ->
     probe = _Probe(module, arguments, point.objective.dtype)
     y = torch.zeros(1, 1, dtype=point.objective.dtype, device=point.objective.device)
     try:
-        points = _points(Objective.of(probe, _probe_loss), probe.inputs(), y)
+        points = _Points(_in_double(Objective.of(probe, _probe_loss), probe.inputs(), y))
         gradient = _first_that_passes("gradient", points, Forms())
     except Exception:  # noqa: BLE001 - a module that cannot be called alone is not the one to name
         return False

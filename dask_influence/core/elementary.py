@@ -3,8 +3,8 @@
 torch's fused kernels carry hand-written derivatives, and some of those are wrong or missing
 beyond the first order (torch 2.13, against central differences: ``jacrev∘jacrev`` of LayerNorm
 is 5–9 % off, its derivative in x of a directional derivative 18–42 %, weight_norm's classic
-double backward 19 %; GLU has no forward-over-forward rule, RNNs cannot be vmapped over
-samples). The same operations written in additions, products and pointwise functions
+double backward 19 %; hardsigmoid and EmbeddingBag have no second derivative, RNNs cannot be
+vmapped over samples). The same operations written in additions, products and pointwise functions
 differentiate correctly in any order, because each of those is right.
 
 :func:`differentiation` routes calls to these forms for as long as it is open, also calls made
@@ -97,6 +97,58 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     if weight.numel() > 1 and input.dim() > 1:
         weight = weight.reshape((-1,) + (1,) * (input.dim() - 2))
     return torch.where(input > 0, input, weight * input)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.hardsigmoid``, whose fused backward has no derivative."""
+    return (input + 3).clamp(0, 6) / 6
+
+
+def rrelu(
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.rrelu`` in eval mode: a leaky ReLU of the mean slope."""
+    if training:
+        return functional.rrelu(input, lower, upper, training, inplace)
+    return functional.leaky_relu(input, (lower + upper) / 2)
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """``torch.nn.functional.embedding_bag`` of equally long bags without padding."""
+    if input.dim() != 2 or max_norm is not None or padding_idx is not None or mode not in ("sum", "mean"):
+        return functional.embedding_bag(
+            input,
+            weight,
+            offsets,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
+    rows = functional.embedding(input, weight)  # (n, bag, width)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    return rows.sum(1) if mode == "sum" else rows.mean(1)
 
 
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -227,6 +279,9 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.prelu: prelu,
     Tensor.prelu: prelu,
     torch.bilinear: bilinear,
+    functional.hardsigmoid: hardsigmoid,
+    functional.rrelu: rrelu,
+    functional.embedding_bag: embedding_bag,
     _functions.gru_cell: gru_cell,
     _functions.lstm_cell: lstm_cell,
     _functions.rnn_tanh_cell: rnn_tanh_cell,

@@ -31,6 +31,8 @@ class Specimen:
     loss: Callable[[Any, Any], Tensor]
     samples: Callable[[int], Pair]
     perturbable: bool = True
+    rounding: float = 1e-12
+    """Relative error of torch's own first-order gradient: its hardsigmoid holds 1/6 in float32."""
 
     def model(self) -> nn.Module:
         return data.seeded(self.build).double().eval()
@@ -115,6 +117,18 @@ class Tokens(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(torch.tanh(self.mix(self.embed(ids).mean(1))))
+
+
+class Bags(nn.Module):
+    """Bags of token ids, summed and averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.sum = nn.EmbeddingBag(7, 4), nn.EmbeddingBag(7, 3, mode="sum")
+        self.head = nn.Linear(7, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(torch.cat([self.mean(ids), self.sum(ids)], 1)))
 
 
 class Packed(nn.Module):
@@ -265,6 +279,8 @@ ZOO: dict[str, Specimen] = {
     "rms_norm": _of(lambda: _mlp(nn.RMSNorm(5), nn.Tanh())),
     "prelu": _of(lambda: _mlp(nn.PReLU())),
     "prelu_per_channel": _over_images(nn.PReLU(3)),
+    "hardsigmoid": Specimen(lambda: _mlp(nn.Hardsigmoid()), F.cross_entropy, _vectors, rounding=1e-7),
+    "rrelu": _of(lambda: _mlp(nn.RReLU())),
     "glu": _over_sequences(lambda: nn.Sequential(nn.Linear(4, 6), nn.GLU()), 15),
     "weight_norm": _of(lambda: nn.Sequential(weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))),
     "weight_norm_whole": _over_sequences(lambda: weight_norm(nn.Conv1d(5, 3, 2), dim=None), 9),
@@ -283,6 +299,7 @@ ZOO: dict[str, Specimen] = {
     "bilinear_tuple": Specimen(Pairs, F.mse_loss, _pairs),
     "bilinear_mapping": Specimen(Pairs, F.mse_loss, _named_pairs),
     "tied_tokens": Specimen(Tokens, F.cross_entropy, _token_ids, perturbable=False),
+    "token_bags": Specimen(Bags, F.cross_entropy, _token_ids, perturbable=False),
     "old_style_function": _of(lambda: _mlp(Cubed())),
 }
 """Every specimen by name."""
