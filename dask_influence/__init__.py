@@ -7,14 +7,13 @@ one Zarr group.
 """
 
 from dask_influence.core.estimators.preconditioners import JacobiPreconditioner, NystroemPreconditioner
-from dask_influence.influence import (
+from dask_influence.influence import InfluenceFunctionModel, InfluenceMode
+from dask_influence.models import (
     ArnoldiInfluence,
     CgInfluence,
     DirectInfluence,
     EkfacInfluence,
     GradientDotInfluence,
-    InfluenceFunctionModel,
-    InfluenceMode,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
     NystroemSketchInfluence,

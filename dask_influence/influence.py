@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import hashlib
 import inspect
 import secrets
 import warnings
@@ -22,23 +20,15 @@ from typing import Any, ClassVar, Self
 
 import dask.config
 import numpy as np
-import optree
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 
+from dask_influence import arguments
 from dask_influence.core.curvature import PRODUCTS, check_curvature
 from dask_influence.core.estimators import (
-    Arnoldi,
-    Cg,
-    DataInf,
-    Direct,
-    Ekfac,
     Estimator,
-    GradientDot,
     Inverse,
-    Lissa,
-    NystroemSketch,
     Round,
     System,
 )
@@ -50,7 +40,7 @@ from dask_influence.core.estimators.blocks import (
     check_regularizations,
     check_structure,
 )
-from dask_influence.core.forms import Forms, input_leaf
+from dask_influence.core.forms import Forms
 from dask_influence.core.layers import Layout, layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Loss, Objective
@@ -345,7 +335,7 @@ class InfluenceFunctionModel:
         if any(isinstance(source, DaskSource) for source in sources):
             return self._lazy_influences(fitted, test, train, mode)
         if self.client is not None:
-            return _like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
+            return arguments.like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
         fit = self._fit(fitted, LocalExecutor(), self._problem(fitted, mode, train))
         plan, project = self._plan(fitted, test, train, mode), self._projects()
         factors = memory.factors_in_memory(fit, test, "test", plan.factor_rows, plan.batch, project=project)
@@ -358,7 +348,7 @@ class InfluenceFunctionModel:
             project=project,
             perturbation=mode is InfluenceMode.Perturbation,
         )
-        return _like(scores, x_test, fitted.system.dtype)
+        return arguments.like(scores, x_test, fitted.system.dtype)
 
     def influence_factors(self, x: Any, y: Any) -> Any:
         """Influence factors (C + λI)⁻¹ g_i, shape (N, P), of the kind of ``x``.
@@ -375,7 +365,7 @@ class InfluenceFunctionModel:
             return lazy_rows(fit, parts, blocks.sizes, fitted.system.size)
         fit = self._fit(fitted, LocalExecutor(), fitted.problem)
         factors = memory.factors_in_memory(fit, test, "x, y", plan.factor_rows, plan.batch, project=False)
-        return _like(tasks.stored(factors), x, fitted.system.dtype)
+        return arguments.like(tasks.stored(factors), x, fitted.system.dtype)
 
     def influences_from_factors(
         self, factors: Any, x: Any, y: Any, mode: InfluenceMode | str = InfluenceMode.Up
@@ -398,7 +388,7 @@ class InfluenceFunctionModel:
         scores = memory.scores_in_memory(
             fit, rows, train, "x, y", plan, project=False, perturbation=mode is InfluenceMode.Perturbation
         )
-        return _like(scores, factors, fitted.system.dtype)
+        return arguments.like(scores, factors, fitted.system.dtype)
 
     # -- to a store -------------------------------------------------------------------
     def influences_to_zarr(
@@ -481,8 +471,8 @@ class InfluenceFunctionModel:
             project=project,
         ).validate(memory_limit or executor.memory_limit)
         ids = {
-            "test": _ids(test_ids, test_source, "test_ids"),
-            "train": _ids(train_ids, train_source, "train_ids"),
+            "test": arguments.ids(test_ids, test_source, "test_ids"),
+            "train": arguments.ids(train_ids, train_source, "train_ids"),
         }
         if held is not None:
             held.check(self._identity(fitted))
@@ -496,7 +486,7 @@ class InfluenceFunctionModel:
                 "mode": mode.value,
                 "test": test_source.digest(),
                 "train": train_source.digest(),
-                **_id_digests(ids),
+                **arguments.id_digests(ids),
             },
             {**self._provenance(fitted), "mode": mode.value},
             ids,
@@ -546,10 +536,15 @@ class InfluenceFunctionModel:
         plan = self._plan(
             fitted, source, source, InfluenceMode.Up, memory_limit=memory_limit, project=False
         ).validate(memory_limit or executor.memory_limit)
-        ids = {"test": _ids(test_ids, source, "test_ids")}
+        ids = {"test": arguments.ids(test_ids, source, "test_ids")}
         output = Output(
             location,
-            {**self._identity(fitted), "kind": "factors", "test": source.digest(), **_id_digests(ids)},
+            {
+                **self._identity(fitted),
+                "kind": "factors",
+                "test": source.digest(),
+                **arguments.id_digests(ids),
+            },
             self._provenance(fitted),
             ids,
         )
@@ -790,7 +785,7 @@ class InfluenceFunctionModel:
     def _work(
         self, fitted: _Fitted, tests: int, train: Source, mode: InfluenceMode, *, rank: int | None
     ) -> Work:
-        features = _features(train) if mode is InfluenceMode.Perturbation else ()
+        features = arguments.features(train) if mode is InfluenceMode.Perturbation else ()
         return Work(
             tests=tests,
             trains=len(train),
@@ -866,7 +861,7 @@ class InfluenceFunctionModel:
         """What factors depend on beside the test data."""
         return {
             "model": persistence.model_digest(fitted.problem.objective.module),
-            "loss": _described(self.loss),
+            "loss": arguments.described(self.loss),
             "parameters": list(fitted.system.names),
             "estimator": type(self).__name__,
             "curvature": self.curvature,
@@ -884,218 +879,6 @@ class InfluenceFunctionModel:
             "samples_fitted": fitted.system.samples,
             "parameters_fitted": fitted.system.size,
         }
-
-
-class DirectInfluence(InfluenceFunctionModel, estimator=Direct):
-    """Influence through the exact curvature, a dense P × P matrix that is factorised once.
-
-    One pass over the data; 8 P² bytes on each worker. Arguments and methods are those of
-    :class:`InfluenceFunctionModel`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dask_influence import DirectInfluence
-    >>> _ = torch.manual_seed(0)
-    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
-    >>> net = torch.nn.Linear(3, 1)
-    >>> infl = DirectInfluence(net, torch.nn.functional.mse_loss, 0.1).fit((x, y))
-    >>> infl.influences(x[:2], y[:2], x, y).shape
-    torch.Size([2, 7])
-    >>> infl.influences(x[:2], y[:2], x, y, mode="perturbation").shape
-    torch.Size([2, 7, 3])
-    """
-
-
-class ArnoldiInfluence(InfluenceFunctionModel, estimator=Arnoldi):
-    """Influence through the R eigenpairs of largest magnitude of the curvature.
-
-    Scores are (g_test V)(Λ + λ)⁻¹(V g_train): the training side needs directional
-    derivatives along R vectors and never forms a gradient. ``complement=True`` keeps the
-    rest of the space with eigenvalue λ. Arguments beside those of
-    :class:`InfluenceFunctionModel` are those of :class:`~dask_influence.core.estimators.Arnoldi`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dask_influence import ArnoldiInfluence
-    >>> _ = torch.manual_seed(0)
-    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
-    >>> net = torch.nn.Linear(3, 1)
-    >>> infl = ArnoldiInfluence(net, torch.nn.functional.mse_loss, 0.1, rank=2).fit((x, y))
-    >>> infl.influences(x[:2], y[:2], x, y).shape
-    torch.Size([2, 7])
-
-    References
-    ----------
-    Schioppa et al. 2022, "Scaling Up Influence Functions".
-    """
-
-
-class CgInfluence(InfluenceFunctionModel, estimator=Cg):
-    """Influence through conjugate gradient: each factor solves (C + λI) s = g by passes over the data.
-
-    Nothing of size P² is formed; test points of one block share every pass. A factor is done
-    when its true relative residual is below ``rtol``; what does not get there is reported by a
-    :class:`~dask_influence.errors.ConvergenceWarning`, in ``diagnostics`` and in
-    ``factor_residual`` (``strict=True`` raises). Where C + λI turns out indefinite the rest is
-    solved by MINRES, with the warning that names the λ that cures it. Arguments beside those of
-    :class:`InfluenceFunctionModel` are those of :class:`~dask_influence.core.estimators.Cg`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dask_influence import CgInfluence
-    >>> _ = torch.manual_seed(0)
-    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
-    >>> net = torch.nn.Linear(3, 1)
-    >>> infl = CgInfluence(net, torch.nn.functional.mse_loss, 0.1, preconditioner="jacobi").fit((x, y))
-    >>> infl.influences(x[:2], y[:2], x, y).shape
-    torch.Size([2, 7])
-    >>> infl.diagnostics["worst_residual"] < 1e-4
-    True
-
-    References
-    ----------
-    Ji & Li 2017, "A breakdown-free block conjugate gradient method"; Frangella, Tropp & Udell
-    2023, "Randomized Nyström Preconditioning".
-    """
-
-
-class LissaInfluence(InfluenceFunctionModel, estimator=Lissa):
-    """Influence through LiSSA: each factor is a Neumann series over seeded draws of the data.
-
-    The series is restarted on the true residual, so that it converges to the exact factor
-    (with ``dampen``, to that of λ + dampen·scale). A series that diverges raises
-    :class:`~dask_influence.errors.ConvergenceError`, naming the setting that cures it.
-    :class:`CgInfluence` reaches the same factors in fewer passes; the draws of a step are
-    cheaper than a pass where there are very many samples. Arguments beside those of
-    :class:`InfluenceFunctionModel` are those of :class:`~dask_influence.core.estimators.Lissa`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dask_influence import LissaInfluence
-    >>> _ = torch.manual_seed(0)
-    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
-    >>> net = torch.nn.Linear(3, 1)
-    >>> infl = LissaInfluence(net, torch.nn.functional.mse_loss, 0.1, rtol=1e-3).fit((x, y))
-    >>> infl.influences(x[:2], y[:2], x, y).shape
-    torch.Size([2, 7])
-    >>> infl.diagnostics["worst_residual"] <= 1e-3
-    True
-
-    References
-    ----------
-    Agarwal, Bullins & Hazan 2017, "Second-Order Stochastic Optimization for Machine Learning
-    in Linear Time"; Koh & Liang 2017, section 3.
-    """
-
-
-class NystroemSketchInfluence(InfluenceFunctionModel, estimator=NystroemSketch):
-    """Influence through a randomised low-rank approximation of the curvature, from one pass.
-
-    Ĉ = Y (Ωᵀ Y)⁺ Yᵀ with Y = C Ω; the orthogonal complement is kept with eigenvalue λ, so
-    that λ must be positive. Meant for curvatures without negative eigenvalues. Arguments
-    beside those of :class:`InfluenceFunctionModel` are those of
-    :class:`~dask_influence.core.estimators.NystroemSketch`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dask_influence import NystroemSketchInfluence
-    >>> _ = torch.manual_seed(0)
-    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
-    >>> net = torch.nn.Linear(3, 1)
-    >>> infl = NystroemSketchInfluence(net, torch.nn.functional.mse_loss, 0.1, rank=2).fit((x, y))
-    >>> infl.influences(x[:2], y[:2], x, y).shape
-    torch.Size([2, 7])
-
-    References
-    ----------
-    Frangella, Tropp & Udell 2023, "Randomized Nyström Preconditioning"; Hataya & Yamada 2023,
-    "Nyström Method for Accurate and Scalable Implicit Differentiation".
-    """
-
-
-class EkfacInfluence(InfluenceFunctionModel, estimator=Ekfac):
-    """Influence through the Fisher matrix in a Kronecker-factored eigenbasis, block by layer.
-
-    Two passes over the data and, for a layer of q outputs and p inputs, matrices of q × q and
-    p × p instead of pq × pq. Scores are those of the Fisher matrix under the model's own
-    predictions (or of the empirical one with ``curvature="empirical_fisher"``): for any other
-    ``curvature`` it stands in for that matrix, and ``factor_residual`` says how well. λ is added to each
-    eigenvalue. Linear, convolution, Embedding, LayerNorm and attention layers have a form;
-    others are refused by name, or left out with ``skip_unsupported=True``. Arguments beside those
-    of :class:`InfluenceFunctionModel` are those of
-    :class:`~dask_influence.core.estimators.Ekfac`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dask_influence import EkfacInfluence
-    >>> _ = torch.manual_seed(0)
-    >>> x, y = torch.randn(7, 3), torch.randint(0, 2, (7,))
-    >>> net = torch.nn.Linear(3, 2)
-    >>> infl = EkfacInfluence(net, torch.nn.functional.cross_entropy, 0.1).fit((x, y))
-    >>> infl.influences(x[:2], y[:2], x, y).shape
-    torch.Size([2, 7])
-    >>> infl.diagnostics["passes"]
-    2
-
-    References
-    ----------
-    George et al. 2018, "Fast Approximate Natural Gradient Descent in a Kronecker-factored
-    Eigenbasis"; Grosse et al. 2023, "Studying Large Language Model Generalization with
-    Influence Functions".
-    """
-
-
-class InverseHarmonicMeanInfluence(InfluenceFunctionModel, estimator=DataInf):
-    """DataInf: influence through the mean over training points j of (g_j g_jᵀ + λI)⁻¹, by layer.
-
-    No pass to fit, one pass over the training data for each block of factors. Arguments
-    beside those of :class:`InfluenceFunctionModel` are those of
-    :class:`~dask_influence.core.estimators.DataInf`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dask_influence import InverseHarmonicMeanInfluence
-    >>> _ = torch.manual_seed(0)
-    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
-    >>> net = torch.nn.Linear(3, 1)
-    >>> infl = InverseHarmonicMeanInfluence(net, torch.nn.functional.mse_loss, 0.1).fit((x, y))
-    >>> infl.influences(x[:2], y[:2], x, y).shape
-    torch.Size([2, 7])
-
-    References
-    ----------
-    Kwon et al. 2023, "DataInf: Efficiently Estimating Data Influence in LoRA-tuned LLMs and
-    Diffusion Models".
-    """
-
-
-class GradientDotInfluence(InfluenceFunctionModel, estimator=GradientDot):
-    """The baseline without curvature: ⟨g_test, g_train⟩.
-
-    λ is recorded and not used. What an estimator adds to this is what its curvature is worth.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from dask_influence import GradientDotInfluence
-    >>> _ = torch.manual_seed(0)
-    >>> x, y = torch.randn(7, 3), torch.randn(7, 1)
-    >>> net = torch.nn.Linear(3, 1)
-    >>> infl = GradientDotInfluence(net, torch.nn.functional.mse_loss).fit((x, y))
-    >>> infl.influences(x[:2], y[:2], x, y).shape
-    torch.Size([2, 7])
-
-    References
-    ----------
-    Pruthi et al. 2020, "Estimating Training Data Influence by Tracing Gradient Descent".
-    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1135,45 +918,3 @@ def _mode(mode: InfluenceMode | str) -> InfluenceMode:
         return InfluenceMode(mode)
     except ValueError:
         raise ConfigurationError(f'mode must be "up" or "perturbation"; got {mode!r}') from None
-
-
-def _like(scores: np.ndarray[Any, Any], given: Any, dtype: torch.dtype) -> Any:
-    """``scores`` as the kind of array that ``given`` is made of."""
-    leaf = optree.tree_leaves(given)[0]
-    return torch.from_numpy(scores).to(leaf.device, dtype) if isinstance(leaf, Tensor) else scores
-
-
-def _features(source: Source) -> tuple[int, ...]:
-    """Shape of one input, where perturbation is defined on it."""
-    empty = optree.tree_map(
-        lambda spec: torch.from_numpy(np.empty((1, *spec.shape), spec.dtype)), source.spec[0]
-    )
-    return tuple(input_leaf(empty).shape[1:])
-
-
-def _ids(given: Any, source: Any, argument: str) -> np.ndarray[Any, Any]:
-    if given is None:
-        return np.arange(len(source))
-    ids = np.asarray(given)
-    if ids.shape != (len(source),):
-        raise DataError(f"{argument} must hold one id per sample, shape ({len(source)},); got {ids.shape}")
-    values, counts = np.unique(ids, return_counts=True)
-    if len(values) != len(ids):
-        raise DataError(f"{argument} must be unique; {values[counts > 1][0]!r} occurs {counts.max()} times")
-    return ids
-
-
-def _id_digests(ids: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:
-    return {
-        f"{name}_ids": hashlib.blake2b("\n".join(map(str, values)).encode(), digest_size=16).hexdigest()
-        for name, values in ids.items()
-    }
-
-
-def _described(loss: Any) -> str:
-    """Name of a loss that is the same in every session."""
-    if isinstance(loss, functools.partial):
-        return f"{_described(loss.func)}(*{loss.args}, **{loss.keywords})"
-    if isinstance(loss, nn.Module):
-        return repr(loss)
-    return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
