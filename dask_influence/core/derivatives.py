@@ -239,7 +239,6 @@ def _moved(leaf: Tensor) -> Tensor:
 
 def _in_double(objective: Objective, x: Tree, y: Tree) -> _Point:
     """The check's own copy: float64, or as it is where the model insists on its own dtype."""
-
     double = objective.to(dtype=torch.float64)
     point = _Point(double, double.flatten(double.parameters()), _doubled(x), _doubled(y), _FINE)
     try:
