@@ -11,7 +11,9 @@ BIN := $(VENV)/bin
 # The stamps say which environments are complete; they are redone when what they install changes.
 READY := $(VENV)/.ready
 PEERS_READY := $(PEERS)/.ready
-PYTEST_ARGS ?=
+# Two processes, a file at a time, so that each real cluster of the tests is started once; one
+# thread each, because torch's threads spin against those of the workers.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help
 help: ## list these commands
@@ -36,7 +38,7 @@ demo: $(READY) ## train on digits, score on a local Dask cluster, draw what was 
 
 .PHONY: test
 test: lint ## style, types, layers, doctests and tests: what has to pass before a change lands
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(READY) ## style, types and layers alone
