@@ -11,6 +11,7 @@ again without them, and drawn.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import time
 from collections.abc import Iterator
@@ -65,20 +66,18 @@ class Digits:
         return Digits(self.x[which], self.y[which], self.ids[which])
 
 
-def network() -> nn.Sequential:
-    """64 pixels, 32 hidden units, 10 digits: 2,410 parameters."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+def network(hidden: int) -> nn.Sequential:
+    """64 pixels, hidden units, 10 digits: 2,410 parameters with 32 hidden units."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10))
 
 
-def train(data: Digits, start: nn.Module | None = None) -> nn.Module:
-    """A network at a minimum of mean loss + decay, reached from ``start`` where one is given.
+def train(data: Digits, start: nn.Module) -> nn.Module:
+    """A network at a minimum of mean loss + decay, reached from ``start``.
 
     L-BFGS in float64, because influence functions speak about minima: they assume a gradient of zero.
     """
-    torch.manual_seed(0)
-    model = network().double()
-    if start is not None:
-        model.load_state_dict(start.state_dict())
+    model = copy.deepcopy(start).double()
     x, weights = data.x.double(), list(model.parameters())
     optimizer = torch.optim.LBFGS(
         weights,
@@ -145,7 +144,7 @@ def describe(row: xr.DataArray, labels: dict[int, int]) -> str:
 def without_harmful(model: nn.Module, data: Digits, row: xr.DataArray) -> nn.Module:
     """The network trained again without the most harmful images of ``row``."""
     left = row.train.values[-LEFT_OUT:]
-    return train(data[~np.isin(data.ids, left)], start=model)
+    return train(data[~np.isin(data.ids, left)], model)
 
 
 # -- the picture ------------------------------------------------------------------------
@@ -238,6 +237,7 @@ class Setting:
     output: Path
     train: int
     test: int
+    hidden: int
     rank: int
     shown: int
 
@@ -248,6 +248,7 @@ class Setting:
         parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of all results")
         parser.add_argument("--train", type=int, default=1437, help="training images (default 1437)")
         parser.add_argument("--test", type=int, default=360, help="test images (default 360)")
+        parser.add_argument("--hidden", type=int, default=32, help="hidden units (default 32)")
         parser.add_argument("--rank", type=int, default=100, help="eigenpairs of the sketch (default 100)")
         parser.add_argument("--shown", type=int, default=3, help="test images explained (default 3)")
         return cls(**vars(parser.parse_args()))
@@ -262,31 +263,44 @@ class Scores:
     pixels: xr.Dataset
 
 
-def score(model: nn.Module, known: Digits, new: Digits, shown: list[int], setting: Setting) -> Scores:
-    """Fit both estimators on a cluster of two worker processes, and write what they say about ``new``."""
-    training, testing, few = (known.x, known.y), (new.x, new.y), new[np.array(shown)]
-    ids = {"train_ids": known.ids, "overwrite": True, "progress": True}
-    cluster = LocalCluster(
+def start_cluster() -> LocalCluster:
+    """Two worker processes on this machine."""
+    return LocalCluster(
         n_workers=2,
         threads_per_worker=1,
         memory_limit="2GiB",
         dashboard_address=":0",
         silence_logs=logging.CRITICAL,  # workers that a busy machine is slow to end are no news here
     )
+
+
+def score(model: nn.Module, known: Digits, new: Digits, shown: list[int], setting: Setting) -> Scores:
+    """Fit both estimators on a cluster, and write what they say about ``new``."""
+    training, testing, few = (known.x, known.y), (new.x, new.y), new[np.array(shown)]
+    options = {"train_ids": known.ids, "overwrite": True, "progress": True}
+    pairs = f"{len(new.ids):,} × {len(known.ids):,} pairs of images"
+    with timed("Starting two worker processes"):
+        cluster = start_cluster()
     with cluster, Client(cluster) as client:
-        with timed("Fitting the exact Hessian on two worker processes"):
+        with timed("Fitting the exact Hessian on them"):
             exact = DirectInfluence(model, cross_entropy, DECAY, client=client).fit(training)
-            print(f"  eigenvalues from {exact.diagnostics['smallest_eigenvalue']:.4f}", end=" ")
-            print(f"to {exact.diagnostics['largest_eigenvalue']:.2f}, λ = {DECAY}")
+            print(f"  {exact.diagnostics['parameters']:,} eigenvalues", end=" ")
+            print(f"from {exact.diagnostics['smallest_eigenvalue']:.4f}", end=" ")
+            print(f"to {exact.diagnostics['largest_eigenvalue']:.2f}; λ = {DECAY}")
         with timed(f"Fitting a sketch of its {setting.rank} leading eigenvectors"):
             sketch = ArnoldiInfluence(
                 model, cross_entropy, DECAY, rank=setting.rank, complement=True, client=client
             ).fit(training)
             print(f"  {sketch.diagnostics['passes']} passes over the training images")
-        with timed(f"Scoring {len(new.ids):,} × {len(known.ids):,} pairs of images with each"):
-            folder, pair = setting.output, (testing, training)
-            scores = exact.influences_to_zarr(folder / "exact.zarr", *pair, test_ids=new.ids, **ids)
-            sketched = sketch.influences_to_zarr(folder / "sketch.zarr", *pair, test_ids=new.ids, **ids)
+        folder = setting.output
+        with timed(f"Scoring {pairs} with the exact Hessian"):
+            scores = exact.influences_to_zarr(
+                folder / "exact.zarr", testing, training, test_ids=new.ids, **options
+            )
+        with timed(f"Scoring {pairs} with the sketch"):
+            sketched = sketch.influences_to_zarr(
+                folder / "sketch.zarr", testing, training, test_ids=new.ids, **options
+            )
         with timed(f"Scoring every pixel of every training image for {len(shown)} test images"):
             pixels = exact.influences_to_zarr(
                 folder / "pixels.zarr",
@@ -294,7 +308,7 @@ def score(model: nn.Module, known: Digits, new: Digits, shown: list[int], settin
                 training,
                 mode="perturbation",
                 test_ids=few.ids,
-                **ids,
+                **options,
             )
     return Scores(scores, sketched, pixels)
 
@@ -360,8 +374,8 @@ def main() -> None:
     setting = Setting.parse()
     digits = Digits.load()
     new, known = digits[: setting.test], digits[360 : 360 + setting.train]
-    with timed(f"Training a 64-32-10 network on {len(known.ids):,} images of digits"):
-        model = train(known)
+    with timed(f"Training a 64-{setting.hidden}-10 network on {len(known.ids):,} images of digits"):
+        model = train(known, network(setting.hidden))
         right = int((model(new.x).argmax(1) == new.y).sum())
         print(f"  reads {right} of {len(new.ids)} test images right")
     shown = closest_calls(model, new, setting.shown)

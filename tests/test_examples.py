@@ -63,7 +63,7 @@ def test_demo_in_a_small_setting_replaces_what_an_earlier_run_left(tmp_path: Pat
     stale = DirectInfluence(torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, 0.1).fit((x, y))
     stale.influences_to_zarr(tmp_path / "out" / "exact.zarr", (x, y), (x, y))
 
-    small = ("--train", "200", "--test", "30", "--rank", "20", "--shown", "2", "--output", "out")
+    small = ("--train=200", "--test=30", "--hidden=8", "--rank=20", "--shown=2", "--output=out")
     said = run(DEMO, *small, cwd=tmp_path)
     assert "factors" in said  # the stages of the progress shown
     assert "strips" in said
