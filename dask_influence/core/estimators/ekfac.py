@@ -128,7 +128,7 @@ def _input_covariance(layer: Layer, inputs: Tensor) -> Tensor:
 def _squares(a: Tensor, delta: Tensor) -> Tensor:
     """Σ_j Σ_r (Σ_t δ_t a_tᵀ)² from a (n, T, g, p) and δ (n, r, T, g, q): (g, q, p)."""
     if a.shape[1] == 1:  # one position: the square of a product is the product of squares
-        return torch.einsum("nrgq,ngp->gqp", delta[:, :, 0].square(), a[:, 0].square())
+        return torch.einsum("ngq,ngp->gqp", delta[:, :, 0].square().sum(1), a[:, 0].square())
     columns = delta.shape[1]
     one = 8 * columns * delta.shape[3] * delta.shape[4] * a.shape[3]
     step = max(1, CORRECTION_BUDGET // one)

@@ -374,6 +374,61 @@ def test_attention_is_its_four_projections(separate: bool) -> None:
     assert oracles.relative_error(scores(left), expected) <= EXACT
 
 
+class Encoder(nn.Module):
+    """torch's own transformer layers, a mapping in and out, a loss at every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1]).to(self.head.weight)
+        return {"logits": self.head(self.encoder(self.embedding(ids), mask=mask))}
+
+
+def next_token(output: dict[str, Tensor], target: Tensor) -> Tensor:
+    return functional.cross_entropy(output["logits"].flatten(0, 1), target.flatten())
+
+
+def test_a_transformer_encoder() -> None:
+    """Λ is the diagonal of the dense Fisher matrix in each layer's eigenbasis; the model is torch's own."""
+    ids = torch.randint(5, (7, 3), generator=torch.Generator().manual_seed(1))
+    model = data.seeded(Encoder).double()
+    held = data.Case(model, next_token, ({"ids": ids}, ids.flip(0)), ({"ids": ids}, ids), 0.01)
+    inverse = fitted(held, chunk_size=3)._fitted.inverse  # type: ignore[union-attr]
+    assert len(inverse.blocks) == 18
+    flat = nn.Sequential(model, Logits()).double()
+    loss = lambda f, y: functional.cross_entropy(f.unflatten(1, (5, 3)), y)  # noqa: E731
+    curvature = oracles.ggn(flat, loss, ids, ids.flip(0))
+    places = torch.arange(len(curvature), dtype=torch.float64)[None]
+    for i, block in enumerate(inverse.blocks):
+        inputs, outputs, values = (
+            inverse.tensors[f"{i}.{part}"] for part in ("inputs", "outputs", "eigenvalues")
+        )
+        for g, at in enumerate(block.gather(places)[0].flatten(1).long()):
+            basis = torch.kron(outputs[min(g, len(outputs) - 1)], inputs[g])
+            expected = (basis.T @ curvature[at[:, None], at] @ basis).diagonal()
+            assert (values[g].flatten() - expected).abs().max() <= 1e-12 * curvature.diagonal().max()
+
+
+class Logits(nn.Module):
+    """(n, T, C) → (n, C·T)."""
+
+    def forward(self, output: dict[str, Tensor]) -> Tensor:
+        return output["logits"].transpose(1, 2).flatten(1)
+
+
+def test_blocks_by_layer_are_its_own_blocks() -> None:
+    held = data.mlp_classification()
+    by_layer = EkfacInfluence(
+        held.model, held.loss, {"0": 0.05, "2": 0.05}, block_structure="layer", chunk_size=7
+    ).fit(held.train)
+    assert oracles.relative_error(by_layer.influences(*held.test, *held.train), scores(held)) <= SAME
+
+
 # -- losses ----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "loss",
