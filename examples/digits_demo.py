@@ -1,9 +1,9 @@
 """Which training images made this network misread that digit? From training to a picture, on a Dask cluster.
 
-Trains a small network on scikit-learn's digits, starts two worker processes on this machine, and scores every
-training image for every test image: with the exact Hessian, and with a sketch of its leading eigenvectors. Scores
-and per-pixel sensitivities go to Zarr; the most helpful and the most harmful images are printed, checked by training
-again without them, and drawn.
+Trains a small network on scikit-learn's digits, starts two worker processes on this machine, and scores
+every training image for every test image: with the exact Hessian, and with a sketch of its leading
+eigenvectors. Scores and per-pixel sensitivities go to Zarr; the most helpful and the most harmful images are
+printed, checked by training again without them, and drawn.
 
     python examples/digits_demo.py [--output demo-output] [--help]
 """
@@ -37,8 +37,8 @@ import matplotlib.pyplot as plt
 DECAY = 0.01
 """Weight decay of the training, and the λ of the influences.
 
-Training minimises mean loss + DECAY/2 ‖θ‖², whose second derivative is H + λI with λ = DECAY: positive definite at a
-minimum, and the matrix that says where the minimum moves when a training image is left out.
+Training minimises mean loss + DECAY/2 ‖θ‖², whose second derivative is H + λI with λ = DECAY: positive definite
+at a minimum, and the matrix that says where the minimum moves when a training image is left out.
 """
 
 LEFT_OUT = 10

@@ -1,7 +1,7 @@
 """Dask arrays in, a lazy Dask array out: scores that never have to be in memory at once.
 
-The digits stand in for training data on disk. They are written to Zarr, opened as Dask arrays, and scored lazily;
-then only the three most helpful training images for each test image are kept.
+The digits stand in for training data on disk. They are written to Zarr, opened as Dask arrays, and scored
+lazily; then only the three most helpful training images for each test image are kept.
 
     python examples/larger_than_memory.py [FOLDER]
 """

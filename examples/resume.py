@@ -1,7 +1,7 @@
 """A run that was killed continues where it stopped: call it again.
 
-The first run is interrupted after a few strips of scores; the second finds them in the store's ledger and does the
-rest. A third run, at another λ, is refused, because the store holds something else.
+The first run is interrupted after a few strips of scores; the second finds them in the store's ledger and
+does the rest. A third run, at another λ, is refused, because the store holds something else.
 
     python examples/resume.py [STORE]
 """
