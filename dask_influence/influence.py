@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import inspect
+import json
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,8 @@ from dask_influence.core.estimators import (
     Estimator,
     Inverse,
     Round,
+    SweepInverse,
+    SweepSystem,
     System,
 )
 from dask_influence.core.estimators.blocks import (
@@ -40,6 +44,7 @@ from dask_influence.core.estimators.blocks import (
     check_regularizations,
     check_structure,
 )
+from dask_influence.core.estimators.sweep import check_sweep
 from dask_influence.core.forms import Forms
 from dask_influence.core.layers import Layout, layout_of
 from dask_influence.core.moments import Moments
@@ -399,6 +404,7 @@ class InfluenceFunctionModel:
         *,
         mode: InfluenceMode | str = InfluenceMode.Up,
         reduce: None = None,
+        hessian_regularization: Sequence[float] | None = None,
         test_ids: Any = None,
         train_ids: Any = None,
         resume: bool = True,
@@ -421,6 +427,9 @@ class InfluenceFunctionModel:
             As for :meth:`fit`.
         mode : InfluenceMode or str
             ``"up"`` or ``"perturbation"``.
+        hessian_regularization : sequence of float, optional
+            Several λ instead of the model's own: the result has one more dimension in front,
+            ``regularization``, and the training data are differentiated for all of them at once.
         test_ids, train_ids : array of int or str, optional
             Coordinates of the result; by default positions.
         resume : bool
@@ -450,7 +459,7 @@ class InfluenceFunctionModel:
         DataError, StoreError, ClusterError
             Nothing has been written then.
         """
-        fitted, mode = self._require_fit(), _mode(mode)
+        fitted, mode = self._swept(hessian_regularization), _mode(mode)
         if reduce is not None:
             raise ConfigurationError(f"reduce must be None (keep every score); got {reduce!r}")
         location = Location.of(store, storage_options)
@@ -474,7 +483,13 @@ class InfluenceFunctionModel:
             "test": arguments.ids(test_ids, test_source, "test_ids"),
             "train": arguments.ids(train_ids, train_source, "train_ids"),
         }
+        if fitted.sweep is not None:
+            ids["regularization"] = np.array(fitted.sweep)
         if held is not None:
+            if fitted.sweep is not None:
+                raise ConfigurationError(
+                    f"hessian_regularization={fitted.sweep} needs test data: {held.location.url} holds factors of one λ"
+                )
             held.check(self._identity(fitted))
             if test_ids is None:
                 ids["test"] = held.ids
@@ -564,6 +579,7 @@ class InfluenceFunctionModel:
         mode: InfluenceMode | str = InfluenceMode.Up,
         reduce: None = None,
         *,
+        hessian_regularization: Sequence[float] | None = None,
         tile_bytes: int | None = None,
         memory_limit: int | None = None,
     ) -> Plan:
@@ -572,7 +588,7 @@ class InfluenceFunctionModel:
         ``str(plan)`` is a table of tiles, strips, passes, bytes and time;
         ``plan.validate(memory_limit)`` raises where it does not fit.
         """
-        fitted = self._require_fit()
+        fitted = self._swept(hessian_regularization)
         held = StoredFactors.found(test, None)
         source = held or as_source(test, "test")
         return self._plan(
@@ -689,6 +705,18 @@ class InfluenceFunctionModel:
             raise NotFittedError(f"this {type(self).__name__} is not fitted; call .fit(train) first")
         return self._fitted
 
+    def _swept(self, regularizations: Sequence[float] | None) -> _Fitted:
+        """The fit at the model's own λ, or at several."""
+        fitted = self._require_fit()
+        if regularizations is None:
+            return fitted
+        values = check_sweep(regularizations)
+        inverses = [fitted.inverse.with_regularization(value) for value in values]
+        systems = [fitted.system.with_regularization(value) for value in values]
+        return dataclasses.replace(
+            fitted, inverse=SweepInverse(inverses, fitted.system.names), system=SweepSystem.of(systems)
+        )
+
     def _objective(self) -> Objective:
         return Objective.of(
             self.model, self.loss, self.parameters, device=resolve_device(self.device), dtype=self.dtype
@@ -775,7 +803,7 @@ class InfluenceFunctionModel:
         return Fit(
             executor.model(problem, self.device),
             fitted.inverse,
-            executor.inverse(fitted.inverse, fitted.digest),
+            executor.inverse(fitted.inverse, fitted.published),
             fitted.system,
             fitted.passes,
             self.certify,
@@ -795,6 +823,7 @@ class InfluenceFunctionModel:
             itemsize=self._score_dtype(fitted).itemsize,
             activations=fitted.problem.activations,
             sample_bytes=train.nbytes_per_sample,
+            regularizations=None if fitted.sweep is None else len(fitted.sweep),
         )
 
     def _plan(
@@ -865,7 +894,7 @@ class InfluenceFunctionModel:
             "parameters": list(fitted.system.names),
             "estimator": type(self).__name__,
             "curvature": self.curvature,
-            "hessian_regularization": self.hessian_regularization,
+            "hessian_regularization": fitted.sweep or self.hessian_regularization,
             "block_structure": self.block_structure,
             "configuration": dataclasses.asdict(self.configuration),
             "fit": fitted.digest,
@@ -895,6 +924,21 @@ class _Fitted:
     passes: Passes | None
     digest: str
     counts: dict[str, Any]
+
+    @property
+    def sweep(self) -> list[float] | None:
+        """The several λ of a sweep."""
+        return (
+            [part.regularization for part in self.inverse.parts]
+            if isinstance(self.inverse, SweepInverse)
+            else None
+        )
+
+    @property
+    def published(self) -> str:
+        """Names the inverse for workers, who keep what they have read: other numbers, as λ, other name."""
+        values = json.dumps(self.inverse.state()[1], sort_keys=True, default=str)
+        return hashlib.blake2b(f"{self.digest}:{values}".encode(), digest_size=16).hexdigest()
 
     def check_solvable(self) -> None:
         """Refuse to begin where factors take passes over data that are not at hand."""

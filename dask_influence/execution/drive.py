@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dask_influence.core.estimators.base import Inverse, Round, System, relative_residuals
+from dask_influence.core.estimators.base import Inverse, Round, System
 from dask_influence.core.moments import Moments
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor, Sealed
@@ -80,7 +80,7 @@ def iterated_factors(
     residual = inverse.residuals(wide, factors)
     if residual is None and certify:
         products = passes(system.products(factors)).mean("products")
-        residual = relative_residuals(products + system.damped(factors), 0.0, wide, factors)
+        residual = system.residuals(products, wide, factors)
     if residual is None:
-        residual = torch.full((len(wide),), torch.nan, dtype=torch.float64)
+        residual = torch.full((len(factors),), torch.nan, dtype=torch.float64)
     return tasks.Factors(factors.to(gradients.dtype), residual.numpy())

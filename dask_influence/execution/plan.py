@@ -58,6 +58,8 @@ class Work:
         Elements one forward pass keeps for a sample.
     sample_bytes : int
         Bytes of one training sample as it is read.
+    regularizations : int, optional
+        L, where scores are asked for at several λ; None is the one of the model.
     """
 
     tests: int
@@ -68,6 +70,12 @@ class Work:
     itemsize: int
     activations: int
     sample_bytes: int
+    regularizations: int | None = None
+
+    @property
+    def copies(self) -> int:
+        """L, or 1: scores of a pair of points."""
+        return self.regularizations or 1
 
     @property
     def width(self) -> int:
@@ -137,7 +145,7 @@ class Plan:
     def tiles(self) -> int:
         """Number of tiles."""
         rows = sum(-(-len(block) // self.tile[0]) for block in self.query_blocks)
-        return rows * -(-self.work.trains // self.tile[1])
+        return self.work.copies * rows * -(-self.work.trains // self.tile[1])
 
     @property
     def _runs(self) -> Chunks:
@@ -160,7 +168,7 @@ class Plan:
     @property
     def directions(self) -> int:
         """D: directions that one strip differentiates along."""
-        block = min(self.query_rows, self.work.tests)
+        block = min(self.query_rows, self.work.tests) * self.work.copies
         return block if self.work.rank is None else min(self.work.rank, block)
 
     @property
@@ -171,7 +179,8 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of the scores before compression."""
-        return self.work.tests * self.work.trains * self.work.width * self.work.itemsize
+        work = self.work
+        return work.copies * work.tests * work.trains * work.width * work.itemsize
 
     @property
     def tile_bytes(self) -> int:
@@ -185,16 +194,17 @@ class Plan:
         held = directions * work.parameters * work.itemsize  # directions
         held += work.parameters * work.itemsize  # weights
         if work.rank is not None:
-            held += self.query_rows * work.rank * work.itemsize  # coefficients
+            held += self.query_rows * work.copies * work.rank * work.itemsize  # coefficients
         derivatives = self.tile[1] * directions * work.width * work.itemsize
         reading = 2 * self.tile[1] * work.sample_bytes
         # the tile, its bytes on their way through the codecs, and the product that made it
-        return held + derivatives + reading + 3 * self.tile_bytes + PRIMITIVE_BYTES
+        return held + derivatives + reading + 3 * work.copies * self.tile_bytes + PRIMITIVE_BYTES
 
     @property
     def factor_bytes(self) -> int:
         """Bytes that one factor task holds at once: gradients, factors, residuals in float64."""
-        return self.factor_rows * self.work.parameters * (2 * self.work.itemsize + 3 * 8)
+        work = self.work
+        return self.factor_rows * work.parameters * work.copies * (2 * work.itemsize + 3 * 8)
 
     @property
     def seconds(self) -> float:
@@ -206,7 +216,8 @@ class Plan:
             * work.parameters
             * (_NS_PER_PARAMETER + _NS_PER_DIRECTION * self.directions * (1 if work.width == 1 else 3))
         )
-        scores = work.tests * work.trains * work.width * _NS_PER_SCORE_DIRECTION * self.directions
+        pairs = work.copies * work.tests * work.trains
+        scores = pairs * work.width * _NS_PER_SCORE_DIRECTION * self.directions
         return 1e-9 * (columns + scores + _NS_PER_BYTE_WRITTEN * self.output_bytes)
 
     def validate(self, memory_limit: int | None) -> Plan:
@@ -250,7 +261,8 @@ class Plan:
 
     def __str__(self) -> str:
         work = self.work
-        shape = (work.tests, work.trains, *work.features)
+        swept = () if work.regularizations is None else (work.regularizations,)
+        shape = (*swept, work.tests, work.trains, *work.features)
         rows = [
             ("scores", " × ".join(f"{n:,}" for n in shape) + f", {format_bytes(self.output_bytes)}"),
             (
@@ -302,9 +314,9 @@ def arrange(
         raise ConfigurationError(f"tile_bytes must be positive; got {tile_bytes}")
     score_bytes = work.width * work.itemsize
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
-    per_row = work.itemsize * (work.parameters if work.rank is None else work.rank)
+    per_row = work.itemsize * work.copies * (work.parameters if work.rank is None else work.rank)
     query_rows = min(work.tests, max(1, share // per_row))
-    output = work.tests * work.trains * score_bytes
+    output = work.copies * work.tests * work.trains * score_bytes
     target = tile_bytes or min(LARGEST_TILE, max(SMALLEST_TILE, output // 64))
     per_tile = max(1, target // score_bytes)  # scores of one tile
     columns = min(work.trains, FEWEST_COLUMNS)
@@ -315,7 +327,8 @@ def arrange(
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
         query_rows = max(rows, query_rows // rows * rows)  # no tile straddles two query blocks
     factor_share = min(DIRECTION_BYTES, share)
-    factor_rows = min(work.tests, max(1, factor_share // (work.parameters * (2 * work.itemsize + 24))))
+    per_factor = work.parameters * work.copies * (2 * work.itemsize + 24)
+    factor_rows = min(work.tests, max(1, factor_share // per_factor))
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
     return Plan(work, query_rows, tile, _strip_columns(plan), plan.batch, rows_of_factors)

@@ -21,7 +21,7 @@ from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor, Model, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
 from dask_influence.execution.ledger import Ledger, compare_fingerprints
-from dask_influence.execution.plan import Plan
+from dask_influence.execution.plan import Plan, Work
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.grid import Chunks
 from dask_influence.storage.results import ArrayTemplate, create, finish, open_influences, write_region
@@ -194,21 +194,29 @@ def score_templates(
 ) -> dict[str, ArrayTemplate]:
     """Arrays of a store of scores."""
     work = plan.work
+    swept = () if work.regularizations is None else (work.regularizations,)
     return {
         "influence": ArrayTemplate(
-            dims=("test", "train", *feature_names),
-            shape=(work.tests, work.trains, *work.features),
-            tile=(*plan.tile, *work.features),
+            dims=(*swept_dims(work), "test", "train", *feature_names),
+            shape=(*swept, work.tests, work.trains, *work.features),
+            tile=(*(1 for _ in swept), *plan.tile, *work.features),
             dtype=np.dtype(dtype),
         ),
-        "factor_residual": residual_template(work.tests),
+        "factor_residual": residual_template(work),
     }
 
 
-def residual_template(tests: int) -> ArrayTemplate:
-    """‖(H + λI) s − g‖ / ‖g‖ for each test point."""
+def swept_dims(work: Work) -> tuple[str, ...]:
+    """The leading dimension of scores at several λ."""
+    return () if work.regularizations is None else ("regularization",)
+
+
+def residual_template(work: Work) -> ArrayTemplate:
+    """‖(H + λI) s − g‖ / ‖g‖ for each test point, at each of several λ."""
+    swept = () if work.regularizations is None else (work.regularizations,)
+    shape = (*swept, work.tests)
     return ArrayTemplate(
-        dims=("test",), shape=(tests,), tile=(tests,), dtype=np.dtype("float64"), coordinate=True
+        dims=(*swept_dims(work), "test"), shape=shape, tile=shape, dtype=np.dtype("float64"), coordinate=True
     )
 
 
@@ -222,7 +230,7 @@ def factor_templates(plan: Plan, dtype: np.dtype[Any]) -> dict[str, ArrayTemplat
             tile=(plan.factor_rows, work.parameters),
             dtype=np.dtype(dtype),
         ),
-        "factor_residual": residual_template(work.tests),
+        "factor_residual": residual_template(work),
     }
 
 
@@ -272,7 +280,9 @@ def solve_factors(
         progress("factors", done, len(chunks))
     entries = [known[_factor_name(index)] for index in range(len(chunks))]
     residuals = np.array([value for entry in entries for value in entry["residual"]], dtype=np.float64)
-    write_region(output.location, "factor_residual", (0,), residuals)
+    if plan.work.regularizations is not None:  # rows are test-major
+        residuals = residuals.reshape(-1, plan.work.regularizations).T
+    write_region(output.location, "factor_residual", (0,) * residuals.ndim, residuals)
     return tuple(Artifact(entry["digest"], entry["nbytes"], output.artifacts) for entry in entries)
 
 

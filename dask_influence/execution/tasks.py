@@ -29,8 +29,8 @@ from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.ledger import Ledger
-from dask_influence.execution.plan import Plan
-from dask_influence.storage.results import write_region
+from dask_influence.execution.plan import Plan, Strip
+from dask_influence.storage.results import ShardRecord, write_region
 from dask_influence.storage.sources import Source, check_finite
 from dask_influence.storage.stores import Location
 
@@ -106,7 +106,7 @@ class Factors:
     """What is known of a run of test points: factors, or coefficients of the inverse's directions.
 
     ``rows`` (n, P) or (n, R) in the model's dtype; ``residual`` (n,) float64, NaN where it
-    was not computed.
+    was not computed. Of several λ there are as many rows for each test point.
     """
 
     rows: Tensor
@@ -141,7 +141,7 @@ def closed_factors(
         factors = without_rounds(solver.solve(wide)) if certify or not project else None
         residual = solver.residuals(wide, factors) if certify and factors is not None else None
         rows = solver.coefficients(wide) if project or factors is None else factors
-    measured = torch.full((len(wide),), torch.nan, dtype=torch.float64) if residual is None else residual
+    measured = torch.full((len(rows),), torch.nan, dtype=torch.float64) if residual is None else residual
     return Factors(rows.to(gradients.dtype), measured.numpy())
 
 
@@ -252,13 +252,27 @@ class Scoring:
     def query(self, rows: range, problem: Problem) -> Query:
         """The query of test points ``rows``, from the chunks that hold them."""
         own = None if self.inverse is None else self.inverse.inverse().directions
-        chunks = self.plan.factor_chunks
+        chunks, copies = self.plan.factor_chunks, self.plan.work.copies
         parts = []
         for part in chunks.within(rows.start, rows.stop):
             index = part.start // chunks.size
             offset = chunks[index].start
-            parts.append(self.factors[index].load()["rows"][part.start - offset : part.stop - offset])
+            held = slice((part.start - offset) * copies, (part.stop - offset) * copies)
+            parts.append(self.factors[index].load()["rows"][held])
         return Query.of(torch.cat(parts), own, problem)
+
+    def write(
+        self, query: Query, derivatives: Tensor, strip: Strip, rows: range, columns: range
+    ) -> list[ShardRecord]:
+        """The tile of test points ``rows`` and training points ``columns``, one for each of several λ."""
+        copies = self.plan.work.copies
+        low, high = ((end - strip.rows.start) * copies for end in (rows.start, rows.stop))
+        tile = tile_of(query, derivatives, slice(low, high))
+        origin = (rows.start, columns.start, *([0] * (tile.ndim - 2)))
+        if self.plan.work.regularizations is not None:
+            tile = tile.reshape(len(rows), copies, *tile.shape[1:]).swapaxes(0, 1)
+            origin = (0, *origin)
+        return write_region(self.location, "influence", origin, tile)
 
 
 def score_strip(job: Sealed, scoring: Sealed, index: int) -> str:
@@ -273,11 +287,7 @@ def score_strip(job: Sealed, scoring: Sealed, index: int) -> str:
         for columns in run.plan.columns(strip):
             derivatives = derivatives_of(opened, query, columns, run.plan.batch, run.perturbation)
             for rows in run.plan.rows(strip):
-                tile = tile_of(
-                    query, derivatives, slice(rows.start - strip.rows.start, rows.stop - strip.rows.start)
-                )
-                origin = (rows.start, columns.start, *([0] * (tile.ndim - 2)))
-                records += write_region(run.location, "influence", origin, tile)
+                records += run.write(query, derivatives, strip, rows, columns)
     entry = {
         "rows": [strip.rows.start, strip.rows.stop],
         "columns": [strip.columns.start, strip.columns.stop],

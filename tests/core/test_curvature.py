@@ -16,7 +16,7 @@ from dask_influence.core.moments import merge
 from dask_influence.core.objective import Objective
 from dask_influence.core.problem import Problem, prepare
 from dask_influence.errors import ConfigurationError, DerivativeError
-from dask_influence.influence import DirectInfluence
+from dask_influence import DirectInfluence
 from tests import data, oracles
 from tests.core.zoo import ZOO
 

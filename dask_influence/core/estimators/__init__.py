@@ -1,31 +1,16 @@
 """Estimators of (H + λI)⁻¹, one algorithm in one file."""
 
-from dask_influence.core.estimators.arnoldi import Arnoldi, LowRankInverse
-from dask_influence.core.estimators.base import Estimator, Inverse, Round, System
+from dask_influence.core.estimators.arnoldi import Arnoldi
+from dask_influence.core.estimators.base import INVERSES, Estimator, Inverse, Round, System
 from dask_influence.core.estimators.blocks import BlockDiagonal, BlockInverse, BlockSystem
 from dask_influence.core.estimators.cg import Cg, CgInverse
-from dask_influence.core.estimators.datainf import DataInf, DataInfInverse
-from dask_influence.core.estimators.direct import Direct, DirectInverse
-from dask_influence.core.estimators.ekfac import Ekfac, EkfacInverse
-from dask_influence.core.estimators.gradient_dot import GradientDot, IdentityInverse
+from dask_influence.core.estimators.datainf import DataInf
+from dask_influence.core.estimators.direct import Direct
+from dask_influence.core.estimators.ekfac import Ekfac
+from dask_influence.core.estimators.gradient_dot import GradientDot
 from dask_influence.core.estimators.lissa import Lissa, LissaInverse
-from dask_influence.core.estimators.nystroem import NystroemSketch, SketchInverse
-
-INVERSES: dict[str, type[Inverse]] = {
-    inverse.kind: inverse
-    for inverse in (
-        DirectInverse,
-        LowRankInverse,
-        CgInverse,
-        LissaInverse,
-        SketchInverse,
-        EkfacInverse,
-        DataInfInverse,
-        IdentityInverse,
-        BlockInverse,
-    )
-}
-"""What :meth:`Inverse.state` was saved from, by kind."""
+from dask_influence.core.estimators.nystroem import NystroemSketch
+from dask_influence.core.estimators.sweep import SweepInverse, SweepSystem
 
 __all__ = [
     "INVERSES",
@@ -34,6 +19,7 @@ __all__ = [
     "BlockInverse",
     "BlockSystem",
     "Cg",
+    "CgInverse",
     "DataInf",
     "Direct",
     "Ekfac",
@@ -41,7 +27,10 @@ __all__ = [
     "GradientDot",
     "Inverse",
     "Lissa",
+    "LissaInverse",
     "NystroemSketch",
     "Round",
+    "SweepInverse",
+    "SweepSystem",
     "System",
 ]

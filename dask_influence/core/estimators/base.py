@@ -98,6 +98,10 @@ class System:
         """λ s for rows s (n, P): what the system adds to the curvature."""
         return self.regularization * vectors
 
+    def residuals(self, products: Tensor, gradients: Tensor, factors: Tensor) -> Tensor:
+        """‖(C + λI) s − g‖ / ‖g‖ for each row s of ``factors``, whose C s are ``products``."""
+        return relative_residuals(products + self.damped(factors), 0.0, gradients, factors)
+
     def with_regularization(self, regularization: Any) -> System:
         """The same system at another λ."""
         return replace(self, regularization=check_regularization(regularization))
@@ -123,6 +127,10 @@ Rounds = Generator[Round, Moments, Any]
 """A computation that asks for passes over the data and returns its result."""
 
 
+INVERSES: dict[str, type[Inverse]] = {}
+"""What :meth:`Inverse.state` was saved from, by kind: every subclass that names its kind."""
+
+
 class Inverse(ABC):
     """(C + λI)⁻¹ as an estimator knows it: arrays and numbers, no model, no data.
 
@@ -137,6 +145,12 @@ class Inverse(ABC):
     kind: ClassVar[str]
     needs_rounds: ClassVar[bool] = False
     regularization: float
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Make the class known by its kind, to whoever restores a saved inverse."""
+        super().__init_subclass__(**arguments)
+        if "kind" in vars(cls):
+            INVERSES[cls.kind] = cls
 
     @abstractmethod
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:

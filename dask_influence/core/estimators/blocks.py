@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -22,17 +20,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.curvature import product_sums
 from dask_influence.core.estimators.base import (
-    ChunkFunction,
+    INVERSES,
     Estimator,
     Inverse,
     Round,
     System,
     check_regularization,
 )
+from dask_influence.core.estimators.lockstep import in_step, naming, restricted
 from dask_influence.core.moments import Moments
-from dask_influence.core.objective import Objective, Tree
+from dask_influence.core.objective import Tree
 from dask_influence.core.problem import Problem
-from dask_influence.errors import ConfigurationError, InfluenceError, InfluenceWarning
+from dask_influence.errors import ConfigurationError
 
 Structure = str | Mapping[str, Sequence[str]] | None
 """``block_structure=``: None, ``"layer"``, ``"parameter"``, or parameter names (or globs) by block name."""
@@ -229,12 +228,7 @@ class BlockSystem(System):
         return replace(self, regularization=min(values.values()), regularizations=values)
 
 
-# -- chunk functions ---------------------------------------------------------------------
-def _restricted(problem: Problem, names: Sequence[str]) -> Problem:
-    objective = problem.objective
-    return replace(problem, objective=Objective(objective.module, objective.loss, names))
-
-
+# -- the chunk function ------------------------------------------------------------------
 def block_products(
     problem: Problem,
     x: Tree,
@@ -248,107 +242,10 @@ def block_products(
     total, count = torch.empty(vectors.shape, dtype=torch.float64), 0
     for names, columns in blocks:
         part = product_sums(
-            _restricted(problem, names), x, y, {"vectors": vectors[:, columns]}, curvature=curvature
+            restricted(problem, names), x, y, {"vectors": vectors[:, columns]}, curvature=curvature
         )
         total[:, columns], count = part.total["products"], part.count
     return Moments({"products": total}, count)
-
-
-def block_sums(
-    problem: Problem,
-    x: Tree,
-    y: Tree,
-    operand: dict[str, Tensor],
-    parts: Sequence[tuple[str, tuple[str, ...], ChunkFunction]],
-) -> Moments:
-    """Chunk function: the sums that each block asks for, under names of its own.
-
-    ``parts`` holds (prefix, parameters, chunk function); what a part counts is a sum too.
-    """
-    total: dict[str, Tensor] = {}
-    for prefix, names, function in parts:
-        own = {key.removeprefix(prefix): value for key, value in operand.items() if key.startswith(prefix)}
-        moments = function(_restricted(problem, names), x, y, own)
-        total |= {prefix + key: value for key, value in moments.total.items()}
-        total[f"{prefix}*"] = torch.tensor(float(moments.count), dtype=torch.float64)
-    return Moments(total, 1)
-
-
-def _combined(requests: Mapping[int, Round], owners: Sequence[tuple[str, ...]]) -> Round:
-    """One pass that answers all ``requests``, which are over the same samples."""
-    parts = tuple((f"{i}.", owners[i], request.function) for i, request in requests.items())
-    operand = {f"{i}.{key}": v for i, request in requests.items() for key, v in request.operand.items()}
-    first = next(iter(requests.values()))
-    size = sum(request.result_bytes for request in requests.values())
-    return Round(partial(block_sums, parts=parts), operand, size, first.samples)
-
-
-def _answer(moments: Moments, index: int) -> Moments:
-    prefix = f"{index}."
-    own = {key.removeprefix(prefix): v for key, v in moments.total.items() if key.startswith(prefix)}
-    return Moments(own, int(own.pop("*")))
-
-
-def in_step(
-    computations: Sequence[Generator[Round, Moments, Any]],
-    owners: Sequence[tuple[str, ...]],
-    within: Sequence[Callable[[], Any]],
-) -> Generator[Round, Moments, list[Any]]:
-    """Results of all ``computations``, whose rounds of one step are one pass.
-
-    Parameters
-    ----------
-    computations : sequence of generator
-        One for each block.
-    owners : sequence of tuple of str
-        The parameters of each block.
-    within : sequence of callable
-        Makes the context in which each is advanced.
-    """
-    results: list[Any] = [None] * len(computations)
-    answers: dict[int, Moments | None] = dict.fromkeys(range(len(computations)))
-    while answers:
-        requests: dict[int, Round] = {}
-        for index, answer in answers.items():
-            with within[index]():
-                request, results[index] = _advanced(computations[index], answer)
-            if request is not None:
-                requests[index] = request
-        answers = {}
-        for alike in _over_the_same_samples(requests):
-            moments = yield _combined(alike, owners)
-            answers |= {index: _answer(moments, index) for index in alike}
-    return results
-
-
-def _advanced(
-    computation: Generator[Round, Moments, Any], answer: Moments | None
-) -> tuple[Round | None, Any]:
-    """The next round of a computation, or None and its result."""
-    try:
-        return computation.send(answer), None  # type: ignore[arg-type]
-    except StopIteration as finished:
-        return None, finished.value
-
-
-def _over_the_same_samples(requests: Mapping[int, Round]) -> Iterator[dict[int, Round]]:
-    for samples in dict.fromkeys(request.samples for request in requests.values()):
-        yield {index: request for index, request in requests.items() if request.samples == samples}
-
-
-@contextmanager
-def _naming(block: str) -> Iterator[None]:
-    """Errors and warnings of this package say which block they are about."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", InfluenceWarning)
-        try:
-            yield
-        except InfluenceError as error:
-            raise type(error)(f"block {block!r}: {error}") from error
-    for warning in caught:
-        warned = issubclass(warning.category, InfluenceWarning)
-        message = f"block {block!r}: {warning.message}" if warned else str(warning.message)
-        warnings.warn(message, warning.category, stacklevel=2)
 
 
 # -- the inverse -------------------------------------------------------------------------
@@ -421,8 +318,8 @@ class BlockInverse(Inverse):
         """Factors of each block from its part of the gradients, in step where they take passes."""
         rows = gradients.to(torch.float64)
         solves = [part.solve(own) for part, own in self._split(rows)]
-        bare = [_unnamed] * len(solves)  # warnings cannot be renamed while other threads warn
-        solved = yield from in_step(solves, self.parameters, bare)
+        # no naming here: warnings cannot be caught while other threads of a worker warn
+        solved = yield from in_step(solves, self.parameters)
         factors = torch.empty_like(rows)
         for columns, own in zip(self.columns, solved, strict=True):
             factors[:, columns] = own
@@ -448,7 +345,7 @@ class BlockInverse(Inverse):
         values = regularization_by_block(regularization, self.names)
         parts = []
         for name, part in zip(self.names, self.parts, strict=True):
-            with _naming(name):
+            with naming(f"block {name!r}"):
                 parts.append(part.with_regularization(values[name]))
         return BlockInverse(self.names, parts, self.columns, self.parameters)
 
@@ -467,8 +364,6 @@ class BlockInverse(Inverse):
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> BlockInverse:
         """Each block by the kind it was saved under."""
-        from dask_influence.core.estimators import INVERSES  # which holds this class as well
-
         blocks, parts = values["blocks"], []
         for i, block in enumerate(blocks):
             prefix = f"{i}."
@@ -495,11 +390,6 @@ class BlockInverse(Inverse):
             if all(own.get(key) is not None for own in blocks.values()):
                 report[key] = over(own[key] for own in blocks.values())
         return {**report, "blocks": blocks}
-
-
-@contextmanager
-def _unnamed() -> Iterator[None]:
-    yield
 
 
 # -- the estimator -----------------------------------------------------------------------
@@ -530,15 +420,15 @@ class BlockDiagonal(Estimator):
         rank = getattr(self.estimator, "rank", None)
         for name, part in system.parts.items():
             if rank is None or rank < part.size:
-                with _naming(name):
+                with naming(f"block {name!r}"):
                     self.estimator.validate(part)
 
     def examine(self, system: System, problem: Problem, x: Tree, y: Tree) -> None:
         """Every block, with the objective of its own parameters."""
         assert isinstance(system, BlockSystem)
         for name, part in system.parts.items():
-            with _naming(name):
-                self._of(part.size).examine(part, _restricted(problem, part.names), x, y)
+            with naming(f"block {name!r}"):
+                self._of(part.size).examine(part, restricted(problem, part.names), x, y)
 
     def fit(self, system: System) -> Generator[Round, Moments, BlockInverse]:
         """All blocks in step."""
@@ -546,6 +436,6 @@ class BlockDiagonal(Estimator):
         parts = system.parts
         fits = [self._of(part.size).fit(part) for part in parts.values()]
         owners = tuple(part.names for part in parts.values())
-        inverses = yield from in_step(fits, owners, [partial(_naming, name) for name in parts])
+        inverses = yield from in_step(fits, owners, [partial(naming, f"block {name!r}") for name in parts])
         columns = system.columns
         return BlockInverse(tuple(parts), inverses, [columns[name] for name in parts], owners)
