@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from distributed import Client, LocalCluster
 from torch import Tensor, nn
 
 from dask_influence import (
@@ -171,3 +173,28 @@ def test_a_single_sample_and_a_single_test_point(tmp_path: Path) -> None:
     for value in VALUES:
         expected = oracles.up(model, nn.functional.mse_loss, oracles.inverse(dense, value), test, train)
         assert error(dataset.influence.sel(regularization=value), expected) < 1e-9
+
+
+# -- on a cluster -----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    cluster = LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None)
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", ["direct", "arnoldi_blocks", "cg"])
+def test_a_cluster_writes_the_same(tmp_path: Path, client: Client, name: str) -> None:
+    local = swept(fitted(KINDS[name]), tmp_path / "local")
+    shared = swept(fitted(KINDS[name], client=client), tmp_path / "shared")
+    assert np.array_equal(np.asarray(shared["influence"]), np.asarray(local["influence"]))
+    np.testing.assert_array_equal(shared["factor_residual"].values, local["factor_residual"].values)
+
+
+def test_workers_do_not_take_one_value_for_another(client: Client) -> None:
+    """They keep what they have read of a fit, and a fit at another λ has another factorisation."""
+    case, model = data.mlp_classification(), fitted(client=client)
+    dense = oracles.ggn(case.model, case.loss, *case.train)
+    for value in VALUES:
+        scores = model.with_regularization(value).influences(*case.test, *case.train)
+        assert error(scores, case.up(oracles.inverse(dense, value))) < 1e-9
