@@ -215,11 +215,6 @@ class Arnoldi(Estimator):
     block_size: int | None = None
     maxiter: int = 300
 
-    @property
-    def own_directions(self) -> int | None:
-        """R, unless the complement is kept."""
-        return None if self.complement else self.rank
-
     def validate(self, system: System) -> None:
         """Rank, basis and tolerance against P and against each other."""
         if isinstance(self.rank, bool) or not 1 <= self.rank < system.size or self.rank != int(self.rank):

@@ -196,11 +196,6 @@ class Inverse(ABC):
 class Estimator(ABC):
     """Configuration of one algorithm; a frozen dataclass of its own arguments."""
 
-    @property
-    def own_directions(self) -> int | None:
-        """R, where the inverse will have directions of its own (:attr:`Inverse.directions`)."""
-        return None
-
     def validate(self, system: System) -> None:  # noqa: B027 - most estimators accept any system
         """Raise :class:`ConfigurationError` where this configuration cannot be fitted to ``system``."""
 

@@ -587,4 +587,3 @@ def test_two_passes_or_one_and_functions_that_travel() -> None:
     assert fitted(held, update_diagonal=False).diagnostics["passes"] == 1
     function = partial(covariance_sums, expectation=Expectation())
     assert pickle.loads(pickle.dumps(function)).func is covariance_sums
-    assert Ekfac().own_directions is None
