@@ -7,12 +7,13 @@ that joins late or loses its memory loads the artifact again.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
+import tempfile
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor
@@ -101,19 +102,28 @@ class Artifacts:
             )
         if self.location is None and not self.riding:
             return Artifact(digest=f"held-{next(_SERIAL)}", nbytes=nbytes, tensors=tensors)
-        if digest is not None and self.location is not None:
-            artifact = Artifact(digest, nbytes, self.location)
-            if self.location.exists(artifact.key):
-                return artifact
-        data = safetensors.torch.save({name: owned(value) for name, value in tensors.items()})
-        artifact = Artifact(
-            digest or hashlib.blake2b(data, digest_size=16).hexdigest(), nbytes, self.location
-        )
-        if self.location is None:
-            return dataclasses.replace(artifact, inline=data)
+        held = {name: owned(value) for name, value in tensors.items()}
+        if self.location is None or digest is None:
+            data = safetensors.torch.save(held)
+            digest = digest or hashlib.blake2b(data, digest_size=16).hexdigest()
+            if self.location is None:
+                return Artifact(digest, nbytes, inline=data)
+        artifact = Artifact(digest, nbytes, self.location)
         if not self.location.exists(artifact.key):
-            self.location.put(artifact.key, data)
+            if self.location.local_path is not None:
+                _write_file(held, self.location.local_path, artifact.key)
+            else:
+                self.location.put(artifact.key, safetensors.torch.save(held))
         return artifact
+
+
+def _write_file(tensors: dict[str, Tensor], folder: Path, key: str) -> None:
+    """A local file straight from the tensors, whole or absent under its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as private:
+        path = Path(private) / key
+        safetensors.torch.save_file(tensors, path)
+        path.replace(folder / key)
 
 
 def owned(tensor: Tensor) -> Tensor:

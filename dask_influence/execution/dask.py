@@ -214,7 +214,8 @@ class DaskExecutor(Executor):
             folder.rmdir()
             raise ConfigurationError(
                 f"workers {', '.join(blind)} do not share this host's files, so artifacts= is needed: a URL that "
-                'every worker can read and write, such as artifacts="s3://bucket/scratch" (or config influence.artifacts.url)'
+                'every worker can read and write, such as artifacts="s3://bucket/scratch" '
+                "(or config influence.artifacts.url)"
             )
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Location.of(folder)

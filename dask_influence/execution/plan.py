@@ -349,7 +349,7 @@ def _strip_columns(plan: Plan) -> int:
 
 def _spread(factor_rows: int, tests: int) -> int:
     """Rows of a factor task: small enough that a few workers share even a small test set."""
-    return min(factor_rows, max(32, -(-tests // 8)))
+    return min(factor_rows, max(32, -(-tests // 4)))
 
 
 def format_bytes(count: float) -> str:

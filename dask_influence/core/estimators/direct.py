@@ -111,7 +111,9 @@ class DirectInverse(Inverse):
 
     def _solve_rows(self, rows: Tensor) -> Tensor:
         if self._pivots is None:
-            return torch.cholesky_solve(rows.mT, self._factor).mT
+            # twice as fast as cholesky_solve for few rows
+            half = torch.linalg.solve_triangular(self._factor, rows.mT, upper=False)
+            return torch.linalg.solve_triangular(self._factor.mT, half, upper=True).mT
         return torch.linalg.ldl_solve(self._factor, self._pivots, rows.mT.contiguous()).mT
 
     def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
