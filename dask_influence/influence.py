@@ -7,7 +7,6 @@ one line that says which estimator it drives.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import inspect
@@ -27,6 +26,7 @@ import xarray as xr
 from torch import nn
 
 from dask_influence import arguments
+from dask_influence.core.checks import check_loss
 from dask_influence.core.curvature import PRODUCTS, check_curvature
 from dask_influence.core.estimators import (
     Estimator,
@@ -49,8 +49,17 @@ from dask_influence.core.forms import Forms
 from dask_influence.core.layers import Layout, layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Loss, Objective
-from dask_influence.core.problem import Problem, prepare, with_mixed_form
-from dask_influence.errors import ConfigurationError, DataError, DataWarning, NotFittedError, StoreError
+from dask_influence.core.problem import Problem, behaviour, prepare, with_mixed_form
+from dask_influence.errors import (
+    ConfigurationError,
+    DataError,
+    DataWarning,
+    LossError,
+    NotFittedError,
+    SampleMixingError,
+    StoreError,
+    StoreMismatchError,
+)
 from dask_influence.execution import memory, persistence, tasks
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor
@@ -231,6 +240,13 @@ class InfluenceFunctionModel:
             )
         return cls.estimator(**own)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A client belongs to its process; what needs it again (passes over the data) stays behind with it.
+        state = {**self.__dict__, "client": None, "_cluster": None}
+        if self.client is not None and self._fitted is not None:
+            state["_fitted"] = dataclasses.replace(self._fitted, passes=None)
+        return state
+
     def __repr__(self) -> str:
         fitted = "fitted" if self._fitted else "not fitted"
         return (
@@ -258,7 +274,7 @@ class InfluenceFunctionModel:
         source = as_source(train, "train")
         executor = self._executor()
         objective = self._objective()
-        sample = self._sample(objective, source)
+        sample = self._sample(objective, source, "train")
         system, estimator = self._system(objective, len(source), layout_of(objective)), self._estimator()
         estimator.validate(system)
         problem, report = prepare(objective, *sample)
@@ -276,13 +292,16 @@ class InfluenceFunctionModel:
         digest = persistence.inverse_digest(inverse)
         if inverse.needs_rounds:  # its factors depend on the data beyond what it holds
             digest = f"{digest}-{source.digest()}"
-        self._fitted = _Fitted(problem, system, inverse, passes.answer, digest, counts)
+        self._fitted = _Fitted(
+            problem, system, inverse, passes.answer, digest, counts, behaviour(objective, *sample)
+        )
         return self
 
     def with_regularization(self, hessian_regularization: Regularization) -> Self:
         """A new fitted model at another λ that shares this fit; equal to a refit."""
         fitted = self._require_fit()
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.hessian_regularization = check_regularizations(hessian_regularization, self.block_structure)
         other._fitted = dataclasses.replace(
             fitted,
@@ -339,6 +358,9 @@ class InfluenceFunctionModel:
         sources = (test, train)
         if any(isinstance(source, DaskSource) for source in sources):
             return self._lazy_influences(fitted, test, train, mode)
+        self._check_query(fitted, test, "x_test, y_test")
+        if train is not test:
+            self._check_query(fitted, train, "x, y")
         if self.client is not None:
             return arguments.like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
         fit = self._fit(fitted, LocalExecutor(), self._problem(fitted, mode, train))
@@ -368,6 +390,7 @@ class InfluenceFunctionModel:
             fit = self._fit(fitted, self._executor(), fitted.problem)
             parts = lazy_factors(fit, blocks, plan.batch, project=False)
             return lazy_rows(fit, parts, blocks.sizes, fitted.system.size)
+        self._check_query(fitted, test, "test (x, y)")
         fit = self._fit(fitted, LocalExecutor(), fitted.problem)
         factors = memory.factors_in_memory(fit, test, "x, y", plan.factor_rows, plan.batch, project=False)
         return arguments.like(tasks.stored(factors), x, fitted.system.dtype)
@@ -385,6 +408,7 @@ class InfluenceFunctionModel:
             )
         if isinstance(train, DaskSource) or hasattr(factors, "dask"):
             return self._lazy_from_factors(fitted, factors, train, mode)
+        self._check_query(fitted, train, "x, y")
         fit = self._fit(fitted, LocalExecutor(), self._problem(fitted, mode, train))
         rows = torch.as_tensor(factors).detach().cpu().to(fitted.system.dtype)
         if not torch.isfinite(rows).all():
@@ -508,6 +532,9 @@ class InfluenceFunctionModel:
         )
         names = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
         templates = score_templates(plan, self._score_dtype(fitted), names)
+        if isinstance(test_source, Source):
+            self._check_query(fitted, test_source, "test")
+        self._check_query(fitted, train_source, "train")
         problem = self._problem(fitted, mode, train_source)
         executor.check_reach(location)
         plan, complete = output.prepare(plan, templates, strip_names, resume=resume, overwrite=overwrite)
@@ -564,6 +591,7 @@ class InfluenceFunctionModel:
             ids,
         )
         templates = factor_templates(plan, self._score_dtype(fitted))
+        self._check_query(fitted, source, "test")
         executor.check_reach(location)
         plan, complete = output.prepare(plan, templates, factor_names, resume=resume, overwrite=overwrite)
         if not complete:
@@ -619,6 +647,8 @@ class InfluenceFunctionModel:
             "activations": fitted.problem.activations,
             "fit": fitted.digest,
             "counts": fitted.counts,
+            "loss": arguments.described(self.loss),
+            "behaviour": fitted.behaviour,
         }
         persistence.save(Location.of(url, storage_options), fitted.inverse, record)
 
@@ -631,13 +661,13 @@ class InfluenceFunctionModel:
         client: Any = None,
         storage_options: Mapping[str, Any] | None = None,
         train: Any = None,
-        **arguments: Any,
+        **options: Any,
     ) -> Self:
         """A fitted model from what :meth:`save` wrote and the same ``model`` and ``loss``.
 
         ``train``, the data that the model was fitted on, is needed where factors are solved or
         certified by passes over them (:class:`CgInfluence`, :class:`LissaInfluence`).
-        ``arguments`` are those of the constructor that a fit does not depend on (``device``,
+        ``options`` are those of the constructor that a fit does not depend on (``device``,
         ``artifacts``, ``certify``).
 
         Raises
@@ -667,13 +697,19 @@ class InfluenceFunctionModel:
             dtype=dtype,
             client=client,
             **record["configuration"],
-            **arguments,
+            **options,
         )
         objective = loaded._objective()
         persistence.check_model(location, record, objective)
+        if arguments.described(loss) != record["loss"]:
+            raise StoreMismatchError(
+                f"{location.url} was fitted with the loss {record['loss']}; got {arguments.described(loss)}"
+            )
         system = loaded._system(objective, record["samples"])
         problem = Problem(objective, Forms(**record["forms"]), record["activations"])
-        loaded._fitted = _Fitted(problem, system, saved.inverse, None, record["fit"], record["counts"])
+        loaded._fitted = _Fitted(
+            problem, system, saved.inverse, None, record["fit"], record["counts"], record["behaviour"]
+        )
         if train is not None:
             source = as_source(train, "train", storage_options)
             loaded._check_fitted_data(source)
@@ -688,6 +724,14 @@ class InfluenceFunctionModel:
             raise DataError(
                 f"train holds {len(source)} samples, and the model was fitted on {fitted.system.samples}; "
                 "give the data that it was fitted on"
+            )
+        objective = fitted.problem.objective
+        shown = behaviour(objective, *self._sample(objective, source, "train"))
+        if shown != fitted.behaviour:
+            raise StoreMismatchError(
+                f"loss and gradient norm of the first samples of train are {', '.join(shown)}, and were "
+                f"{', '.join(fitted.behaviour)} when the model was fitted; give the loss, the model and the data "
+                "of that fit"
             )
         fitted_data = fitted.digest.partition("-")[2]
         if fitted_data and fitted_data != source.digest():
@@ -775,11 +819,20 @@ class InfluenceFunctionModel:
         most = max(1, CHUNK_BYTES // (8 * problem.activations * problem.objective.dtype.itemsize))
         return min(source.chunk_size or DEFAULT_CHUNK, most, len(source))
 
-    def _sample(self, objective: Objective, source: Source) -> tuple[Any, Any]:
+    def _sample(self, objective: Objective, source: Source, argument: str) -> tuple[Any, Any]:
         batch = source.read(0, min(SAMPLES_CHECKED, len(source)))
-        check_finite(batch, "train")
+        check_finite(batch, argument)
         x, y = tasks.to_tensors(batch, objective)
         return x, y
+
+    def _check_query(self, fitted: _Fitted, source: Source, argument: str) -> None:
+        """Refuse data of a query that a fit would refuse, by their first samples and before anything runs."""
+        objective = fitted.problem.objective
+        sample = self._sample(objective, source, argument)
+        try:
+            check_loss(objective, *sample)
+        except (DataError, LossError, SampleMixingError) as error:
+            raise type(error)(f"{argument}: {error}") from error
 
     def _train_source(self, x: Any, y: Any, test: Source) -> Source:
         if (x is None) != (y is None):
@@ -796,7 +849,7 @@ class InfluenceFunctionModel:
         """The fitted problem, its input gradient checked on training data where the mode needs it."""
         if mode is InfluenceMode.Up:
             return fitted.problem
-        return with_mixed_form(fitted.problem, *self._sample(fitted.problem.objective, train))
+        return with_mixed_form(fitted.problem, *self._sample(fitted.problem.objective, train, "train"))
 
     def _fit(self, fitted: _Fitted, executor: Executor, problem: Problem) -> Fit:
         """The fit in the form that tasks of ``executor`` can carry."""
@@ -891,6 +944,7 @@ class InfluenceFunctionModel:
         return {
             "model": persistence.model_digest(fitted.problem.objective.module),
             "loss": arguments.described(self.loss),
+            "behaviour": fitted.behaviour,
             "parameters": list(fitted.system.names),
             "estimator": type(self).__name__,
             "curvature": self.curvature,
@@ -924,6 +978,7 @@ class _Fitted:
     passes: Passes | None
     digest: str
     counts: dict[str, Any]
+    behaviour: list[str]
 
     @property
     def sweep(self) -> list[float] | None:

@@ -553,3 +553,20 @@ def test_not_enough_memory_for_one_tile(tmp_path: Path) -> None:
     with pytest.raises(MemoryLimitError, match=r"memory_limit"):
         fit().influences_to_zarr(tmp_path / "run", case().test, case().train, memory_limit=1_000)
     nothing_written(tmp_path)
+
+
+def test_queries_that_a_fit_would_refuse_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    regression = data.mlp_regression()
+    (x_test, y_test), (x, y) = regression.test, regression.train
+    fitted = DirectInfluence(regression.model, regression.loss, 0.05).fit(regression.train)
+    with pytest.raises(DataError, match=r"x_test, y_test.*y"):
+        fitted.influences(x_test, y_test[:, 0], x, y)
+    with pytest.raises(DataError, match=r"x, y: y"):
+        fitted.influences(x_test, y_test, x, y[:, 0])
+    with pytest.raises(DataError, match=r"test: x"):
+        fitted.influences_to_zarr(tmp_path / "run", (x_test[:, :2], y_test), (x, y))
+    with pytest.raises(DataError, match=r"train: x"):
+        fitted.influences_to_zarr(tmp_path / "run", (x_test, y_test), (x[:, :2], y))
+    with pytest.raises(DataError, match=r"test: x"):
+        fitted.influence_factors_to_zarr(tmp_path / "run", (x_test[:, :2], y_test))
+    nothing_written(tmp_path)

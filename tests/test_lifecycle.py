@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,14 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
+from dask_influence import ArnoldiInfluence, DirectInfluence, GradientDotInfluence, open_influences
 from dask_influence.errors import (
     ConfigurationError,
+    CorruptStoreError,
     IndefiniteCurvatureWarning,
     InfluenceError,
     MemoryLimitError,
     NotFittedError,
     StoreError,
+    StoreMismatchError,
 )
 from tests import data, oracles
 
@@ -294,3 +297,67 @@ def test_fit_returns_the_model_and_may_be_called_again() -> None:
     assert oracles.relative_error(model.influences(*case.test, *case.train), expected) <= 1e-9
     expected = case.up(oracles.inverse(case.hessian, 1.0))
     assert oracles.relative_error(model.fit(case.train).influences(*case.test, *case.train), expected) <= 1e-9
+
+
+def test_another_loss_of_the_same_name_is_another_run(tmp_path: Path) -> None:
+    """Closures of one factory share a name, and a loss module's repr shows no arguments."""
+    case = data.mlp_regression()
+
+    def scaled(factor: float) -> Any:
+        return lambda output, target: factor * torch.nn.functional.mse_loss(output, target)
+
+    one = GradientDotInfluence(case.model, scaled(1.0)).fit(case.train)
+    hundred = GradientDotInfluence(case.model, scaled(100.0)).fit(case.train)
+    one.influences_to_zarr(tmp_path / "run", case.test, case.train)
+    with pytest.raises(StoreMismatchError, match="behaviour"):
+        hundred.influences_to_zarr(tmp_path / "run", case.test, case.train)
+    again = GradientDotInfluence(case.model, scaled(1.0)).fit(case.train)
+    again.influences_to_zarr(tmp_path / "run", case.test, case.train)
+
+
+def test_loading_with_another_loss_is_refused(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    DirectInfluence(case.model, case.loss, 0.7).fit(case.train).save(tmp_path / "saved")
+    with pytest.raises(StoreMismatchError, match="l1_loss"):
+        DirectInfluence.load(tmp_path / "saved", case.model, torch.nn.functional.l1_loss)
+    DirectInfluence.load(tmp_path / "saved", case.model, case.loss, train=case.train)
+
+
+def test_buffers_that_are_not_persistent_count(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    width = case.train[0].shape[1]
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, 1).double()
+            self.register_buffer("mean", torch.zeros(width, dtype=torch.float64), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x - self.mean)
+
+    first, second = Centred(), Centred()
+    second.load_state_dict(first.state_dict())
+    fitted = DirectInfluence(first, case.loss, 0.7).fit(case.train)
+    fitted.save(tmp_path / "saved")
+    DirectInfluence.load(tmp_path / "saved", second, case.loss)
+    second.mean += 1
+    with pytest.raises(StoreMismatchError, match="weights"):
+        DirectInfluence.load(tmp_path / "saved", second, case.loss)
+
+
+@pytest.mark.parametrize("name", ["influence.json", "inverse.safetensors"])
+def test_a_damaged_save_is_named(tmp_path: Path, name: str) -> None:
+    case = data.mlp_regression()
+    DirectInfluence(case.model, case.loss, 0.7).fit(case.train).save(tmp_path / "saved")
+    path = tmp_path / "saved" / name
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(CorruptStoreError, match=name):
+        DirectInfluence.load(tmp_path / "saved", case.model, case.loss)
+
+
+def test_a_fitted_model_survives_a_pickle() -> None:
+    case = data.mlp_regression()
+    fitted = DirectInfluence(case.model, case.loss, 0.7).fit(case.train)
+    copied = pickle.loads(pickle.dumps(fitted))
+    assert torch.equal(copied.influences(*case.test, *case.train), fitted.influences(*case.test, *case.train))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +57,34 @@ def prepare(objective: Objective, x: Tree, y: Tree) -> tuple[Problem, dict[str, 
         )  # a sample at which the loss has no gradient is no fault of the model
         raise
     return Problem(objective, forms, activation_size(objective, x, y)), report
+
+
+def behaviour(objective: Objective, x: Tree, y: Tree) -> list[str]:
+    """Loss and gradient norm of a few samples, to six digits: tells losses and models of one name apart.
+
+    Computed in float64, so that the digits are the same on every machine, but for models
+    that insist on a narrower dtype, of which two digits count.
+    """
+    few = slice(0, 4)
+    x, y = sliced(x, few), sliced(y, few)
+    try:
+        return _behaviour(objective.to(dtype=torch.float64), _as_double(x), _as_double(y), ".6e")
+    except RuntimeError:
+        return _behaviour(objective, x, y, ".1e")
+
+
+def _behaviour(objective: Objective, x: Tree, y: Tree, digits: str) -> list[str]:
+    with torch.no_grad(), differentiation():
+        losses = objective.sample_losses(objective.parameters(), x, y)
+    norms = [
+        sample_gradients(objective, sliced(x, one), sliced(y, one), Forms(gradient="loop")).norm()
+        for one in (slice(j, j + 1) for j in range(len(losses)))
+    ]
+    return [format(value.item(), digits) for value in (*losses, *norms)]
+
+
+def _as_double(tree: Tree) -> Tree:
+    return optree.tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
 
 
 def check_gradients(objective: Objective, x: Tree, y: Tree, argument: str = "train", start: int = 0) -> None:

@@ -12,17 +12,19 @@ import itertools
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dask_influence.errors import ConfigurationError
-from dask_influence.storage.stores import Location
+from dask_influence.errors import ConfigurationError, CorruptStoreError
+from dask_influence.storage.stores import Location, store_errors
 
 CACHE_BYTES = 4 * 2**30
-"""Artifacts a process keeps; local files are memory-mapped, so most of it is shared pages."""
+"""Artifacts that a process keeps, the least recently used going first."""
 
 RIDING_BYTES = 8 * 2**20
 """Tensors that may travel inside a task where there is no store for them."""
@@ -59,6 +61,11 @@ class Artifact:
 
     def read(self) -> dict[str, Tensor]:
         """The tensors, read anew."""
+        # Copied: a file aligns tensors to 8 bytes, torch's own memory to 64, and the bits of a
+        # product may depend on it.
+        return {name: value.clone() for name, value in self._mapped().items()}
+
+    def _mapped(self) -> dict[str, Tensor]:
         if self.inline is not None:
             return safetensors.torch.load(self.inline)
         assert self.location is not None
@@ -109,12 +116,37 @@ class Artifacts:
             if self.location is None:
                 return Artifact(digest, nbytes, inline=data)
         artifact = Artifact(digest, nbytes, self.location)
-        if not self.location.exists(artifact.key):
-            if self.location.local_path is not None:
-                _write_file(held, self.location.local_path, artifact.key)
-            else:
-                self.location.put(artifact.key, safetensors.torch.save(held))
+        folder = self.location.local_path
+        if folder is not None:
+            if not _whole_file(folder / artifact.key):
+                _write_file(held, folder, artifact.key)
+        elif not self.location.exists(artifact.key):
+            self.location.put(artifact.key, safetensors.torch.save(held))
         return artifact
+
+
+def whole(location: Location, artifacts: Iterable[Artifact]) -> set[str]:
+    """Digests of those ``artifacts`` that ``location`` holds undamaged, from one listing and no content.
+
+    Of files the header tells whether they are cut short. Of other objects only the size of their tensors is
+    known; reading finds what that misses.
+    """
+    sizes, folder = location.stat(), location.local_path
+    return {
+        artifact.digest
+        for artifact in artifacts
+        if sizes.get(artifact.key, (0, ""))[0] > artifact.nbytes
+        and (folder is None or _whole_file(folder / artifact.key))
+    }
+
+
+def _whole_file(path: Path) -> bool:
+    """Whether a file of tensors is there and as long as its header says."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _write_file(tensors: dict[str, Tensor], folder: Path, key: str) -> None:

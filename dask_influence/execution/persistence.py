@@ -9,11 +9,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
 from dask_influence.core.estimators import INVERSES, Inverse
 from dask_influence.core.objective import Objective
-from dask_influence.errors import StoreError, StoreMismatchError
+from dask_influence.errors import CorruptStoreError, StoreError, StoreMismatchError
 from dask_influence.execution.artifacts import owned
 from dask_influence.storage.stores import Location
 
@@ -46,16 +47,25 @@ def load(location: Location) -> Saved:
     ------
     StoreError
         Nothing is there, or it was written by a format this version does not know.
+    CorruptStoreError
+        What is there is damaged; names the object.
     """
     if not location.exists(RECORD):
         raise StoreError(f"{location.url} holds no saved influence model ({RECORD} is missing)")
-    record = json.loads(location.get(RECORD))
-    if record["format"] != FORMAT or record["kind"] not in INVERSES:
+    try:
+        record = json.loads(location.get(RECORD))
+        saved_as = record["format"], record["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{RECORD} of {location.url} is damaged; fit and save again") from error
+    if saved_as[0] != FORMAT or saved_as[1] not in INVERSES:
         raise StoreError(
-            f"{location.url} was saved as kind {record['kind']!r} in format {record['format']}; "
+            f"{location.url} was saved as kind {saved_as[1]!r} in format {saved_as[0]}; "
             f"this version reads format {FORMAT} of {', '.join(sorted(INVERSES))}"
         )
-    tensors = safetensors.torch.load(location.get(ARRAYS))
+    try:
+        tensors = safetensors.torch.load(location.get(ARRAYS))
+    except SafetensorError as error:
+        raise CorruptStoreError(f"{ARRAYS} of {location.url} is damaged; fit and save again") from error
     return Saved(INVERSES[record["kind"]].from_state(tensors, record["values"]), record)
 
 
@@ -78,10 +88,10 @@ def check_model(location: Location, record: dict[str, Any], objective: Objective
 def model_digest(module: nn.Module) -> str:
     """Digest of all parameters and buffers, by name."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in module.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, value in held:  # the state_dict lacks buffers that are not persistent
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -63,7 +63,8 @@ class DirectInverse(Inverse):
         self.precision = precision
         if factor is None:
             factor, pivots = self._factorise()
-        self._factor, self._pivots = factor, pivots
+        # LAPACK returns columns, a file holds rows: one layout, so that solves give the same bits
+        self._factor, self._pivots = factor.contiguous(), pivots
 
     def _shifted(self) -> Tensor:
         return self.matrix + self.regularization * torch.eye(len(self.matrix), dtype=self.matrix.dtype)
