@@ -60,7 +60,15 @@ class Artifact:
         return _CACHE.get(self)
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors, read anew."""
+        """The tensors, read anew.
+
+        Raises
+        ------
+        MissingObjectError
+            Where the object is gone.
+        CorruptStoreError
+            Where it is not what was written; names it.
+        """
         # Copied: a file aligns tensors to 8 bytes, torch's own memory to 64, and the bits of a
         # product may depend on it.
         return {name: value.clone() for name, value in self._mapped().items()}
@@ -70,9 +78,15 @@ class Artifact:
             return safetensors.torch.load(self.inline)
         assert self.location is not None
         path = self.location.local_path
-        if path is not None:
-            return safetensors.torch.load_file(path / self.key)
-        return safetensors.torch.load(self.location.get(self.key))
+        try:
+            if path is None:
+                return safetensors.torch.load(self.location.get(self.key))
+            with store_errors(self.location, f"read {self.key!r} from"):
+                return safetensors.torch.load_file(path / self.key)
+        except SafetensorError as error:
+            raise CorruptStoreError(
+                f"{self.key!r} of {self.location.url} is damaged ({error}); delete it and run the same call again"
+            ) from None
 
 
 class Artifacts:
