@@ -252,10 +252,15 @@ def _of_loader(loader: DataLoader[Any], argument: str) -> Source:
             f"{argument}: the DataLoader has batch_size=None, so its dataset makes the batches; samples are "
             "needed one by one. Pass a DataLoader with a batch_size, over a dataset of single samples"
         )
+    source = _of_dataset(loader.dataset, loader.collate_fn, loader.batch_size, argument)
     order = loader.batch_sampler if loader.batch_size is None else loader.sampler
-    if not isinstance(order, SequentialSampler):
+    sampling = None if isinstance(order, SequentialSampler) else type(order).__name__
+    # A sequential sampler takes its length from what it was given, which need not be the dataset.
+    if isinstance(order, SequentialSampler) and len(order.data_source) != len(source):
+        sampling = f"SequentialSampler over {len(order.data_source)} of {len(source)} samples"
+    if sampling is not None:
         warnings.warn(
-            f"{argument}: the DataLoader's shuffling or sampling ({type(order).__name__}) is ignored: all samples "
+            f"{argument}: the DataLoader's shuffling or sampling ({sampling}) is ignored: all samples "
             "of its dataset are used, each once, in the order of their index",
             DataWarning,
             stacklevel=4,
@@ -266,7 +271,7 @@ def _of_loader(loader: DataLoader[Any], argument: str) -> Source:
             DataWarning,
             stacklevel=4,
         )
-    return _of_dataset(loader.dataset, loader.collate_fn, loader.batch_size, argument)
+    return source
 
 
 def _of_dataset(

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from dask_influence.errors import CorruptStoreError, DataError, DataWarning, StoreError
 from dask_influence.storage import samples
@@ -197,6 +205,7 @@ def test_loader_gives_batch_size_and_collate() -> None:
         ({"drop_last": True}, "drop_last=True"),
         ({"sampler": RandomSampler(range(11))}, "RandomSampler"),
         ({"batch_size": 1, "batch_sampler": [[3, 1], [2]]}, ".list. is ignored"),
+        ({"sampler": SequentialSampler(range(4))}, "SequentialSampler over 4 of 11 samples. is ignored"),
     ],
 )
 def test_loader_order_and_drop_last_are_not_followed(arguments: dict[str, Any], warning: str) -> None:
@@ -205,6 +214,14 @@ def test_loader_order_and_drop_last_are_not_followed(arguments: dict[str, Any], 
         source = as_source(DataLoader(dataset, **({"batch_size": 4} | arguments)), "train")
     assert len(source) == 11
     np.testing.assert_array_equal(source.read(0, 11)[1], Y)
+
+
+def test_sequential_sampler_over_the_whole_dataset_is_followed() -> None:
+    dataset = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = as_source(DataLoader(dataset, batch_size=4, sampler=SequentialSampler(range(11))))
+    assert len(source) == 11
 
 
 def test_loader_that_gives_whole_batches_is_refused() -> None:
