@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,10 +33,16 @@ def features(source: Source) -> tuple[int, ...]:
 
 
 def ids(given: Any, source: Any, argument: str) -> np.ndarray[Any, Any]:
-    """One unique id per sample: those ``given``, or positions."""
+    """One unique id per sample, a number or a string: those ``given``, or positions.
+
+    Raises
+    ------
+    DataError
+        Where they are of another kind, NaN, too many or few, or not unique.
+    """
     if given is None:
         return np.arange(len(source))
-    chosen = np.asarray(given)
+    chosen = _labels(given, argument)
     if chosen.shape != (len(source),):
         raise DataError(f"{argument} must hold one id per sample, shape ({len(source)},); got {chosen.shape}")
     values, counts = np.unique(chosen, return_counts=True)
@@ -44,12 +51,38 @@ def ids(given: Any, source: Any, argument: str) -> np.ndarray[Any, Any]:
     return chosen
 
 
+def _labels(given: Any, argument: str) -> np.ndarray[Any, Any]:
+    """``given`` as an array of numbers or of strings, the kinds that a store keeps as coordinates."""
+    advice = "pass a 1-D array or list of integers, floats or strings, all of one kind"
+    try:
+        labels = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{argument} cannot be made an array ({error}); {advice}") from error
+    # numpy makes strings of the numbers beside them, and objects of what has no dtype.
+    if labels.dtype.kind == "O" or (labels.dtype.kind in "US" and isinstance(given, list | tuple)):
+        items = list(labels.flat) if labels.dtype.kind == "O" else list(given)
+        kinds = sorted({type(item).__name__ for item in items if not isinstance(item, str)})
+        if kinds:
+            mixed = [*kinds, "str"] if any(isinstance(item, str) for item in items) else kinds
+            raise DataError(f"{argument} holds {', '.join(mixed)}; {advice}")
+        labels = labels.astype(str)
+    if labels.dtype.kind not in "iufUT" or labels.dtype == np.longdouble:
+        raise DataError(f"{argument} has dtype {labels.dtype}; {advice}")
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise DataError(f"{argument} holds NaN at position {int(np.isnan(labels).argmax())}; {advice}")
+    return labels
+
+
 def id_digests(ids: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:
-    """Entries of a fingerprint that tell one set of ids from another."""
-    return {
-        f"{name}_ids": hashlib.blake2b("\n".join(map(str, values)).encode(), digest_size=16).hexdigest()
-        for name, values in ids.items()
-    }
+    """Entries of a fingerprint that tell one set of ids from another, 1 from "1" among them."""
+    return {f"{name}_ids": _id_digest(values) for name, values in ids.items()}
+
+
+def _id_digest(values: np.ndarray[Any, Any]) -> str:
+    # Strings come back from a store under another dtype than they were given in.
+    kind = "U" if values.dtype.kind in "UTO" else values.dtype.kind
+    content = json.dumps([kind, values.tolist()])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def described(loss: Any) -> str:
