@@ -19,8 +19,12 @@ from distributed import Client, LocalCluster
 from torch.utils.data import DataLoader, TensorDataset
 
 from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
-from dask_influence.errors import ClusterError, StoreError, StoreMismatchError
+from dask_influence.arguments import id_digests
+from dask_influence.errors import ClusterError, CorruptStoreError, DataError, StoreError, StoreMismatchError
 from dask_influence.execution import plan
+from dask_influence.execution.artifacts import Artifact, Artifacts, whole
+from dask_influence.execution.ledger import Ledger
+from dask_influence.execution.run import Output
 from dask_influence.storage.stores import Location
 from tests import data, oracles
 
@@ -164,6 +168,47 @@ def test_ids_become_coordinates(tmp_path: Path, ids: str) -> None:
         assert list(dataset.train.values) == list(train_ids)
         one = float(dataset.influence.sel(test=test_ids[5], train=train_ids[40]))
         assert one == pytest.approx(float(case.up(case.inverse)[5, 40]), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        (np.arange(31).astype("datetime64[D]"), r"datetime64"),
+        (np.array([f"{i}".encode() for i in range(31)]), r"\|S2"),
+        ([f"{i}".encode() for i in range(31)], "bytes"),
+        (np.arange(31) * 1j, "complex128"),
+        (np.arange(31) % 2 == 0, "bool"),
+        (np.arange(31).astype(np.longdouble), "float128"),
+        ([None] * 31, "NoneType"),
+        (["a", None, *range(29)], "NoneType, int, str"),
+        (["a", *range(30)], "int, str"),
+        ([float("nan"), *range(30)], "NaN at position 0"),
+        ([(1, 2), *range(30)], "cannot be made an array"),
+    ],
+)
+@pytest.mark.parametrize("side", ["test", "train"])
+def test_ids_of_other_kinds_are_refused(tmp_path: Path, side: str, ids: Any, named: str) -> None:
+    case = data.mlp_regression()
+    train = oracles.pick(case.train, slice(0, 31))
+    with pytest.raises(DataError, match=rf"{side}_ids.*{named}.*pass a 1-D array"):
+        direct(case).influences_to_zarr(tmp_path / "run", case.test, train, **{f"{side}_ids": ids})
+    assert not list(tmp_path.iterdir())
+
+
+def test_strings_as_objects_are_ids(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    ids = np.array([f"query-{i}" for i in range(31)], dtype=object)
+    written = direct(case).influences_to_zarr(tmp_path / "run", case.test, case.train, test_ids=ids)
+    assert list(written.test.values) == list(ids)
+
+
+def test_digests_tell_ids_apart_and_do_not_depend_on_how_strings_are_held() -> None:
+    given: list[Any] = [
+        [1, 2], ["1", "2"], [1.0, 2.0], ["a\nb", "c"], ["a", "b\nc"], ["a", "b", "c"], ['a", "b', "c"],
+    ]  # fmt: skip
+    assert len({id_digests({"test": np.array(ids)})["test_ids"] for ids in given}) == len(given)
+    strings = (np.array(["a", "b"]), np.array(["a", "b"], dtype=object), np.array(["a", "b"], dtype="U9"))
+    assert len({id_digests({"test": ids})["test_ids"] for ids in strings}) == 1
 
 
 def kinds_of(pair: data.Pair, folder: Path) -> dict[str, Any]:
@@ -419,6 +464,123 @@ def test_an_interrupted_run_is_marked_and_resumed(tmp_path: Path) -> None:
     assert {name: ledger(store)[name].stat().st_mtime_ns for name in kept} == kept
 
 
+@pytest.mark.parametrize("state", ["running", "complete"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_strips_of_damaged_shards_are_written_again(tmp_path: Path, damage: str, state: str) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    fitted = direct(case, chunk_size=10)
+    fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    tiles, times, entries = shards(store), modified(store), ledger(store)
+    forget(store, [], with_data=False, state=state)
+    hurt = store / sorted(tiles)[1]
+    hurt.unlink() if damage == "missing" else hurt.write_bytes(hurt.read_bytes()[:-1])
+    fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    assert shards(store) == tiles
+    redone = {key for key, time in modified(store).items() if times[key] != time}
+    (strip,) = [name for name, path in entries.items() if f"_run/ledger/{name}.json" in redone]
+    assert {key for key in redone if key in tiles} == {
+        key for key, _, _ in json.loads(entries[strip].read_text())["shards"]
+    }
+    assert json.loads((store / "_run" / "run.json").read_text())["state"] == "complete"
+
+
+def test_damaged_shards_of_factors_are_written_again(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    fitted, store = direct(case), tmp_path / "factors"
+    first = fitted.influence_factors_to_zarr(store, case.test).factors.values
+    for path in (p for p in (store / "factors" / "c").rglob("*") if p.is_file()):
+        path.unlink()
+    np.testing.assert_array_equal(fitted.influence_factors_to_zarr(store, case.test).factors.values, first)
+
+
+@pytest.mark.parametrize("kept", [None, 0, 30, -1], ids=["gone", "empty", "header", "last byte"])
+def test_damaged_artifacts_are_made_again(tmp_path: Path, kept: int | None) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    first = direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE).influence.values
+    forget(store, [name for name in ledger(store) if not name.startswith("factors")], with_data=True)
+    artifacts = list((store / "_run" / "artifacts").glob("*.safetensors"))
+    assert artifacts
+    for path in artifacts:
+        content = path.read_bytes()
+        path.unlink()
+        if kept is not None:
+            path.write_bytes(content[:kept])
+    again = direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    np.testing.assert_array_equal(again.influence.values, first)
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_artifacts_that_cannot_be_read_are_named(tmp_path: Path, scheme: str) -> None:
+    location = Location.of(str(tmp_path) if scheme == "file" else f"memory://artifacts{tmp_path}")
+    tensors = {"rows": torch.arange(6.0)}
+    artifact = Artifacts(location).publish(tensors)
+    assert whole(location, [artifact]) == {artifact.digest}
+    assert torch.equal(artifact.read()["rows"], tensors["rows"])
+    location.put(artifact.key, location.get(artifact.key)[:20])
+    assert whole(location, [artifact]) == set()
+    with pytest.raises(CorruptStoreError, match=rf"{artifact.key}.*damaged.*delete it"):
+        artifact.read()
+    location.delete(artifact.key)
+    assert whole(location, [artifact, Artifact("other", 3, location)]) == set()
+    with pytest.raises(StoreError, match=artifact.key):
+        artifact.read()
+
+
+# -- two clients ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("moment", ["before the record", "after the record", "before the state"])
+def test_two_clients_that_begin_at_once_both_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The second one does all its work at one moment of the first one's beginning."""
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    began: list[str] = []
+
+    def other() -> None:
+        began.append(moment)
+        monkeypatch.undo()
+        direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+
+    look, write = Output._begun_elsewhere, Ledger.write_run
+
+    def looking(self: Output) -> Any:
+        other()
+        return look(self)
+
+    def writing(self: Ledger, run: Any) -> None:
+        if moment == "before the state" and run["state"] == "running":
+            other()
+        write(self, run)
+        if moment == "after the record":
+            other()
+
+    if moment == "before the record":
+        monkeypatch.setattr(Output, "_begun_elsewhere", looking)
+    else:
+        monkeypatch.setattr(Ledger, "write_run", writing)
+    written = direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    assert began == [moment]
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
+    assert json.loads((store / "_run" / "run.json").read_text())["state"] == "complete"
+    assert list(xr.open_zarr(store).train.values) == list(range(43))
+
+
+@pytest.mark.parametrize("lost", ["zarr.json", "influence", "train"])
+def test_a_client_killed_while_it_created_the_store(tmp_path: Path, lost: str) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    forget(store, list(ledger(store)), with_data=True, state="created")
+    path = store / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(StoreMismatchError, match="regularization"):
+        direct(case, damping=0.5).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    written = direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
+
+
 # -- refusals -------------------------------------------------------------------------------------
 def moved(case: data.Case) -> data.Case:
     model = copy.deepcopy(case.model)
@@ -481,6 +643,54 @@ def test_overwrite_replaces_another_run(tmp_path: Path) -> None:
     expected = case.up(oracles.inverse(case.hessian, 0.5), few)
     assert oracles.relative_error(written.influence.values, expected) <= EXACT
     assert oracles.relative_error(open_influences(store).influence.values, expected) <= EXACT
+
+
+def test_overwrite_keeps_what_no_run_wrote(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    (store / "notes").mkdir()
+    for name in ("thesis.tex", "notes/zarr.txt"):
+        (store / name).write_text("mine")
+    old = shards(store)
+    written = direct(case, damping=0.5).influences_to_zarr(store, case.test, case.train, overwrite=True)
+    expected = case.up(oracles.inverse(case.hessian, 0.5))
+    assert oracles.relative_error(written.influence.values, expected) <= EXACT
+    assert not set(shards(store)) & set(old) - {"influence/c/0/0"}
+    assert (store / "thesis.tex").read_text() == (store / "notes" / "zarr.txt").read_text() == "mine"
+    shutil.rmtree(store / "_run")
+    with pytest.raises(StoreMismatchError, match="no run of dask_influence wrote"):
+        direct(case).influences_to_zarr(store, case.test, case.train, overwrite=True)
+
+
+@pytest.mark.parametrize("content", ["", '{"sta', "{}", '{"state": "complete"}', None])
+def test_a_damaged_record_is_named_and_replaced(tmp_path: Path, content: str | None) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    record = store / "_run" / "run.json"
+    if content is None:
+        record.unlink()
+    else:
+        record.write_text(content)
+        before = shards(store)
+        with pytest.raises(CorruptStoreError, match=r"run\.json.*pass overwrite=True to replace the run"):
+            direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+        assert shards(store) == before
+    written = direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=TILE, overwrite=True)
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
+
+
+def test_scores_do_not_overwrite_the_factors_they_are_read_from(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    fitted, store = direct(case), tmp_path / "factors"
+    first = fitted.influence_factors_to_zarr(store, case.test).factors.values
+    with pytest.raises(StoreMismatchError, match=r"factors of these test data.*choose another store"):
+        fitted.influences_to_zarr(store, store, case.train, overwrite=True)
+    np.testing.assert_array_equal(open_influences(store).factors.values, first)
+    few = oracles.pick(case.test, slice(0, 5))
+    written = fitted.influences_to_zarr(store, few, case.train, overwrite=True)
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse, few)) <= EXACT
 
 
 def test_two_runs_in_two_stores_do_not_disturb_each_other(tmp_path: Path) -> None:

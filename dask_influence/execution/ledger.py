@@ -17,6 +17,8 @@ from dask_influence.storage.stores import Location
 
 _ENTRIES = "_run/ledger"
 _DONE, _FAILED = ".json", ".failed.json"
+_REDO = "delete it and run the same call again"
+_REPLACE = "pass overwrite=True to replace the run"
 
 
 class Ledger:
@@ -51,9 +53,28 @@ class Ledger:
             Where it is there but is not JSON.
         """
         try:
-            return self._decode(RUN_KEY, self.location.get(RUN_KEY))
+            return self._decode(RUN_KEY, self.location.get(RUN_KEY), _REPLACE)
         except MissingObjectError:
             return None
+
+    def read_begun(self) -> dict[str, Any] | None:
+        """The run record with all that a resume needs: state, fingerprint and plan.
+
+        Raises
+        ------
+        CorruptStoreError
+            Where it is there but lacks one of them.
+        """
+        run = self.read_run()
+        if run is None:
+            return None
+        kinds = {"state": str, "fingerprint": dict, "plan": dict}
+        lacking = [name for name, kind in kinds.items() if not isinstance(run.get(name), kind)]
+        if lacking:
+            raise CorruptStoreError(
+                f"{RUN_KEY!r} of {self.location.url} lacks {', '.join(lacking)}; {_REPLACE}"
+            )
+        return run
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace the run record as a whole."""
@@ -88,6 +109,22 @@ class Ledger:
         """Names of the pieces whose data are stored, from one listing; nothing is read."""
         return {name for name, key in self._listed(prefix).items() if not key.endswith(_FAILED)}
 
+    def forget(self, name: str) -> None:
+        """Remove the entry of one piece of work, which so is to be done again."""
+        self.location.delete(f"{_ENTRIES}/{name}{_DONE}")
+
+    def forget_damaged(self) -> None:
+        """Forget the pieces of which a shard is missing or has another length than was recorded.
+
+        Entries are read and everything is listed once; no shard is read.
+        """
+        entries = self.entries()  # before the listing, so that shards written meanwhile are not missed
+        sizes = self.location.stat()
+        for name, entry in entries.items():
+            shards = entry.get("shards", ())
+            if any(sizes.get(key, (-1, ""))[0] != nbytes for key, nbytes, _ in shards):
+                self.forget(name)
+
     def _listed(self, prefix: str) -> dict[str, str]:
         """Key of each entry by its name; of a failure and a success, the success."""
         begin = f"{_ENTRIES}/{prefix}"
@@ -95,12 +132,12 @@ class Ledger:
         keys.sort(key=lambda key: not key.endswith(_FAILED))
         return {key.removeprefix(f"{_ENTRIES}/").partition(".")[0]: key for key in keys}
 
-    def _decode(self, key: str, data: bytes) -> dict[str, Any]:
+    def _decode(self, key: str, data: bytes, advice: str = _REDO) -> dict[str, Any]:
         try:
             return dict(json.loads(data))
         except (ValueError, TypeError):
             raise CorruptStoreError(
-                f"{key!r} of {self.location.url} is not a JSON object; delete it and run the same call again"
+                f"{key!r} of {self.location.url} is not a JSON object; {advice}"
             ) from None
 
 

@@ -6,7 +6,9 @@ that is called again lists the ledger and does the rest.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -15,9 +17,9 @@ import numpy as np
 import torch
 
 from dask_influence.core.estimators.base import Inverse, System
-from dask_influence.errors import NotFittedError, StoreError, StoreMismatchError
+from dask_influence.errors import CorruptStoreError, NotFittedError, StoreError, StoreMismatchError
 from dask_influence.execution import tasks
-from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.base import Executor, Model, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
 from dask_influence.execution.ledger import Ledger, compare_fingerprints
@@ -30,6 +32,12 @@ from dask_influence.storage.stores import Location
 
 FACTORS = "factors-"
 """Prefix of the ledger entries of factor tasks."""
+
+RUN_FOLDER = "_run"
+"""Everything a run keeps beside its arrays."""
+
+WRITTEN = ("zarr.json", "influence", "factors", "factor_residual", "test", "train", "regularization")
+"""All that a run of any kind puts into its store beside ``_run``."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class Output:
     @property
     def artifacts(self) -> Location:
         """Artifacts of this run."""
-        return self.location.child("_run", "artifacts")
+        return self.location.child(RUN_FOLDER, "artifacts")
 
     def prepare(
         self,
@@ -135,36 +143,83 @@ class Output:
         """Make the store ready and return the plan to follow, and whether it is already complete.
 
         A store of the same fingerprint is continued under the plan that it was begun with. It
-        is complete when it says so and the ledger lists all ``pieces`` of that plan.
+        is complete when it says so, the ledger lists all ``pieces`` of that plan and their
+        shards are there.
 
         Raises
         ------
         StoreMismatchError
             The store holds something else, or may not be resumed.
+        CorruptStoreError
+            The record of the run that it holds is damaged.
         StoreError
             It cannot be written.
         """
-        stored = self.ledger.read_run()
-        if overwrite and stored is not None:  # never what another program wrote
-            self.location.check_writable()
-            self.location.delete()
-            stored = None
-        if stored is not None and stored["state"] != "created":
-            plan = self._resumed(stored, resume)
-            return plan, stored["state"] == "complete" and pieces(plan) <= self.ledger.done()
+        empty = self._template(templates)
+        cleared = overwrite and self._cleared(templates)
+        stored = self.ledger.read_begun()
+        if stored is None and not cleared:
+            stored = self._begun_elsewhere()
+        if stored is not None:
+            begun = self._resumed(stored, resume)
+            if stored["state"] != "created":
+                self.ledger.forget_damaged()
+                return begun, stored["state"] == "complete" and pieces(begun) <= self.ledger.done()
         self.location.check_writable()
-        if stored is not None:  # killed while the template was being written: nothing to lose
-            self.location.delete()
-        if self.location.list():
+        # Whoever left the state "created" may be dead or at work. Writing the same objects once more is right
+        # in both cases, and no tile is written before the state is "running".
+        run = {"fingerprint": self.fingerprint, "plan": plan.to_json()}
+        self.ledger.write_run({**run, "state": "created"})
+        for key, data in empty.items():
+            self.location.put(key, data)
+        self.ledger.write_run({**run, "state": "running"})
+        return plan, False
+
+    def _template(self, templates: Mapping[str, ArrayTemplate]) -> dict[str, bytes]:
+        """Objects of the empty store, made in memory, so that clients that begin at once write the same."""
+        scratch = Location.of(f"memory://dask-influence-templates/{uuid.uuid4().hex}")
+        try:
+            create(scratch, templates, coordinates=self.ids, attributes=self.attributes)
+            return scratch.get_many(scratch.list())
+        finally:
+            scratch.delete()
+
+    def _begun_elsewhere(self) -> dict[str, Any] | None:
+        """The record of a client that began a moment ago, if what is there is its work; else None if empty."""
+        if all(key.rpartition("/")[2].startswith(".probe-") for key in self.location.list()):
+            return None  # empty, but for what check_writable of another client tries
+        stored = self.ledger.read_begun()  # the first object that a run writes
+        if stored is None:
             raise StoreMismatchError(
                 f"{self.location.url} holds data that no run of dask_influence wrote, which not even "
                 "overwrite=True replaces; choose another store, or delete them yourself"
             )
-        run = {"fingerprint": self.fingerprint, "plan": plan.to_json()}
-        self.ledger.write_run({**run, "state": "created"})
-        create(self.location, templates, coordinates=self.ids, attributes=self.attributes)
-        self.ledger.write_run({**run, "state": "running"})
-        return plan, False
+        return stored
+
+    def _cleared(self, templates: Mapping[str, ArrayTemplate]) -> bool:
+        """Remove what an earlier run wrote, and nothing else; False where there was no run."""
+        if not self.location.list(RUN_FOLDER):
+            return False
+        with suppress(CorruptStoreError):  # a damaged record is what overwrite=True replaces
+            self._refuse_own_factors(self.ledger.read_begun())
+        self.location.check_writable()
+        # The folder of the run goes last: while it is there, a second overwrite knows whose data these are.
+        for name in dict.fromkeys((*WRITTEN, *templates, *self.ids, RUN_FOLDER)):
+            self.location.delete(name)
+        return True
+
+    def _refuse_own_factors(self, stored: dict[str, Any] | None) -> None:
+        """Scores must not replace the factors that they may be read from."""
+        held = {} if stored is None else stored["fingerprint"]
+        if (
+            held.get("kind") == "factors"
+            and self.fingerprint.get("kind") != "factors"
+            and held.get("test") == self.fingerprint.get("test")
+        ):
+            raise StoreMismatchError(
+                f"{self.location.url} holds the influence factors of these test data, which overwrite=True does not "
+                "replace by their scores; choose another store"
+            )
 
     def _resumed(self, stored: dict[str, Any], resume: bool) -> Plan:
         differing = compare_fingerprints(stored["fingerprint"], self.fingerprint)
@@ -256,10 +311,10 @@ def solve_factors(
 ) -> tuple[Artifact, ...]:
     """Factors of all test points, each solved once, kept in the run's artifacts, with residuals written.
 
-    Chunks that the ledger already lists are not solved again.
+    Chunks that the ledger already lists are not solved again, unless their artifact is missing or damaged.
     """
     chunks = plan.factor_chunks
-    known = output.ledger.entries(FACTORS)
+    known = _held_factors(output)
     missing = [index for index in range(len(chunks)) if _factor_name(index) not in known]
     job = executor.seal(tasks.Job(fit.model, executor.reachable(source, chunks.size), "test", fit.threads))
     calls = [
@@ -284,6 +339,19 @@ def solve_factors(
         residuals = residuals.reshape(-1, plan.work.regularizations).T
     write_region(output.location, "factor_residual", (0,) * residuals.ndim, residuals)
     return tuple(Artifact(entry["digest"], entry["nbytes"], output.artifacts) for entry in entries)
+
+
+def _held_factors(output: Output) -> dict[str, dict[str, Any]]:
+    """Entries of the factor tasks whose artifact is whole; what is left of another one is removed."""
+    entries = output.ledger.entries(FACTORS)
+    artifacts = {
+        name: Artifact(entry["digest"], entry["nbytes"], output.artifacts) for name, entry in entries.items()
+    }
+    held = whole(output.artifacts, artifacts.values())
+    for artifact in artifacts.values():
+        if artifact.digest not in held:  # or equal content would be taken for written
+            output.artifacts.delete(artifact.key)
+    return {name: entry for name, entry in entries.items() if artifacts[name].digest in held}
 
 
 def _factor_name(index: int) -> str:
@@ -364,8 +432,13 @@ def write_factors(
     """Factors of all test points as an array, one tile for each factor task."""
     with reporting(progress) as report:
         factors = solve_factors(executor, fit, test, output, plan, False, report)
-        for rows, artifact in zip(plan.factor_chunks, factors, strict=True):
-            write_region(output.location, "factors", (rows.start, 0), tasks.stored(artifact.read()["rows"]))
+        entries = output.ledger.entries(FACTORS)
+        for index, (rows, artifact) in enumerate(zip(plan.factor_chunks, factors, strict=True)):
+            block = tasks.stored(artifact.read()["rows"])
+            records = write_region(output.location, "factors", (rows.start, 0), block)
+            shards = [[record.key, record.nbytes, record.checksum] for record in records]
+            name = _factor_name(index)
+            output.ledger.record(name, {**entries[name], "shards": shards})
     output.complete()
 
 
@@ -389,7 +462,7 @@ class StoredFactors:
         if not isinstance(test, (str, PathLike, Location)):
             return None
         location = Location.of(test, storage_options)
-        run = Ledger(location).read_run()
+        run = Ledger(location).read_begun()
         if run is None or run["fingerprint"].get("kind") != "factors":
             return None
         if run["state"] != "complete":

@@ -74,6 +74,36 @@ def test_torn_records_are_named(ledger: Ledger, data: bytes) -> None:
         ledger.read_run()
 
 
+@pytest.mark.parametrize(
+    ("run", "lacking"),
+    [
+        ({}, "state, fingerprint, plan"),
+        ({"state": "running", "fingerprint": []}, "fingerprint, plan"),
+        ({"state": 1, "fingerprint": {}, "plan": {}}, "state"),
+    ],
+)
+def test_run_records_that_lack_something_are_named(ledger: Ledger, run: dict[str, Any], lacking: str) -> None:
+    assert ledger.read_begun() is None
+    ledger.write_run(run)
+    with pytest.raises(CorruptStoreError, match=rf"_run/run\.json.*lacks {lacking}; .*overwrite=True"):
+        ledger.read_begun()
+    whole = {"state": "running", "fingerprint": {}, "plan": {}}
+    ledger.write_run(whole)
+    assert ledger.read_begun() == whole
+
+
+def test_pieces_without_their_shards_are_forgotten(ledger: Ledger) -> None:
+    for name, nbytes in (("whole", 3), ("short", 4), ("gone", 3)):
+        ledger.location.put(f"a/{name}", b"abc")
+        ledger.record(name, {"shards": [[f"a/{name}", nbytes, "crc"]]})
+    ledger.record("none", {})
+    ledger.record("bad", {"error": "KilledWorker"})
+    ledger.location.delete("a/gone")
+    ledger.forget_damaged()
+    assert ledger.done() == {"whole", "none"}
+    assert set(ledger.entries()) == {"whole", "none", "bad"}
+
+
 def test_other_files_beside_entries_are_left_alone(ledger: Ledger) -> None:
     ledger.record("a", {})
     ledger.location.put("_run/ledger/.DS_Store", b"")
