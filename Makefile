@@ -55,6 +55,7 @@ format: $(READY) ## put the code in the house style
 .PHONY: bench
 bench: $(READY) $(PEERS_READY) ## time the package beside pyDVL, values compared first
 	$(BIN)/python tests/benchmarks/against_peers.py --peer-python $(PEERS)/bin/python
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/cluster_costs.py
 
 .PHONY: clean
 clean: ## remove caches and outputs, not the environments
