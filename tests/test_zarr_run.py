@@ -20,7 +20,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
 from dask_influence.arguments import id_digests
-from dask_influence.errors import ClusterError, CorruptStoreError, DataError, StoreError, StoreMismatchError
+from dask_influence.errors import (
+    ClusterError,
+    CorruptStoreError,
+    DataError,
+    InfluenceWarning,
+    StoreError,
+    StoreMismatchError,
+)
 from dask_influence.execution import plan
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.ledger import Ledger
@@ -483,6 +490,24 @@ def test_strips_of_damaged_shards_are_written_again(tmp_path: Path, damage: str,
         key for key, _, _ in json.loads(entries[strip].read_text())["shards"]
     }
     assert json.loads((store / "_run" / "run.json").read_text())["state"] == "complete"
+
+
+def test_a_complete_run_that_lost_a_shard_is_not_complete_until_it_is_written(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    store = tmp_path / "run"
+    fitted = direct(case)
+    fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    (store / sorted(shards(store))[0]).unlink()
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE, progress=stop)
+    with pytest.warns(InfluenceWarning, match="not complete"):
+        assert open_influences(store).influence.isnull().any()
+    written = fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    assert oracles.relative_error(written.influence.values, case.up(case.inverse)) <= EXACT
 
 
 def test_damaged_shards_of_factors_are_written_again(tmp_path: Path) -> None:

@@ -164,7 +164,10 @@ class Output:
             begun = self._resumed(stored, resume)
             if stored["state"] != "created":
                 self.ledger.forget_damaged()
-                return begun, stored["state"] == "complete" and pieces(begun) <= self.ledger.done()
+                complete = stored["state"] == "complete" and pieces(begun) <= self.ledger.done()
+                if not complete:  # also where it was: readers are to be warned until it is again
+                    self.ledger.write_run({**stored, "state": "running"})
+                return begun, complete
         self.location.check_writable()
         # Whoever left the state "created" may be dead or at work. Writing the same objects once more is right
         # in both cases, and no tile is written before the state is "running".
