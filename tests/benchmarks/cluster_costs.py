@@ -56,15 +56,12 @@ def cluster(folder: Path) -> Iterator[Client]:
     """A client of one scheduler that counts and two workers of one thread."""
     counter, contact = folder / "counter.py", folder / "scheduler.json"
     counter.write_text(COUNTER)
-    dask = [sys.executable, "-m", "dask"]
+    dask, contact_of = [sys.executable, "-m", "dask"], ["--scheduler-file", str(contact)]
+    counted = ["--port", "0", "--host", "127.0.0.1", "--no-dashboard", "--preload", str(counter)]
+    alike = ["--nthreads", "1", "--memory-limit", "4GiB", "--no-dashboard", "--local-directory", str(folder)]
     commands = [
-        [*dask, "scheduler", "--scheduler-file", str(contact), "--port", "0", "--no-dashboard"]
-        + ["--host", "127.0.0.1", "--preload", str(counter)],
-        *[
-            [*dask, "worker", "--scheduler-file", str(contact), "--nthreads", "1", "--no-dashboard"]
-            + ["--memory-limit", "4GiB", "--local-directory", str(folder)]
-        ]
-        * 2,
+        [*dask, "scheduler", *contact_of, *counted],
+        *([*dask, "worker", *contact_of, *alike] for _ in range(2)),
     ]
     running = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for command in commands]
     try:
