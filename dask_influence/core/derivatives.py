@@ -13,6 +13,8 @@ that the run will use:
 - Hessian-vector products against central differences of the summed gradient, and ⟨u, H v⟩ = ⟨v, H u⟩;
 - ∇x ℓ against differences of the losses, and mixed derivatives against differences of ∇x ℓ in θ.
 
+Padding rows of embeddings are constants to autograd, and to the differences as well.
+
 The first form that passes, in the order of ``forms.FORMS``, is the one the run takes.
 """
 
@@ -187,12 +189,41 @@ class _Point:
             self._projected[form] = rows @ self.directions.T
         return self._projected[form]
 
+    @cached_property
+    def steps(self) -> Tensor:
+        """The two directions without the padding rows of embeddings, (2, P), for differences in θ.
+
+        Autograd holds those rows fixed (``nn.Embedding.padding_idx``), so differences must too;
+        but not where another layer uses the same weight, and gives them a gradient. Derivatives
+        are taken along the whole directions all the same: a form that lets the entries of
+        padding rows through disagrees.
+        """
+        padding, _ = _padding(self.objective)
+        if not padding.any():
+            return self.directions
+        return self.directions.masked_fill(padding & (self.gradient(self.theta) == 0), 0.0)
+
     def gradient(self, theta: Tensor) -> Tensor:
         """Gradient of the summed loss, (P,)."""
         return total_gradient(self.objective, self.objective.unflatten(theta), self.x, self.y)
 
     def input_gradient(self, theta: Tensor) -> Tensor:
         return total_input_gradient(self.objective, self.objective.unflatten(theta), self.x, self.y)
+
+
+def _padding(objective: Objective) -> tuple[Tensor, list[str]]:
+    """Entries of θ, (P,), in padding rows of embeddings, and the paths of those embeddings."""
+    held = dict(objective.module.named_parameters())
+    mask = {name: torch.zeros_like(held[name], dtype=torch.bool) for name in objective.names}
+    paths = []
+    for path, module in objective.module.named_modules():
+        if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+            continue
+        for name, rows in mask.items():
+            if held[name] is module.weight:
+                rows[module.padding_idx] = True
+                paths.append(path)
+    return objective.flatten(mask), paths
 
 
 def _random_like(tensor: Tensor, seed: int, least: float = 0.01) -> Tensor:
@@ -294,8 +325,8 @@ def _central(path: Callable[[float], Tensor], step: float) -> Tensor:
 
 
 def _gradient_verdict(point: _Point, form: str, _chosen: Forms) -> _Verdict:
-    direction = point.directions[0]
-    total = point.gradient(point.theta) @ direction
+    direction = point.steps[0]
+    total = point.gradient(point.theta) @ point.directions[0]
     value = torch.cat([point.projected(form)[:, 0], total.reshape(1)])
 
     def losses(t: float) -> Tensor:
@@ -322,7 +353,7 @@ def _product_verdict(point: _Point, form: str, _chosen: Forms) -> _Verdict:
     of_u, of_v = PRODUCT[form](point.objective, named, point.x, point.y, point.directions)
     lengths = float(u.norm() * of_v.norm() + v.norm() * of_u.norm())
     asymmetry = float((u @ of_v - v @ of_u).abs()) / lengths if lengths else 0.0
-    both = u + v  # one difference for both products
+    both = point.steps.sum(0)  # one difference for both products
     verdict = _compare(of_u + of_v, lambda t: point.gradient(point.theta + t * both), point.precision)
     symmetric = asymmetry <= point.precision.tolerance
     return _Verdict(verdict.passed and symmetric, max(verdict.error, asymmetry))
@@ -342,7 +373,7 @@ def _input_verdict(point: _Point, _form: str, _chosen: Forms) -> _Verdict:
 def _mixed_verdict(point: _Point, form: str, _chosen: Forms) -> _Verdict:
     named = point.objective.unflatten(point.theta)
     value = MIXED[form](point.objective, named, point.x, point.y, point.directions).sum(1)
-    direction = point.directions.sum(0)
+    direction = point.steps.sum(0)
     return _compare(value, lambda t: point.input_gradient(point.theta + t * direction), point.precision)
 
 
@@ -405,10 +436,15 @@ def _first_line(failure: Exception) -> str:
 # -- who is to blame -------------------------------------------------------------------
 def _refusal(kind: str, found: _Found, point: _Point) -> str:
     reasons = "; ".join(f"{form} {reason}" for form, reason in found.rejected.items())
+    _, padded = _padding(point.objective)
+    tied = (
+        f". Embedding {', '.join(map(repr, padded))} has a padding_idx, which keeps part of the gradient from the "
+        "padding row if another layer is tied to its weight; then remove padding_idx, or untie the weights"
+    )
     return (
         f"{_LABELS[kind]} of {_culprit(kind, point)} agrees with finite differences in no form ({reasons}). "
         "Write that part in elementary operations, replace it, or, where nothing before it is in θ, "
-        "leave its own parameters out with parameters="
+        f"leave its own parameters out with parameters={tied if padded else ''}"
     )
 
 

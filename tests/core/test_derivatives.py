@@ -573,3 +573,61 @@ def test_unknown_forms_are_refused() -> None:
 
 def test_classifier_of_the_zoo_reads_sequences() -> None:
     assert Classifier(nn.Identity(), 20)(torch.zeros(2, 5, 4)).shape == (2, 3)
+
+
+# -- padding rows of embeddings --------------------------------------------------------
+class Bag(nn.Module):
+    """Sum of padded tokens, scaled by a floating input; the head may be tied to the embedding."""
+
+    def __init__(self, tied: str | None = None) -> None:
+        super().__init__()
+        self.table, self.head, self.tied = nn.Embedding(7, 3, padding_idx=2), nn.Linear(3, 7), tied
+        nn.init.normal_(self.table.weight)  # the padding row as well: it is a constant, not zero
+        if tied == "parameter":
+            self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
+        hidden = torch.tanh(self.table(tokens).sum(1) * scale)
+        return F.linear(hidden, self.table.weight) if self.tied == "call" else self.head(hidden)
+
+
+def padded(occurs: bool) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    tokens = data.classes(91, 28, 7).view(7, 4)
+    tokens[tokens == 2] = 3
+    if occurs:
+        tokens[:3, 2:] = 2
+    return (tokens, 1 + data.normal(92, 7, 1).square()), data.classes(93, 7, 7)
+
+
+@pytest.mark.parametrize("occurs", [True, False])
+def test_padding_rows_are_constants(occurs: bool) -> None:
+    """Products and directional derivatives do not see what a direction says of the padding row."""
+    x, y = padded(occurs)
+    objective = Objective.of(data.seeded(Bag).double(), F.cross_entropy)
+    chosen, _ = choose_forms(objective, x, y, perturbation=True)
+    vectors = directions(objective)
+    without = vectors.clone()
+    without[:, 2 * 3 : 3 * 3] = 0
+    for function in (
+        derivatives.products,
+        derivatives.directional_derivatives,
+        derivatives.mixed_derivatives,
+    ):
+        assert oracles.relative_error(
+            function(objective, x, y, vectors, chosen), function(objective, x, y, without, chosen)
+        ) <= (1e-12)
+
+
+@pytest.mark.parametrize("tied", ["parameter", "call"])
+def test_a_padding_row_that_another_layer_uses_is_no_constant(tied: str) -> None:
+    objective = Objective.of(data.seeded(lambda: Bag(tied)).double(), F.cross_entropy)
+    choose_forms(objective, *padded(occurs=False))
+    with pytest.raises(DerivativeError, match=r"'table' has a padding_idx"):
+        choose_forms(objective, *padded(occurs=True))
+
+
+def test_a_wrong_derivative_is_refused_beside_a_padding_row() -> None:
+    net = nn.Sequential(nn.Embedding(7, 3, padding_idx=2), nn.Flatten(), Applied(Flipped), nn.Linear(12, 7))
+    (tokens, _), y = padded(occurs=True)
+    with pytest.raises(DerivativeError, match=r"module '2' \(Applied\)"):
+        choose_forms(Objective.of(net, F.cross_entropy), tokens, y)
