@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from distributed import Client, LocalCluster
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from dask_influence import ArnoldiInfluence, DirectInfluence, InfluenceMode
-from dask_influence.errors import ConfigurationError, DataWarning
+from dask_influence import (
+    ArnoldiInfluence,
+    CgInfluence,
+    DirectInfluence,
+    InfluenceMode,
+    LissaInfluence,
+    NystroemSketchInfluence,
+)
+from dask_influence.errors import ConfigurationError, DataError, DataWarning
 from tests import data, oracles
 
 EXACT = 1e-9
@@ -484,3 +493,84 @@ def test_float32_data_with_a_float64_model() -> None:
         regularization=case.regularization,
     )
     assert oracles.relative_error(scores, exact.up(exact.inverse)) <= EXACT
+
+
+# -- numbers among the arguments ------------------------------------------------------------------
+@pytest.mark.parametrize("argument", ["tile_bytes", "memory_limit"])
+def test_bytes_are_integers(tmp_path: Path, argument: str) -> None:
+    case = data.mlp_classification()
+    fitted = fit(case)
+    for value in (1e6, "1MiB", True, 0, -1):
+        with pytest.raises(ConfigurationError, match=rf"{argument} must be an integer ≥ 1; got {value!r}"):
+            fitted.influences_to_zarr(tmp_path / "run", case.test, case.train, **{argument: value})
+    scores = fitted.influences_to_zarr(tmp_path / "run", case.test, case.train, **{argument: np.int64(2**30)})
+    assert oracles.relative_error(scores.influence.values, case.up(case.inverse)) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("estimator", "argument", "value"),
+    [
+        (ArnoldiInfluence, "rank", "3"),
+        (ArnoldiInfluence, "rank", 3.0),
+        (ArnoldiInfluence, "seed", "x"),
+        (ArnoldiInfluence, "seed", 2**64),
+        (ArnoldiInfluence, "maxiter", 1.5),
+        (ArnoldiInfluence, "block_size", "2"),
+        (ArnoldiInfluence, "krylov_dimension", "20"),
+        (ArnoldiInfluence, "tol", "1e-6"),
+        (NystroemSketchInfluence, "rank", "3"),
+        (NystroemSketchInfluence, "seed", "x"),
+        (LissaInfluence, "seed", "x"),
+        (LissaInfluence, "maxiter", "10"),
+        (LissaInfluence, "scale", "2"),
+        (LissaInfluence, "rtol", None),
+        (CgInfluence, "rtol", "1e-6"),
+        (CgInfluence, "atol", None),
+        (CgInfluence, "maxiter", "10"),
+    ],
+)
+def test_settings_of_another_kind_are_quoted(estimator: Any, argument: str, value: Any) -> None:
+    case = data.mlp_classification()
+    with pytest.raises(ConfigurationError, match=rf"{argument} must be .*{value!r}"):
+        estimator(case.model, case.loss, 0.05, **{argument: value}).fit(case.train)
+
+
+@pytest.mark.parametrize("estimator", [ArnoldiInfluence, NystroemSketchInfluence])
+def test_integers_of_numpy_are_integers(tmp_path: Path, estimator: Any) -> None:
+    case = data.mlp_classification()
+    ours, plain = (
+        estimator(case.model, case.loss, 0.05, rank=kind(5), seed=kind(1)).fit(case.train)
+        for kind in (np.int64, int)
+    )
+    assert torch.equal(ours.influences(*case.test), plain.influences(*case.test))
+    ours.save(tmp_path / "fit")  # its record is JSON
+
+
+# -- lazy arrays ----------------------------------------------------------------------------------
+def test_factors_that_are_not_finite_are_not_blamed_on_the_training_data() -> None:
+    case = data.mlp_classification()
+    fitted, train = fit(case), as_dask(case.train, 10)
+    factors = da.from_array(fitted.influence_factors(*case.test).numpy(), chunks=(5, -1))
+    scores = fitted.influences_from_factors(factors, *train).compute()
+    assert oracles.relative_error(scores, case.up(case.inverse)) <= EXACT
+    with pytest.raises(DataError, match="factors hold NaN or inf"):
+        fitted.influences_from_factors(da.where(factors > 0, np.nan, factors), *train).compute()
+
+
+def test_lazy_scores_outlive_the_model_but_not_the_client() -> None:
+    case = data.mlp_classification()
+    train, test = as_dask(case.train, 10), as_dask(case.test, 5)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        fitted = fit(case, client=client)
+        folder = fitted._executor().location.local_path
+        scores = fitted.influences(*test, *train)
+        del fitted
+        gc.collect()
+        assert oracles.relative_error(scores.compute(), case.up(case.inverse)) <= EXACT
+        assert folder.exists()
+    del client, cluster, scores
+    gc.collect()
+    assert not folder.exists()

@@ -1,12 +1,14 @@
 """Whether model and loss are what the mathematics assumes: a mean over independent samples.
 
 Everything downstream rests on ℓ(θ; batch) = 1/n Σ_j ℓ(θ; z_j). :func:`check_loss` runs a few
-samples forward, no derivative, and refuses by name what breaks that.
+samples forward, no derivative, and refuses by name what breaks that. What numbers among the
+arguments must be is below.
 """
 
 from __future__ import annotations
 
 import warnings
+from numbers import Integral, Real
 from typing import Any
 
 import optree
@@ -21,6 +23,9 @@ from dask_influence.errors import ConfigurationError, DataError, LossError, Samp
 
 _BATCH = 64
 """Samples that the loss is checked on."""
+
+SEEDS = (-(2**63), 2**64 - 1)
+"""The least and the largest seed that torch takes."""
 
 _ALONE = 3
 """Samples that are also run through the model one at a time."""
@@ -46,7 +51,8 @@ def check_loss(objective: Objective, x: Tree, y: Tree) -> None:
     SampleMixingError
         Where the output for one sample depends on the other samples; names the module.
     ConfigurationError
-        Where the model gives another output when called again.
+        Where the model gives another output when called again, or is of a kind that cannot be
+        differentiated in its parameters.
 
     Examples
     --------
@@ -55,6 +61,7 @@ def check_loss(objective: Objective, x: Tree, y: Tree) -> None:
     Traceback (most recent call last):
     dask_influence.errors.LossError: loss is a sum over samples; use reduction='mean'
     """
+    check_kind(objective.module)
     part = slice(_BATCH)
     x, y = sliced(x, part), sliced(y, part)
     if leading_size(y) == 1:  # one sample cannot tell a sum from a mean: take it twice
@@ -146,6 +153,27 @@ def _check_mean(objective: Objective, x: Tree, y: Tree, output: Any, value: Tens
 
 
 # -- the model -------------------------------------------------------------------------
+def check_kind(module: nn.Module) -> None:
+    """Refuse modules that torch cannot call with other parameters than their own.
+
+    Examples
+    --------
+    >>> check_kind(nn.DataParallel(nn.Linear(2, 1)))
+    Traceback (most recent call last):
+    dask_influence.errors.ConfigurationError: model is an nn.DataParallel; pass model.module
+    """
+    for name, part in module.named_modules():
+        where = f"model has an {{}} at {name!r}" if name else "model is an {}"
+        if isinstance(part, nn.DataParallel):
+            inner = f"model.{name}.module in its place" if name else "model.module"
+            raise ConfigurationError(f"{where.format('nn.DataParallel')}; pass {inner}")
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ConfigurationError(
+                f"{where.format('torch.jit.ScriptModule')}, whose parameters cannot be exchanged; pass the "
+                "nn.Module that it was scripted or traced from"
+            )
+
+
 def _check_repeatable(objective: Objective, x: Tree, output: Any) -> None:
     for first, second in zip(_floating(output), _floating(_output(objective, x)), strict=True):
         if not _equal(first, second, _tolerance(first.dtype)):
@@ -228,6 +256,42 @@ def _records(objective: Objective, x: Tree) -> dict[str, tuple[nn.Module, list[T
         for hook in hooks:
             hook.remove()
     return records
+
+
+# -- numbers among the arguments -------------------------------------------------------
+def plain_integers(configuration: object, *names: str) -> None:
+    """Make integers of other kinds (numpy's) Python's own, which can be written as JSON.
+
+    For ``__post_init__`` of frozen dataclasses; whatever is no integer is left to be refused.
+    """
+    for name in names:
+        value = getattr(configuration, name)
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            object.__setattr__(configuration, name, int(value))
+
+
+def check_integer(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """``value`` as an int, or a ConfigurationError where it is none or out of range.
+
+    Examples
+    --------
+    >>> check_integer("rank", 3)
+    3
+    >>> check_integer("rank", "3")
+    Traceback (most recent call last):
+    dask_influence.errors.ConfigurationError: rank must be an integer ≥ 1; got '3' (str)
+    """
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_integer and least <= int(value) and (most is None or int(value) <= most):  # type: ignore[call-overload]
+        return int(value)  # type: ignore[call-overload]
+    allowed = f"an integer ≥ {least}" if most is None else f"an integer from {least} to {most}"
+    raise ConfigurationError(f"{name} must be {allowed}; got {value!r} ({type(value).__name__})")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse what has no order among numbers: text, None, tensors."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigurationError(f"{name} must be a number; got {value!r} ({type(value).__name__})")
 
 
 # -- words and numbers -----------------------------------------------------------------

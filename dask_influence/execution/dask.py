@@ -56,8 +56,7 @@ class DaskExecutor(Executor):
         self.check()
         self.location: Location = location if location is not None else self._temporary_folder()
         self._artifacts = Artifacts(self.location)
-        # Staged data stay where the fit put them, whatever store a run publishes to; and the
-        # executor that owns a temporary folder lives as long as any that uses it.
+        # Staged data stay where the fit put them, whatever store a run publishes to.
         self._home = self
 
     @property
@@ -217,7 +216,8 @@ class DaskExecutor(Executor):
                 'every worker can read and write, such as artifacts="s3://bucket/scratch" '
                 "(or config influence.artifacts.url)"
             )
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        # Lazy arrays read from the folder when no executor is left, but not without the client.
+        weakref.finalize(self.client, shutil.rmtree, folder, ignore_errors=True)
         return Location.of(folder)
 
 

@@ -164,7 +164,7 @@ def _gather(structure: Any, *leaves: np.ndarray) -> Any:
 def _factors(
     shared: _Shared, solver: _Iterated | Solver, block: Any, start: int, batch: int, project: bool
 ) -> torch.Tensor:
-    job, count = shared.job(block, "test"), leading_size(block[1])
+    job, count = shared.job(block, "test (x, y)"), leading_size(block[1])
     if isinstance(solver, _Iterated):
         with tasks.torch_threads(shared.threads):
             return solver.factors(tasks.query_gradients(job, 0, count, batch))
@@ -185,7 +185,7 @@ def _strip(
     perturbation: bool,
 ) -> np.ndarray:
     """Scores of all test points against one training chunk, differentiated once."""
-    job = shared.job(block, "train")
+    job = shared.job(block, "x, y")
     own = None if solver is None else solver.inverse().directions
     with tasks.torch_threads(shared.threads):
         query = tasks.Query.of(factors, own, shared.model.problem())

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dask_influence.core.checks import check_integer
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.grid import Chunks, balanced
 
@@ -310,8 +311,10 @@ def arrange(
     >>> plan.passes, plan.tile[0], sum(len(plan.strip(i).columns) for i in range(plan.strips))
     (1, 360, 1437)
     """
-    if tile_bytes is not None and tile_bytes < 1:
-        raise ConfigurationError(f"tile_bytes must be positive; got {tile_bytes}")
+    if tile_bytes is not None:
+        tile_bytes = _bytes("tile_bytes", tile_bytes)
+    if memory_limit is not None:
+        memory_limit = _bytes("memory_limit", memory_limit)
     score_bytes = work.width * work.itemsize
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
     per_row = work.itemsize * work.copies * (work.parameters if work.rank is None else work.rank)
@@ -332,6 +335,13 @@ def arrange(
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
     return Plan(work, query_rows, tile, _strip_columns(plan), plan.batch, rows_of_factors)
+
+
+def _bytes(name: str, value: object) -> int:
+    try:
+        return check_integer(name, value)
+    except ConfigurationError as refusal:
+        raise ConfigurationError(f"{refusal}; it counts bytes, such as {name}=2**30") from None
 
 
 def _batch(work: Work) -> int:

@@ -195,6 +195,8 @@ class Query:
 
 def derivatives_of(job: Job, query: Query, columns: range, batch: int, perturbation: bool) -> Tensor:
     """E of training samples ``columns``: (n, D) or (n, D, *features)."""
+    if not torch.isfinite(query.directions).all():  # not the training samples' fault
+        raise DataError("factors hold NaN or inf; compute them again")
     primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
     parts = []
     for low in range(columns.start, columns.stop, batch):

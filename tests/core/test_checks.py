@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dask_influence.core.checks import check_loss
+from dask_influence.core.checks import check_integer, check_loss, check_number
 from dask_influence.core.objective import Objective
 from dask_influence.errors import ConfigurationError, DataError, LossError, SampleMixingError
 from tests import data
@@ -201,3 +202,35 @@ def test_randomness_in_eval_mode_is_refused() -> None:
     check(Noisy(False), F.cross_entropy)
     with pytest.raises(ConfigurationError, match="training=True"):
         check(Noisy(True), F.cross_entropy)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_wrapped_models_are_refused_with_what_to_pass() -> None:
+    net = nn.Sequential(nn.Linear(6, 3))
+    check(net, F.cross_entropy)
+    with pytest.raises(ConfigurationError, match=r"model is an nn\.DataParallel; pass model\.module"):
+        check(nn.DataParallel(net), F.cross_entropy)
+    with pytest.raises(
+        ConfigurationError, match=r"nn\.DataParallel at '0'; pass model\.0\.module in its place"
+    ):
+        check(nn.Sequential(nn.DataParallel(net)), F.cross_entropy)
+    with pytest.raises(ConfigurationError, match=r"torch\.jit\.ScriptModule.*scripted or traced from"):
+        check(torch.jit.trace(net, X), F.cross_entropy)
+
+
+# -- numbers among the arguments -------------------------------------------------------
+@pytest.mark.parametrize("value", ["3", 3.0, True, None, 0, 11, torch.tensor(3)])
+def test_integers_are_checked_by_kind_and_range(value: Any) -> None:
+    assert check_integer("rank", np.int64(3), most=10) == 3
+    with pytest.raises(
+        ConfigurationError, match=rf"rank must be an integer from 1 to 10; got .*{type(value).__name__}"
+    ):
+        check_integer("rank", value, most=10)
+
+
+@pytest.mark.parametrize("value", ["1e-3", None, True, [0.1]])
+def test_numbers_are_checked_by_kind(value: Any) -> None:
+    check_number("tol", np.float32(0.1))
+    check_number("tol", 1)
+    with pytest.raises(ConfigurationError, match=rf"tol must be a number; got .*{type(value).__name__}"):
+        check_number("tol", value)

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dask_influence.core.checks import SEEDS, check_integer, check_number, plain_integers
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -215,13 +216,23 @@ class Arnoldi(Estimator):
     block_size: int | None = None
     maxiter: int = 300
 
+    def __post_init__(self) -> None:
+        """Integers of numpy as Python's."""
+        plain_integers(self, "rank", "krylov_dimension", "seed", "block_size", "maxiter")
+
     def validate(self, system: System) -> None:
         """Rank, basis and tolerance against P and against each other."""
-        if isinstance(self.rank, bool) or not 1 <= self.rank < system.size or self.rank != int(self.rank):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank < system.size:
             raise ConfigurationError(
                 f"rank must be an integer from 1 to P − 1 = {system.size - 1} (the model has P = {system.size} "
                 f"parameters in θ); got {self.rank!r}"
             )
+        for name in ("krylov_dimension", "block_size"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name))
+        check_integer("maxiter", self.maxiter)
+        check_integer("seed", self.seed, *SEEDS)
+        check_number("tol", self.tol)
         if self.krylov_dimension is not None and not self.rank < self.krylov_dimension:
             raise ConfigurationError(
                 f"krylov_dimension must be larger than rank={self.rank}; got {self.krylov_dimension!r}"

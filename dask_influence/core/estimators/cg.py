@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dask_influence.core.checks import check_number, plain_integers
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -312,10 +313,15 @@ class Cg(Estimator):
     preconditioner: Preconditioner | str | Mapping[str, Any] | None = None
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        """Integers of numpy as Python's."""
+        plain_integers(self, "maxiter")
+
     def validate(self, system: System) -> None:
         """Tolerances, iterations and the preconditioner."""
         for name in ("rtol", "atol"):
             value = getattr(self, name)
+            check_number(name, value)
             if not 0 <= value < float("inf"):
                 raise ConfigurationError(f"{name} must be a finite number ≥ 0; got {value!r}")
         if self.rtol == 0 and self.atol == 0:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dask_influence.core.checks import SEEDS, check_integer, check_number, plain_integers
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -368,6 +369,10 @@ class Lissa(Estimator):
     batch_size: int | None = None
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        """Integers of numpy as Python's."""
+        plain_integers(self, "maxiter", "seed", "batch_size")
+
     def draw_size(self, samples: int) -> int:
         """Samples of a step."""
         size = self.batch_size or max(LEAST, math.ceil(samples / SHARE))
@@ -380,6 +385,9 @@ class Lissa(Estimator):
             allowed = name == "batch_size" and value is None
             if not allowed and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name} must be a positive integer; got {value!r}")
+        check_integer("seed", self.seed, *SEEDS)
+        for name in ("dampen", "rtol", *(() if self.scale is None else ("scale",))):
+            check_number(name, getattr(self, name))
         if not 0 <= self.dampen < 1:
             raise ConfigurationError(f"dampen must be at least 0 and below 1; got {self.dampen!r}")
         if self.scale is not None and not 0 < self.scale < math.inf:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dask_influence.core.checks import SEEDS, check_integer, plain_integers
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -133,6 +134,10 @@ class NystroemSketch(Estimator):
     rank: int = 10
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Integers of numpy as Python's."""
+        plain_integers(self, "rank", "seed")
+
     def validate(self, system: System) -> None:
         """Rank against P, and λ > 0."""
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank < system.size:
@@ -140,6 +145,7 @@ class NystroemSketch(Estimator):
                 f"rank must be an integer from 1 to P − 1 = {system.size - 1} (the model has P = {system.size} "
                 f"parameters in θ); got {self.rank!r}"
             )
+        check_integer("seed", self.seed, *SEEDS)
         _check_complement(system.regularization)
 
     def fit(self, system: System) -> Generator[Round, Moments, SketchInverse]:
