@@ -105,6 +105,7 @@ def compare(ours: Process, peer: Process, works: list[Work]) -> dict[str, dict[s
                 raise SystemExit(f"{work.ours}: shape {got.shape}, the peer has {expected.shape}")
             error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
             errors.setdefault(work.ours, {})[dtype] = error
+            print(f"{work.ours} in {dtype}: relative error {error:.1e}", flush=True)
             if not error <= allowed:
                 raise SystemExit(f"{work.ours} ({dtype}): relative error {error:.1e}, allowed {allowed:.0e}")
     return errors
@@ -117,9 +118,11 @@ def measure(ours: Process, peer: Process, works: list[Work], repeats: int) -> di
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {ours.name: {}, peer.name: {}}
     for process, work in order:
         process.run(work, "float32")
-    for _ in range(repeats):
+    for number in range(1, repeats + 1):
         for process, work in order:
-            runs[process.name].setdefault(work, []).append(process.run(work, "float32"))
+            run = process.run(work, "float32")
+            runs[process.name].setdefault(work, []).append(run)
+            print(f"run {number} of {repeats}: {process.name} {work} {run['seconds']:.3f} s", flush=True)
     return {
         work.ours: {
             "title": work.title,
@@ -174,7 +177,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     works = [work for work in WORKS if not args.only or work.ours in args.only]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 130)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         held = folder / "problem.npz"
