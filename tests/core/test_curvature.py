@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dask_influence import DirectInfluence
 from dask_influence.core import curvature
 from dask_influence.core.curvature import PRODUCTS, check_curvature, matrix_sums, product_sums
 from dask_influence.core.moments import merge
 from dask_influence.core.objective import Objective
 from dask_influence.core.problem import Problem, prepare
 from dask_influence.errors import ConfigurationError, DerivativeError
-from dask_influence import DirectInfluence
 from tests import data, oracles
 from tests.core.zoo import ZOO
 

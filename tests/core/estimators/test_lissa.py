@@ -143,7 +143,8 @@ def test_chosen_scale_is_above_the_largest_eigenvalue_and_follows_lambda() -> No
 def test_a_scale_below_half_of_the_largest_eigenvalue_diverges_and_says_what_would_do() -> None:
     answer = dense.Answer(dense.with_spectrum(DEFINITE))
     with pytest.raises(
-        ConvergenceError, match=r"scale=2 is too small for an eigenvalue of about [56]\.\d.*use scale=[89]\.\d"
+        ConvergenceError,
+        match=r"scale=2 is too small for an eigenvalue of about [56]\.\d.*use scale=[89]\.\d",
     ):
         dense.solve(inverse(len(DEFINITE), 0.1, answer, scale=2.0), ROWS, answer)
     dense.solve(inverse(len(DEFINITE), 0.1, answer, scale=6.8), ROWS, answer)
