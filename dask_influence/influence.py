@@ -26,7 +26,7 @@ import xarray as xr
 from torch import nn
 
 from dask_influence import arguments
-from dask_influence.core.checks import check_loss
+from dask_influence.core.checks import check_kind, check_loss
 from dask_influence.core.curvature import PRODUCTS, check_curvature
 from dask_influence.core.estimators import (
     Estimator,
@@ -188,6 +188,7 @@ class InfluenceFunctionModel:
         self.hessian_regularization = check_regularizations(hessian_regularization, block_structure)
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        check_kind(model)
         if not callable(loss):
             raise ConfigurationError(
                 f"loss must be callable as loss(output, target); got {type(loss).__name__}"
@@ -365,12 +366,12 @@ class InfluenceFunctionModel:
             return arguments.like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
         fit = self._fit(fitted, LocalExecutor(), self._problem(fitted, mode, train))
         plan, project = self._plan(fitted, test, train, mode), self._projects()
-        factors = memory.factors_in_memory(fit, test, "test", plan.factor_rows, plan.batch, project=project)
+        factors = memory.factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
         scores = memory.scores_in_memory(
             fit,
             factors,
             train,
-            "train",
+            train.argument,
             plan,
             project=project,
             perturbation=mode is InfluenceMode.Perturbation,
