@@ -217,6 +217,7 @@ class InfluenceFunctionModel:
         self.chunk_size, self.client, self.artifacts, self.certify = chunk_size, client, artifacts, certify
         self._fitted: _Fitted | None = None
         self._cluster: DaskExecutor | None = None
+        self._mixed: Problem | None = None  # the fitted problem, its input gradient checked too
 
     def __init_subclass__(cls, estimator: type[Estimator], **kwargs: Any) -> None:
         """Give the model its estimator, and a signature that shows the estimator's arguments."""
@@ -365,8 +366,10 @@ class InfluenceFunctionModel:
         if self.client is not None:
             return arguments.like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
         fit = self._fit(fitted, LocalExecutor(), self._problem(fitted, mode, train))
-        plan, project = self._plan(fitted, test, train, mode), self._projects()
-        factors = memory.factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
+        plan, project = self._plan(fitted, test, train, mode, alone=True), self._projects()
+        factors = memory.factors_in_memory(
+            fit, test, test.argument, plan.factor_rows, plan.batch, project=project
+        )
         scores = memory.scores_in_memory(
             fit,
             factors,
@@ -414,7 +417,7 @@ class InfluenceFunctionModel:
         rows = torch.as_tensor(factors).detach().cpu().to(fitted.system.dtype)
         if not torch.isfinite(rows).all():
             raise DataError("factors hold NaN or inf; compute them again")
-        plan = arrange(self._work(fitted, len(rows), train, mode, rank=None))
+        plan = arrange(self._work(fitted, len(rows), train, mode, rank=None), alone=True)
         scores = memory.scores_in_memory(
             fit, rows, train, "x, y", plan, project=False, perturbation=mode is InfluenceMode.Perturbation
         )
@@ -850,7 +853,10 @@ class InfluenceFunctionModel:
         """The fitted problem, its input gradient checked on training data where the mode needs it."""
         if mode is InfluenceMode.Up:
             return fitted.problem
-        return with_mixed_form(fitted.problem, *self._sample(fitted.problem.objective, train, "train"))
+        if self._mixed is None or self._mixed.objective is not fitted.problem.objective:
+            sample = self._sample(fitted.problem.objective, train, train.argument)
+            self._mixed = with_mixed_form(fitted.problem, *sample)
+        return self._mixed
 
     def _fit(self, fitted: _Fitted, executor: Executor, problem: Problem) -> Fit:
         """The fit in the form that tasks of ``executor`` can carry."""

@@ -288,7 +288,12 @@ class Plan:
 
 
 def arrange(
-    work: Work, *, tile_bytes: int | None = None, memory_limit: int | None = None, spread: bool = True
+    work: Work,
+    *,
+    tile_bytes: int | None = None,
+    memory_limit: int | None = None,
+    spread: bool = True,
+    alone: bool = False,
 ) -> Plan:
     """Cut ``work`` into query blocks, tiles and strips.
 
@@ -303,6 +308,9 @@ def arrange(
     spread : bool
         Let workers share the factors of a small test set. Factors that are solved by passes
         are better taken in as few blocks as fit, since a block shares its passes.
+    alone : bool
+        One process does the work and keeps the scores: tiles as large as they may be, a
+        strip for each, since nobody waits for a share.
 
     Examples
     --------
@@ -320,6 +328,8 @@ def arrange(
     per_row = work.itemsize * work.copies * (work.parameters if work.rank is None else work.rank)
     query_rows = min(work.tests, max(1, share // per_row))
     output = work.copies * work.tests * work.trains * score_bytes
+    if alone:
+        tile_bytes = LARGEST_TILE
     target = tile_bytes or min(LARGEST_TILE, max(SMALLEST_TILE, output // 64))
     per_tile = max(1, target // score_bytes)  # scores of one tile
     columns = min(work.trains, FEWEST_COLUMNS)
@@ -334,7 +344,8 @@ def arrange(
     factor_rows = min(work.tests, max(1, factor_share // per_factor))
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
-    return Plan(work, query_rows, tile, _strip_columns(plan), plan.batch, rows_of_factors)
+    strip_columns = tile[1] if alone else _strip_columns(plan)
+    return Plan(work, query_rows, tile, strip_columns, plan.batch, rows_of_factors)
 
 
 def _bytes(name: str, value: object) -> int:

@@ -120,13 +120,7 @@ def query_gradients(job: Job, start: int, stop: int, batch: int) -> Tensor:
         problem, x, y = job.batch(low, min(low + batch, stop))
         parts.append(directional.gradients(problem, x, y).cpu())
     gradients = torch.cat(parts)
-    bad = ~torch.isfinite(gradients).all(dim=1)
-    if bad.any():
-        first = start + int(bad.nonzero()[0])
-        raise DataError(
-            f"{job.argument}: the gradient of sample {first} is not finite; "
-            "look at its loss, or leave the sample out"
-        )
+    _refuse_non_finite(gradients, job.argument, start)
     return gradients
 
 
@@ -185,6 +179,8 @@ class Query:
         With fewer test points than directions their factors are the cheaper directions.
         """
         objective = problem.objective
+        if not rows.isfinite().all():  # not the training samples' fault
+            raise DataError("factors hold NaN or inf; compute them again")
         if own is not None and len(rows) < len(own):
             rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None
         if own is None:
@@ -195,21 +191,26 @@ class Query:
 
 def derivatives_of(job: Job, query: Query, columns: range, batch: int, perturbation: bool) -> Tensor:
     """E of training samples ``columns``: (n, D) or (n, D, *features)."""
-    if not torch.isfinite(query.directions).all():  # not the training samples' fault
-        raise DataError("factors hold NaN or inf; compute them again")
     primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
     parts = []
     for low in range(columns.start, columns.stop, batch):
         problem, x, y = job.batch(low, min(low + batch, columns.stop))
         derivatives = primitive(problem, x, y, query.directions)
-        bad = ~torch.isfinite(derivatives).flatten(1).all(dim=1)
-        if bad.any():
-            raise DataError(
-                f"{job.argument}: the gradient of sample {low + int(bad.nonzero()[0])} is not finite; "
-                "look at its loss, or leave the sample out"
-            )
+        _refuse_non_finite(derivatives, job.argument, low)
         parts.append(derivatives)
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _refuse_non_finite(rows: Tensor, argument: str, start: int) -> None:
+    """Name the first sample, counted from ``start``, whose row holds NaN or inf."""
+    if rows.sum().isfinite():  # one pass without a temporary; an overflow only sends us on
+        return
+    bad = ~rows.isfinite().flatten(1).all(dim=1)
+    if bad.any():
+        raise DataError(
+            f"{argument}: the gradient of sample {start + int(bad.nonzero()[0])} is not finite; "
+            "look at its loss, or leave the sample out"
+        )
 
 
 def tile_of(query: Query, derivatives: Tensor, rows: slice) -> np.ndarray:
@@ -218,7 +219,7 @@ def tile_of(query: Query, derivatives: Tensor, rows: slice) -> np.ndarray:
         tile = derivatives[:, rows].transpose(0, 1)
     else:
         tile = torch.einsum("rd,nd...->rn...", query.coefficients[rows], derivatives)
-    return stored(tile.contiguous())
+    return stored(tile)
 
 
 def stored(tensor: Tensor) -> np.ndarray:
