@@ -9,6 +9,8 @@ tensor never.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,24 +39,12 @@ def directional_derivatives(
     """
     if _gradients_are_cheaper(len(directions)):
         return _by_gradients(problem, x, y, directions, budget)
-    count = leading_size(y)
-    block = problem.block_of_vectors(count, budget)
-    parts = [
-        forms.directional_derivatives(problem.objective, x, y, part, problem.forms)
-        for part in directions.split(block)
-    ]
-    return torch.cat(parts, dim=1)
+    return _by_blocks(forms.directional_derivatives, problem, x, y, directions, budget)
 
 
 def mixed_derivatives(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET) -> Tensor:
     """E[j, d, :] = ∇x ⟨v_d, ∇θ ℓ(z_j)⟩ for directions (D, P): (n, D, *features)."""
-    count = leading_size(y)
-    block = problem.block_of_vectors(count, budget)
-    parts = [
-        forms.mixed_derivatives(problem.objective, x, y, part, problem.forms)
-        for part in directions.split(block)
-    ]
-    return torch.cat(parts, dim=1)
+    return _by_blocks(forms.mixed_derivatives, problem, x, y, directions, budget)
 
 
 def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
@@ -65,6 +55,15 @@ def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
 def _gradients_are_cheaper(directions: int) -> bool:
     forward = directions * _FORWARD_PER_DIRECTION
     return forward > _GRADIENT + directions * _PRODUCT_PER_DIRECTION
+
+
+def _by_blocks(
+    derivatives: Callable[..., Tensor], problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int
+) -> Tensor:
+    """``derivatives`` along as many directions at a time as fit the budget."""
+    block = problem.block_of_vectors(leading_size(y), budget)
+    parts = [derivatives(problem.objective, x, y, part, problem.forms) for part in directions.split(block)]
+    return torch.cat(parts, dim=1)
 
 
 def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
