@@ -77,8 +77,16 @@ class Executor(ABC):
         """``source`` in a form that every task can read, staged once where need be."""
 
     @abstractmethod
-    def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
-        """Σ function(*call), added in a tree whose shape depends on the number of calls alone."""
+    def reduce(
+        self,
+        function: Callable[..., Moments],
+        calls: Sequence[tuple[Any, ...]],
+        report: Callable[[int, int], None] | None = None,
+    ) -> Moments:
+        """Σ function(*call), added in a tree whose shape depends on the number of calls alone.
+
+        ``report`` is told how many calls are done, and how many there are.
+        """
 
     @abstractmethod
     def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

@@ -122,16 +122,26 @@ class DaskExecutor(Executor):
         with self.client.as_current():
             return stage(source, self._home.location.child("data"), chunk_size)
 
-    def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
+    def reduce(
+        self,
+        function: Callable[..., Moments],
+        calls: Sequence[tuple[Any, ...]],
+        report: Callable[[int, int], None] | None = None,
+    ) -> Moments:
         """Σ function(*call): partial sums meet on the workers, the total comes through the store."""
         submit = self.client.submit
         level = [submit(function, *call, pure=False, retries=RETRIES) for call in calls]
+        leaves = as_completed(level if report is not None else [])  # lets go of each as it is reported
         while len(level) > 1:
             level = [
                 submit(_merge, level[low : low + FAN_IN], pure=False, retries=RETRIES)
                 for low in range(0, len(level), FAN_IN)
             ]
         total = submit(_deliver, level[0], self.location, pure=False, retries=RETRIES)
+        del level
+        for done, _ in enumerate(leaves, 1):
+            assert report is not None
+            report(done, len(calls))
         answer = self._result(total)
         if isinstance(answer, Moments):
             return answer
