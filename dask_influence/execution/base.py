@@ -12,6 +12,7 @@ from dask_influence.core.estimators import Inverse
 from dask_influence.core.moments import Moments
 from dask_influence.core.problem import Problem
 from dask_influence.execution.artifacts import Artifact
+from dask_influence.execution.forecast import Cluster
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
 
@@ -47,6 +48,11 @@ class Executor(ABC):
     def memory_limit(self) -> int | None:
         """Bytes that one task may hold, where that is known."""
         return None
+
+    @property
+    def cluster(self) -> Cluster:
+        """The machines that it has."""
+        return Cluster()
 
     @abstractmethod
     def at(self, location: Location) -> Executor:

@@ -24,6 +24,7 @@ from dask_influence.core.problem import Problem
 from dask_influence.errors import ClusterError, ConfigurationError, StoreError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
+from dask_influence.execution.forecast import Cluster
 from dask_influence.execution.shipping import Envelope, ShippedInverse, ShippedModel
 from dask_influence.storage.sources import Source, stage
 from dask_influence.storage.stores import Location
@@ -67,9 +68,15 @@ class DaskExecutor(Executor):
         A worker's own limit is shared by its threads, and a quarter is left to the
         interpreter and its libraries.
         """
+        return self.cluster.memory_limit
+
+    @property
+    def cluster(self) -> Cluster:
+        """The workers, each taken to be as the smallest one."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        shares = [worker["memory_limit"] / worker["nthreads"] for worker in workers if worker["memory_limit"]]
-        return int(0.75 * min(shares)) if shares else None
+        threads = min(worker["nthreads"] for worker in workers)
+        memory = [worker["memory_limit"] * threads // worker["nthreads"] for worker in workers]
+        return Cluster(len(workers), threads, min((m for m in memory if m), default=None))
 
     def at(self, location: Location) -> DaskExecutor:
         """The same cluster, with artifacts in another place."""

@@ -18,14 +18,13 @@ from dask_influence.core.estimators.base import Inverse, without_rounds
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
-from dask_influence.execution.plan import Plan, format_bytes, format_seconds
+from dask_influence.execution.plan import Plan, format_bytes, format_seconds, training_seconds
 
 TASKS_PER_SECOND = 350.0
 """What one scheduler hands out: measured with empty tasks on a two-core machine."""
 
-CALIBRATION_SAMPLES = 32
-CALIBRATION_BYTES = 64 * 2**20
-"""Samples that are timed, and bytes of the directions along which."""
+CALIBRATION_SAMPLES, CALIBRATION_DIRECTIONS = 32, 8
+"""What is timed after a fit."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +43,21 @@ class Speed:
     factor: float | None = None
 
 
-def calibrate(
-    plan: Plan, problem: Problem, inverse: Inverse, x: Tree, y: Tree, *, perturbation: bool
-) -> Speed:
-    """Time the hot primitive, and the solving of factors, on a few samples.
-
-    Of many directions of a large model a part is timed, and the rest taken to cost as much.
-    """
-    work = plan.work
-    samples = min(leading_size(y), CALIBRATION_SAMPLES, plan.batch)
-    few = slice(0, samples)
-    count = max(1, min(plan.directions, CALIBRATION_BYTES // (work.parameters * work.itemsize)))
+def calibrate(problem: Problem, inverse: Inverse, x: Tree, y: Tree) -> Speed:
+    """Time the hot primitive, and the solving of factors, on a few samples, in this thread."""
     objective = problem.objective
-    along = torch.ones(count, work.parameters, dtype=objective.dtype, device=objective.device)
-    primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
-    x, y = sliced(x, few), sliced(y, few)
-    seconds = _fastest(lambda: primitive(problem, x, y, along))
-    factor = None
-    if not inverse.needs_rounds:
-        rows = along[:CALIBRATION_SAMPLES].to("cpu", torch.float64)
-        solve = _fastest(lambda: without_rounds(inverse.solve(rows))) / len(rows)
-        factor = solve + _fastest(lambda: directional.gradients(problem, x, y)) / samples
-    return Speed(seconds / plan.derivative_seconds(samples, count), factor)
+    samples = min(leading_size(y), CALIBRATION_SAMPLES)
+    x, y = sliced(x, slice(0, samples)), sliced(y, slice(0, samples))
+    few = (CALIBRATION_DIRECTIONS, objective.size)
+    along = torch.ones(few, dtype=objective.dtype, device=objective.device)
+    seconds = _fastest(lambda: directional.directional_derivatives(problem, x, y, along))
+    relative = seconds / training_seconds(objective.size, samples, CALIBRATION_DIRECTIONS)
+    if inverse.needs_rounds:
+        return Speed(relative)
+    rows = torch.ones(few, dtype=torch.float64)
+    solve = _fastest(lambda: without_rounds(inverse.solve(rows))) / CALIBRATION_DIRECTIONS
+    gradient = _fastest(lambda: directional.gradients(problem, x, y)) / samples
+    return Speed(relative, solve + gradient)
 
 
 def _fastest(call: Callable[[], object]) -> float:
@@ -135,9 +127,7 @@ class Forecast(Plan):
     @property
     def compute_seconds(self) -> float:
         """Of all cores together, for strips."""
-        work = self.work
-        derivatives = self.passes * self.derivative_seconds(work.trains, self.directions)
-        return self.speed.derivatives * derivatives + self.product_seconds
+        return self.speed.derivatives * self.derivative_seconds + self.product_seconds
 
     @property
     def factor_seconds(self) -> float:

@@ -39,6 +39,12 @@ _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
 
 
+def training_seconds(parameters: int, samples: int, directions: int, perturbation: bool = False) -> float:
+    """Rough time of one core for the derivatives of ``samples`` along ``directions``."""
+    along = _NS_PER_DIRECTION * directions * (3 if perturbation else 1)
+    return 1e-9 * samples * parameters * (_NS_PER_PARAMETER + along)
+
+
 @dataclass(frozen=True)
 class Work:
     """The sizes of what is asked for.
@@ -207,10 +213,12 @@ class Plan:
         work = self.work
         return self.factor_rows * work.parameters * work.copies * (2 * work.itemsize + 3 * 8)
 
-    def derivative_seconds(self, samples: int, directions: int) -> float:
-        """Rough time of one core for the derivatives of ``samples`` along ``directions``."""
-        along = _NS_PER_DIRECTION * directions * (1 if self.work.width == 1 else 3)
-        return 1e-9 * samples * self.work.parameters * (_NS_PER_PARAMETER + along)
+    @property
+    def derivative_seconds(self) -> float:
+        """Rough time of one core for all derivatives of the training side."""
+        work = self.work
+        once = training_seconds(work.parameters, work.trains, self.directions, work.width > 1)
+        return self.passes * once
 
     @property
     def product_seconds(self) -> float:
@@ -224,7 +232,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Rough time on one core."""
-        return self.passes * self.derivative_seconds(self.work.trains, self.directions) + self.product_seconds
+        return self.derivative_seconds + self.product_seconds
 
     def validate(self, memory_limit: int | None) -> Plan:
         """Return the plan, or refuse it before the first task.
