@@ -123,29 +123,36 @@ def checksum(data: bytes | memoryview) -> str:
     >>> checksum(b"123456789")
     'crc32:cbf43926'
     """
-    return f"crc32:{zlib.crc32(data):08x}"
+    return _named(zlib.crc32(data))
 
 
-def check_record(location: Location, record: ShardRecord) -> None:
-    """Read one shard again and compare it with what was recorded when it was written.
+def _named(crc: int) -> str:
+    return f"crc32:{crc:08x}"
 
-    Raises
-    ------
-    CorruptStoreError
-        Where it is missing, has another length or another checksum.
+
+def damage(location: Location, record: ShardRecord) -> str | None:
+    """What is wrong with one stored object, read anew in pieces; None where it is what was written.
+
+    Examples
+    --------
+    >>> location = Location.of("memory://damage-example")
+    >>> location.put("c/0", b"123456789")
+    >>> damage(location, ShardRecord("c/0", 9, "crc32:cbf43926")) is None
+    True
+    >>> location.put("c/0", b"123456780")
+    >>> damage(location, ShardRecord("c/0", 9, "crc32:cbf43926"))
+    'has crc32:b2fd1f8f; crc32:cbf43926 was written'
     """
+    nbytes, crc = 0, 0
     try:
-        data = location.get(record.key)
+        for piece in location.stream(record.key):
+            nbytes, crc = nbytes + len(piece), zlib.crc32(piece, crc)
     except MissingObjectError:
-        raise CorruptStoreError(f"{location.url} lacks {record.key!r}; resume the run to write it") from None
-    if len(data) != record.nbytes:
-        raise CorruptStoreError(
-            f"{record.key!r} of {location.url} has {len(data)} bytes; {record.nbytes} were written"
-        )
-    if checksum(data) != record.checksum:
-        raise CorruptStoreError(
-            f"{record.key!r} of {location.url} has {checksum(data)}; {record.checksum} was written"
-        )
+        return "is missing"
+    if nbytes != record.nbytes:
+        return f"has {nbytes} bytes; {record.nbytes} were written"
+    found = _named(crc)
+    return None if found == record.checksum else f"has {found}; {record.checksum} was written"
 
 
 # -- act one: the template ----------------------------------------------------------------
@@ -439,6 +446,8 @@ def _group_attributes(location: Location) -> dict[str, Any]:
 
 def _run_state(location: Location, attributes: Mapping[str, Any]) -> str | None:
     try:
-        return json.loads(location.get(RUN_KEY)).get("state")
+        return dict(json.loads(location.get(RUN_KEY))).get("state")
     except MissingObjectError:
         return attributes.get("state")
+    except (ValueError, TypeError):
+        raise CorruptStoreError(f"{RUN_KEY!r} of {location.url} is not a JSON object") from None
