@@ -315,7 +315,7 @@ def torch_threads(count: int) -> Iterator[None]:
     with _THREADS_LOCK:
         if _THREADS_DEPTH == 0:
             _THREADS_BEFORE = torch.get_num_threads()
-            torch.set_num_threads(count)
+        torch.set_num_threads(count)  # in each thread: OpenMP keeps a count for every one of them
         _THREADS_DEPTH += 1
     try:
         yield
