@@ -66,16 +66,14 @@ from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.drive import Passes, drive
 from dask_influence.execution.lazy import Blocks, lazy_factors, lazy_rows, lazy_scores, row_blocks
 from dask_influence.execution.local import LocalExecutor
-from dask_influence.execution.plan import Plan, Work, arrange
+from dask_influence.execution.plan import Plan, Work, arrange, factor_names, strip_names
 from dask_influence.execution.run import (
     Fit,
     Output,
     StoredFactors,
-    factor_names,
     factor_templates,
     required,
     score_templates,
-    strip_names,
     write_factors,
     write_scores,
 )

@@ -16,11 +16,17 @@ from dask_influence.errors import CorruptStoreError, MissingObjectError
 from dask_influence.storage.results import RUN_KEY, checksum
 from dask_influence.storage.stores import Location
 
-_ENTRIES = "_run/ledger"
+LEDGER = "_run/ledger"
+"""Folder of the entries."""
 _DONE, _FAILED = ".json", ".failed.json"
 _REDO = "delete it and run the same call again"
 _REPLACE = "pass overwrite=True to replace the run"
 _CHECKSUM = "checksum"
+
+
+def entry_key(name: str) -> str:
+    """Where the entry of one piece of work is."""
+    return f"{LEDGER}/{name}{_DONE}"
 
 
 class Ledger:
@@ -93,7 +99,7 @@ class Ledger:
                 f"a ledger entry's name has neither slash nor dot and is not empty; got {name!r}"
             )
         suffix = _FAILED if "error" in entry else _DONE
-        self.location.put(f"{_ENTRIES}/{name}{suffix}", _signed(entry))
+        self.location.put(f"{LEDGER}/{name}{suffix}", _signed(entry))
 
     def entries(self, prefix: str = "") -> dict[str, dict[str, Any]]:
         """Entries by name, all of them or those whose name begins with ``prefix``.
@@ -127,7 +133,7 @@ class Ledger:
 
     def forget(self, name: str) -> None:
         """Remove the entry of one piece of work, which so is to be done again."""
-        self.location.delete(f"{_ENTRIES}/{name}{_DONE}")
+        self.location.delete(entry_key(name))
 
     def forget_damaged(self) -> dict[str, dict[str, Any]]:
         """Forget the pieces of which a shard is missing or has another length than was recorded.
@@ -145,10 +151,10 @@ class Ledger:
 
     def _listed(self, prefix: str) -> dict[str, str]:
         """Key of each entry by its name; of a failure and a success, the success."""
-        begin = f"{_ENTRIES}/{prefix}"
-        keys = [k for k in self.location.list(_ENTRIES) if k.startswith(begin) and k.endswith(_DONE)]
+        begin = f"{LEDGER}/{prefix}"
+        keys = [k for k in self.location.list(LEDGER) if k.startswith(begin) and k.endswith(_DONE)]
         keys.sort(key=lambda key: not key.endswith(_FAILED))
-        return {key.removeprefix(f"{_ENTRIES}/").partition(".")[0]: key for key in keys}
+        return {key.removeprefix(f"{LEDGER}/").partition(".")[0]: key for key in keys}
 
     def _decode(self, key: str, data: bytes, advice: str = _REDO) -> dict[str, Any]:
         try:

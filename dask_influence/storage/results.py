@@ -40,8 +40,14 @@ from dask_influence.storage.stores import Location, store_errors
 
 FORMAT = "dask_influence"
 FORMAT_VERSION = 1
+GROUP_KEY = "zarr.json"
+"""Metadata of the group."""
+
 RUN_KEY = "_run/run.json"
 """State and fingerprint of the run that writes, or wrote, the arrays beside it."""
+
+FINISHED = ("state",)
+"""Attributes of the group that a run adds when everything else is written."""
 
 LARGEST_CHUNK = 16 * 2**20
 """Tiles of more bytes become shards, so that a reader of one row decompresses a part."""
@@ -375,6 +381,21 @@ def finish(location: Location, attributes: Mapping[str, Any]) -> None:
         group = zarr.open_group(location.zarr(), mode="r+", use_consolidated=False)
         group.update_attributes(dict(attributes))
         zarr.consolidate_metadata(location.zarr())
+
+
+def unfinished(group: bytes) -> bytes:
+    """Metadata of the group without what :func:`finish` added to them.
+
+    Raises
+    ------
+    ValueError
+        They are not JSON.
+    """
+    held = json.loads(group)
+    held.pop("consolidated_metadata", None)
+    for name in FINISHED:
+        held.get("attributes", {}).pop(name, None)
+    return json.dumps(held, sort_keys=True, indent=1).encode()
 
 
 def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None) -> xr.Dataset:
