@@ -15,6 +15,16 @@ from dask_influence.grid import Chunks
 from dask_influence.storage.sources import Source
 
 
+def influences_in_memory(
+    fit: Fit, test: Source, train: Source, plan: Plan, *, project: bool, perturbation: bool
+) -> np.ndarray:
+    """Scores (N, M, *features)."""
+    factors = factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
+    return scores_in_memory(
+        fit, factors, train, train.argument, plan, project=project, perturbation=perturbation
+    )
+
+
 def factors_in_memory(
     fit: Fit, source: Source, argument: str, rows: int, batch: int, *, project: bool
 ) -> torch.Tensor:

@@ -228,6 +228,11 @@ def stored(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def stored_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What :func:`stored` makes of a tensor of that dtype."""
+    return stored(torch.empty(0, dtype=dtype)).dtype
+
+
 @dataclass(frozen=True)
 class Scoring:
     """What the strips of one run share beside the job.
