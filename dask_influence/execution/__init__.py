@@ -2,7 +2,8 @@
 
 From the top: ``run`` (a run that writes to a store), ``memory`` and ``lazy`` (the same in this
 process's memory, or as a dask array); ``resources`` (which executor, how many threads, what
-pieces); ``drive`` (rounds of a fit); ``dask`` and ``local`` (the executors); ``tasks`` (what a
+pieces); ``verify`` (everything stored against
+its record); ``drive`` (rounds of a fit); ``dask`` and ``local`` (the executors); ``tasks`` (what a
 worker runs); ``shipping`` and ``artifacts`` (how models, sketches and factors reach it); ``plan``
 (integers) and ``ledger`` (what is done).
 

@@ -395,7 +395,7 @@ def unfinished(group: bytes) -> bytes:
     held.pop("consolidated_metadata", None)
     for name in FINISHED:
         held.get("attributes", {}).pop(name, None)
-    return json.dumps(held, sort_keys=True, indent=1).encode()
+    return json.dumps(held, indent=2).encode()
 
 
 def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None) -> xr.Dataset:
