@@ -147,7 +147,7 @@ def damage(location: Location, record: ShardRecord) -> str | None:
     True
     >>> location.put("c/0", b"123456780")
     >>> damage(location, ShardRecord("c/0", 9, "crc32:cbf43926"))
-    'has crc32:b2fd1f8f; crc32:cbf43926 was written'
+    'has crc32:b2288182; crc32:cbf43926 was written'
     """
     nbytes, crc = 0, 0
     try:
