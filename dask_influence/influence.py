@@ -328,6 +328,7 @@ class InfluenceFunctionModel:
         train_ids: Any = None,
         resume: bool = True,
         overwrite: bool = False,
+        repair: bool = False,
         memory_limit: int | None = None,
         tile_bytes: int | None = None,
         progress: bool | Callable[[str, int, int], None] | None = None,
@@ -355,6 +356,9 @@ class InfluenceFunctionModel:
             Continue what the store already holds of this same run.
         overwrite : bool
             Delete whatever the store holds first.
+        repair : bool
+            Of a store that holds this run: read everything again, as :func:`~dask_influence.verify` does,
+            and recompute what is damaged, and just that.
         memory_limit : int, optional
             Bytes that one task may hold; by default what the workers have.
         tile_bytes : int, optional
@@ -396,7 +400,7 @@ class InfluenceFunctionModel:
             train_ids=train_ids,
             tile_bytes=tile_bytes,
         )
-        return run.carry_out(resume=resume, overwrite=overwrite)
+        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair)
 
     def influence_factors_to_zarr(
         self,
@@ -406,6 +410,7 @@ class InfluenceFunctionModel:
         test_ids: Any = None,
         resume: bool = True,
         overwrite: bool = False,
+        repair: bool = False,
         memory_limit: int | None = None,
         progress: bool | Callable[[str, int, int], None] | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -422,7 +427,7 @@ class InfluenceFunctionModel:
         run = runs.factor_run(
             self._target(location, memory_limit, progress), fitted, source, test_ids=test_ids
         )
-        return run.carry_out(resume=resume, overwrite=overwrite)
+        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair)
 
     def plan(
         self,

@@ -310,6 +310,28 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+FACTORS = "factors-"
+"""Prefix of the ledger entries of factor tasks."""
+
+RESIDUAL = "residual"
+"""Ledger entry of the residuals of all factors."""
+
+
+def strip_names(plan: Plan) -> set[str]:
+    """Ledger entries that make a run of scores complete."""
+    return {RESIDUAL, *(plan.strip(index).name for index in range(plan.strips))}
+
+
+def factor_names(plan: Plan) -> set[str]:
+    """Ledger entries that make a run of factors complete."""
+    return {RESIDUAL, *(factor_name(index) for index in range(len(plan.factor_chunks)))}
+
+
+def factor_name(index: int) -> str:
+    """Ledger entry of one factor task."""
+    return f"{FACTORS}{index:06d}"
+
+
 def arrange(
     work: Work,
     *,
