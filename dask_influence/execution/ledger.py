@@ -105,6 +105,14 @@ class Ledger:
         fetched = self.location.get_many(listed.values())
         return {name: self._decode(key, fetched[key]) for name, key in listed.items() if key in fetched}
 
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The entry of one piece of work that was done, or None."""
+        key = f"{_ENTRIES}/{name}{_DONE}"
+        try:
+            return self._decode(key, self.location.get(key))
+        except MissingObjectError:
+            return None
+
     def done(self, prefix: str = "") -> set[str]:
         """Names of the pieces whose data are stored, from one listing; nothing is read."""
         return {name for name, key in self._listed(prefix).items() if not key.endswith(_FAILED)}

@@ -63,7 +63,7 @@ class ArrayTemplate:
     shape, tile : tuple of int
         Entries of the array, and of one tile; a tile larger than the array is cut to it.
     dtype : numpy dtype
-        Floats are filled with NaN, signed integers with -1, the rest with zero.
+        Floats are filled with NaN, signed integers with -1, strings with "", the rest with zero.
     coordinate : bool
         Listed as a coordinate that is no index, such as a residual for every test point.
     attrs : mapping
@@ -242,7 +242,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _fill(dtype: np.dtype[Any]) -> Any:
-    return {"f": math.nan, "i": -1}.get(dtype.kind, dtype.type(0))
+    return {"f": math.nan, "i": -1, "T": ""}.get(dtype.kind, dtype.type(0))
 
 
 def _index_array(
