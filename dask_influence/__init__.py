@@ -6,8 +6,9 @@ chunks, publishes it once, and maps strips of test × train scores over a Dask c
 one Zarr group.
 """
 
+from dask_influence.arguments import InfluenceMode
 from dask_influence.core.estimators.preconditioners import JacobiPreconditioner, NystroemPreconditioner
-from dask_influence.influence import InfluenceFunctionModel, InfluenceMode
+from dask_influence.influence import InfluenceFunctionModel
 from dask_influence.models import (
     ArnoldiInfluence,
     CgInfluence,
@@ -18,6 +19,7 @@ from dask_influence.models import (
     LissaInfluence,
     NystroemSketchInfluence,
 )
+from dask_influence.reductions import GroupSum, SelfInfluence, TopK
 from dask_influence.storage.results import open_influences
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "DirectInfluence",
     "EkfacInfluence",
     "GradientDotInfluence",
+    "GroupSum",
     "InfluenceFunctionModel",
     "InfluenceMode",
     "InverseHarmonicMeanInfluence",
@@ -35,5 +38,7 @@ __all__ = [
     "LissaInfluence",
     "NystroemPreconditioner",
     "NystroemSketchInfluence",
+    "SelfInfluence",
+    "TopK",
     "open_influences",
 ]

@@ -102,7 +102,7 @@ class TopK(Reduction):
                 f"reduce={self!r} orders scores, and those of mode 'perturbation' are arrays of shape "
                 f"{scores.features}; use mode='up', or reduce=GroupSum(labels)"
             )
-        count = {"test": scores.tests or 0, "train": scores.trains}
+        count = {"test": scores.tests, "train": scores.trains}
         if self.k > count[self._listed]:
             points = {"test": "test", "train": "training"}[self._listed]
             raise ConfigurationError(
@@ -129,7 +129,7 @@ class TopK(Reduction):
 class _Top(Reducer):
     """Parts hold, for each side, scores and positions (λ, kept, ≤ k), the best first."""
 
-    axis: Axis
+    per: Literal["test", "train"]
     k: int
     count: int
     dtype: np.dtype[Any]
@@ -137,8 +137,12 @@ class _Top(Reducer):
     id_dtype: np.dtype[Any]
 
     @property
+    def axis(self) -> Axis:
+        return self.per
+
+    @property
     def arrays(self) -> dict[str, ArrayTemplate]:
-        dims, shape = (str(self.axis), "rank"), (self.count, self.k)
+        dims, shape = (self.per, "rank"), (self.count, self.k)
         found = {}
         for side in SIDES:
             found[f"{side}_score"] = ArrayTemplate(dims, shape, shape, self.dtype)
@@ -146,7 +150,7 @@ class _Top(Reducer):
         return found
 
     def partial(self, scores: Array, rows: range, columns: range, tables: Mapping[str, Array]) -> Part:
-        if self.axis == "train":
+        if self.per == "train":
             scores, first = scores.swapaxes(1, 2), rows.start
         else:
             first = columns.start
@@ -277,7 +281,7 @@ class GroupSum(Reduction):
 
     def bind(self, scores: Scores) -> Reducer:
         """The reducer, for as many points as there are labels."""
-        count = {"test": scores.tests or 0, "train": scores.trains}
+        count = {"test": scores.tests, "train": scores.trains}
         for side, values in self._labels.items():
             argument, points = {"train": ("labels", "training"), "test": ("test_labels", "test")}[side]
             if len(values) != count[side]:
@@ -315,7 +319,7 @@ class _Sums(Reducer):
     features: tuple[int, ...]
 
     @property
-    def axis(self) -> Axis:  # type: ignore[override]
+    def axis(self) -> Axis:
         if self.test_groups is None:
             return "test"
         return "train" if self.groups is None else None
@@ -377,8 +381,8 @@ def _label_array(given: Any, argument: str) -> Array:
 class SelfInfluence(Reduction):
     """The influence of each training point on itself: gⱼᵀ (C + λI)⁻¹ gⱼ, the diagonal of train × train.
 
-    Writes ``self_influence`` (train). Large where one point has much of a prediction to itself: atypical and mislabelled
-    points come first (Koh & Liang 2017, section 5.4). Each training gradient is formed once, and no
+    Writes ``self_influence`` (train): large where the model has to rely on the point itself, so that atypical and
+    mislabelled ones come first (Koh & Liang 2017, section 5.4). Each training gradient is formed once, and no
     test data are needed: pass None, or the training data again. Estimators whose factors take passes over the
     data (CG, LiSSA, DataInf) solve one factor for each training point, a block at a time.
 
@@ -415,7 +419,10 @@ class _Diagonal(Reducer):
 
     count: int
     dtype: np.dtype[Any]
-    axis: ClassVar[Axis] = "train"
+
+    @property
+    def axis(self) -> Axis:
+        return "train"
 
     @property
     def arrays(self) -> dict[str, ArrayTemplate]:

@@ -25,7 +25,9 @@ DIRECTION_BYTES = 512 * 2**20
 """Bytes of directions that one query block may hold, unless a memory limit says less."""
 
 LARGEST_TILE = 64 * 2**20
-LARGEST_REDUCED_TILE = 8 * 2**20  # never written: as large as the product needs, and near the processor's caches
+LARGEST_REDUCED_TILE = (
+    8 * 2**20
+)  # never written: as large as the product needs, and near the processor's caches
 SMALLEST_TILE = 2**18
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000

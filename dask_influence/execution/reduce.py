@@ -6,16 +6,16 @@ descends only where something is missing: what a merge took up is not made again
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dask_influence.execution import tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
 from dask_influence.execution.drive import iterated_factors
-from dask_influence.execution.plan import Plan
+from dask_influence.execution.plan import Kept, Plan
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.execution.reduce_tasks import (
     PARTIALS,
@@ -26,7 +26,7 @@ from dask_influence.execution.reduce_tasks import (
     products,
     reduce_node,
 )
-from dask_influence.execution.reducer import Array, Reducer
+from dask_influence.execution.reducer import Array, Reducer, Reduction, Scores
 from dask_influence.execution.run import (
     Fit,
     Output,
@@ -43,10 +43,30 @@ from dask_influence.storage.sources import Source
 
 @dataclass(frozen=True)
 class Reduced:
-    """A reduction as a run needs it: bound, with what it looks things up in."""
+    """A reduction as a run needs it: bound to its scores, with what it looks things up in.
+
+    Attributes
+    ----------
+    reducer : Reducer
+        What tasks carry.
+    tables, coordinates : mapping of str to array
+        What they look things up in, and index arrays of the result.
+    kept : Kept
+        What a plan has to know.
+    """
 
     reducer: Reducer
     tables: Mapping[str, Array]
+    coordinates: Mapping[str, Array]
+    kept: Kept
+
+    @classmethod
+    def of(cls, reduction: Reduction, scores: Scores) -> Reduced:
+        """``reduction`` bound to ``scores``, or its refusal."""
+        reducer = reduction.bind(scores)
+        nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in reducer.arrays.values())
+        kept = Kept(repr(reduction), reducer.axis, nbytes, reduction.diagonal)
+        return cls(reducer, reduction.tables(scores), reduction.coordinates(), kept)
 
     def templates(self, plan: Plan) -> dict[str, ArrayTemplate]:
         """Arrays of a store of this reduction: one tile for each cell."""
@@ -152,13 +172,13 @@ def _held(output: Output, plan: Plan) -> dict[str, ShardRecord | None]:
 
 # -- the run -----------------------------------------------------------------------------
 def write_reduced(
+    reduced: Reduced,
     executor: Executor,
     fit: Fit,
     test: Source | StoredFactors | None,
     train: Source,
     output: Output,
     plan: Plan,
-    reduced: Reduced,
     *,
     project: bool,
     perturbation: bool,
@@ -233,21 +253,20 @@ class _Run:
 
     def solve_diagonal(self) -> None:
         """Where a factor takes passes, which are driven from here: strip by strip, gradients by a task."""
-        plan, job, artifacts = self._plan, self.executor.seal(self.job), self.reducing.location
+        plan, job = self._plan, self.executor.seal(self.job)
+        scratch = self.reducing.location.child(PARTIALS)
         self._tell()
         for node, _ in self.schedule.ready():
             strip = plan.strip(plan.tree.strip(node))
-            call = (job, strip.columns.start, strip.columns.stop, plan.batch, artifacts.child(PARTIALS))
+            call = (job, strip.columns.start, strip.columns.stop, plan.batch, scratch)
             ((_, gradients),) = self.executor.map(tasks.gradient_task, [call])
             scores = self._self_scores(gradients)
             part = self.reducing.reducer.partial(scores, strip.rows, strip.columns, {})
             self.schedule.finished(node, self.reducing.emit(node, part, entry_of(strip)))
-            self.reducing.location.child(PARTIALS).delete(gradients.key)
+            scratch.delete(gradients.key)
             self._tell()
 
     def _self_scores(self, gradients: Artifact) -> Array:
         rows, fit = gradients.read()["rows"], self.fit
         factors = iterated_factors(fit.inverse, fit.system, fit.answer(), rows, certify=False)
         return products(factors.rows, rows, self._plan.work.copies)
-
-

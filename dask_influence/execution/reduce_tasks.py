@@ -97,14 +97,11 @@ class Reducing:
         """
         tree = self.scoring.plan.tree
         last = node == tree.root(node.cell)
-        if last:
-            records = self._write(node, part)
-            stored_as = {"shards": [[record.key, record.nbytes, record.checksum] for record in records]}
-        else:
-            records = [self._keep(node, part)]
-            stored_as = {"part": [records[0].key, records[0].nbytes, records[0].checksum]}
-        worker = f"{socket.gethostname()}:{os.getpid()}"
-        Ledger(self.location).record(tree.name(node), {**entry, **stored_as, "worker": worker})
+        records = self._write(node, part) if last else [self._keep(node, part)]
+        written = [[record.key, record.nbytes, record.checksum] for record in records]
+        own: dict[str, Any] = {"shards": written} if last else {"part": written[0]}
+        own["worker"] = f"{socket.gethostname()}:{os.getpid()}"
+        Ledger(self.location).record(tree.name(node), {**entry, **own})
         return None if last else records[0]
 
     def _keep(self, node: Node, part: Part) -> ShardRecord:

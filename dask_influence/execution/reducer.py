@@ -7,7 +7,6 @@ arrays as long as the data (labels, ids) are its *tables*, published beside the 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dask_influence.execution.plan import Kept
 from dask_influence.execution.tree import Axis
 from dask_influence.storage.results import ArrayTemplate
 
@@ -31,8 +29,8 @@ class Scores:
 
     Attributes
     ----------
-    tests : int or None
-        N; None without test data.
+    tests : int
+        N; 0 without test data.
     trains : int
         M.
     features : tuple of int
@@ -45,7 +43,7 @@ class Scores:
         Coordinates of the dimensions ``test`` and ``train``.
     """
 
-    tests: int | None
+    tests: int
     trains: int
     features: tuple[int, ...]
     perturbation: bool
@@ -54,15 +52,12 @@ class Scores:
 
 
 class Reducer(ABC):
-    """A reduction bound to the sizes of one run; frozen, picklable and small.
+    """A reduction bound to the sizes of one run; frozen, picklable and small."""
 
-    Attributes
-    ----------
-    axis : "test", "train" or None
-        Whose points are kept; the result falls into cells along it.
-    """
-
-    axis: Axis
+    @property
+    @abstractmethod
+    def axis(self) -> Axis:
+        """Whose points are kept; the result falls into cells along it."""
 
     @property
     @abstractmethod
@@ -114,9 +109,3 @@ class Reduction(ABC):
     def coordinates(self) -> dict[str, Array]:
         """Index arrays of the result beside ``test`` and ``train``."""
         return {}
-
-
-def kept(reduction: Reduction, reducer: Reducer) -> Kept:
-    """What a plan has to know of it."""
-    nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in reducer.arrays.values())
-    return Kept(repr(reduction), reducer.axis, nbytes, reduction.diagonal)

@@ -71,7 +71,7 @@ class Fit:
     @property
     def score_dtype(self) -> np.dtype[Any]:
         """The model's floating dtype as numpy has it."""
-        return tasks.stored(torch.empty(0, dtype=self.system.dtype)).dtype
+        return tasks.stored_dtype(self.system.dtype)
 
     def answer(self) -> Passes:
         """What answers the rounds of factors that are solved by passes over the fitted data."""
@@ -171,7 +171,11 @@ class Output:
         self.location.check_writable()
         # Whoever left the state "created" may be dead or at work. Writing the same objects once more is right
         # in both cases, and no tile is written before the state is "running".
-        run = {"fingerprint": self.fingerprint, "plan": plan.to_json()}
+        run = {
+            "fingerprint": self.fingerprint,
+            "plan": plan.to_json(),
+            "arrays": sorted({*templates, *self.ids}),
+        }
         self.ledger.write_run({**run, "state": "created"})
         for key, data in empty.items():
             self.location.put(key, data)
@@ -207,9 +211,18 @@ class Output:
             self._refuse_own_factors(self.ledger.read_begun())
         self.location.check_writable()
         # The folder of the run goes last: while it is there, a second overwrite knows whose data these are.
-        for name in dict.fromkeys((*WRITTEN, *templates, *self.ids, RUN_FOLDER)):
+        for name in dict.fromkeys((*WRITTEN, *self._arrays_of_record(), *templates, *self.ids, RUN_FOLDER)):
             self.location.delete(name)
         return True
+
+    def _arrays_of_record(self) -> list[str]:
+        """Arrays that the record says an earlier run wrote, such as those of a reduction."""
+        try:
+            stored = self.ledger.read_run() or {}
+        except CorruptStoreError:
+            return []
+        named = stored.get("arrays", [])
+        return [name for name in named if isinstance(name, str) and name.isidentifier()]
 
     def _refuse_own_factors(self, stored: dict[str, Any] | None) -> None:
         """Scores must not replace the factors that they may be read from."""
