@@ -54,7 +54,7 @@ class Table:
     @classmethod
     def publish(cls, artifacts: Artifacts, array: Array) -> Table:
         """Publish a 1-D array."""
-        flat = np.ascontiguousarray(array if array.dtype.kind in "iuf" else array.astype(str))
+        flat = np.ascontiguousarray(array if array.dtype.kind in "iuf" else np.array(array.tolist()))
         octets = torch.from_numpy(np.frombuffer(flat.tobytes(), dtype=np.uint8).copy())
         return cls(artifacts.publish({"bytes": octets}), flat.dtype.str)
 
