@@ -20,19 +20,17 @@ from dask_influence.arguments import InfluenceMode
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
-from dask_influence.execution.plan import Plan
+from dask_influence.execution.plan import Plan, factor_names, score_names
 from dask_influence.execution.progress import Report
-from dask_influence.execution.reduce import Reduced, root_names, write_reduced
+from dask_influence.execution.reduce import Reduced, write_reduced
 from dask_influence.execution.reducer import Reduction, Scores
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import (
     Fit,
     Output,
     StoredFactors,
-    factor_names,
     factor_templates,
     score_templates,
-    strip_names,
     write_factors,
     write_scores,
 )
@@ -125,11 +123,16 @@ class Run:
     pieces: Callable[[Plan], set[str]]
     write: Callable[[Executor, Fit, Plan], None]
 
-    def carry_out(self, *, resume: bool, overwrite: bool) -> xr.Dataset:
-        """Begin or continue the store, do what is missing and open it."""
+    def carry_out(self, *, resume: bool, overwrite: bool, repair: bool) -> xr.Dataset:
+        """Begin or continue the store, do what is missing (and with ``repair`` what is damaged) and open it."""
         self.target.executor.check_reach(self.target.location)
         plan, complete = self.output.prepare(
-            self.plan, self.templates, self.pieces, resume=resume, overwrite=overwrite
+            self.plan,
+            self.templates,
+            self.pieces,
+            resume=resume,
+            overwrite=overwrite,
+            repair=self.target.executor if repair else None,
         )
         if not complete:
             executor = self.target.executor.at(self.output.artifacts)
@@ -162,9 +165,9 @@ def score_run(
     fitted.check_query(train, "train")
     if reduced is None:
         features = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
-        templates, pieces = score_templates(plan, fitted.score_dtype, features), strip_names
+        templates = score_templates(plan, fitted.score_dtype, features)
     else:
-        templates, pieces = reduced.templates(plan), root_names
+        templates = reduced.templates(plan)
         output = dataclasses.replace(output, ids=_used({**ids, **reduced.coordinates}, templates))
 
     def write(executor: Executor, fit: Fit, plan: Plan) -> None:
@@ -180,7 +183,7 @@ def score_run(
             progress=target.progress,
         )
 
-    return Run(target, output, fitted, fitted.problem_of(mode, train), plan, templates, pieces, write)
+    return Run(target, output, fitted, fitted.problem_of(mode, train), plan, templates, score_names, write)
 
 
 def score_plan(

@@ -27,6 +27,7 @@ from dask_influence import (
     SelfInfluence,
     TopK,
     open_influences,
+    verify,
 )
 from dask_influence.core import directional
 from dask_influence.errors import (
@@ -544,6 +545,30 @@ def test_a_missing_result_is_made_again(tmp_path: Path, query_blocks: int, calls
     assert not calls["_scored"]
 
 
+@pytest.mark.parametrize("reduce", [TopK(3), GroupSum(CLASSES), SelfInfluence()], ids=repr)
+def test_damage_is_found_and_mended(
+    tmp_path: Path, query_blocks: int, calls: Counter[str], reduce: Any
+) -> None:
+    case, model, store = data.mlp_classification(), fitted(), tmp_path / "run"
+    call = (store, None if isinstance(reduce, SelfInfluence) else case.test, case.train)
+    expected = model.influences_to_zarr(*call, reduce=reduce, tile_bytes=SMALL).load()
+    assert verify(store).ok
+    assert verify(store).unfinished == 0
+    name = next(iter(expected.data_vars))
+    shard = sorted(p for p in (store / name / "c").rglob("*") if p.is_file())[1]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 4
+    shard.write_bytes(content)
+    found = verify(store)
+    assert [one.key for one in found.damaged] == [str(shard.relative_to(store))]
+    total = calls["_scored"]
+    calls.clear()
+    mended = model.influences_to_zarr(*call, reduce=reduce, tile_bytes=SMALL, repair=True)
+    xr.testing.assert_equal(mended.load(), expected)
+    assert 0 < calls["_scored"] < total
+    assert verify(store).ok
+
+
 def test_a_merge_may_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that lost its answer runs it again, and the parts are gone by then."""
     node_task, again = reduce_tasks.reduce_node, []
@@ -611,7 +636,10 @@ def test_a_plan_says_what_is_kept(tmp_path: Path, reduce: Any, shown: str) -> No
     assert shown in str(planned)
     dataset = model.influences_to_zarr(tmp_path / "run", test, case.train, reduce=reduce)
     assert planned.output_bytes == sum(array.nbytes for array in dataset.data_vars.values())
-    assert plan.Plan.from_json(json.loads(json.dumps(planned.to_json()))) == planned
+    record = json.loads((tmp_path / "run" / "_run" / "run.json").read_text())
+    stored = plan.Plan.from_json(record["plan"])
+    assert json.loads(json.dumps(stored.to_json())) == record["plan"]
+    assert stored.work == planned.work
     several = model.plan(test, case.train, reduce=reduce, hessian_regularization=VALUES)
     assert several.output_bytes == 3 * planned.output_bytes
 

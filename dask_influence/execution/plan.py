@@ -69,6 +69,12 @@ class Kept:
     diagonal: bool
 
 
+def training_seconds(parameters: int, samples: int, directions: int, perturbation: bool = False) -> float:
+    """Rough time of one core for the derivatives of ``samples`` along ``directions``."""
+    along = _NS_PER_DIRECTION * directions * (3 if perturbation else 1)
+    return 1e-9 * samples * parameters * (_NS_PER_PARAMETER + along)
+
+
 @dataclass(frozen=True)
 class Work:
     """The sizes of what is asked for.
@@ -209,6 +215,11 @@ class Plan:
         assert self.work.kept is not None
         return Tree(len(self.query_blocks), len(self._runs), self.work.kept.axis)
 
+    @property
+    def merges(self) -> int:
+        """Tasks that join what strips of a reduction keep."""
+        return 0 if self.work.kept is None else self.tree.nodes - self.strips
+
     # -- cost -------------------------------------------------------------------------
     @property
     def directions(self) -> int:
@@ -270,23 +281,29 @@ class Plan:
         return self.factor_rows * _factor_bytes(self.work)
 
     @property
-    def seconds(self) -> float:
-        """Rough time on one core."""
+    def derivative_seconds(self) -> float:
+        """Rough time of one core for all derivatives of the training side."""
         work = self.work
-        columns = (
-            self.passes
-            * work.trains
-            * work.parameters
-            * (_NS_PER_PARAMETER + _NS_PER_DIRECTION * self.directions * (1 if work.width == 1 else 3))
-        )
-        pairs = work.copies * work.tests * work.trains
-        scores = pairs * work.width * _NS_PER_SCORE_DIRECTION * self.directions
+        directions = 0 if work.diagonal else self.directions
+        return self.passes * training_seconds(work.parameters, work.trains, directions, work.width > 1)
+
+    @property
+    def product_seconds(self) -> float:
+        """Rough time of one core for all products C Eᵀ, or factors of a diagonal, and for encoding what is written."""
+        work = self.work
+        scores = work.copies * work.tests * work.trains * work.width
+        each = _NS_PER_SCORE_DIRECTION * self.directions
         if work.diagonal:
             solved = min(work.parameters, _LARGEST_SOLVED) if work.rank is None else work.rank
-            scores = work.copies * work.trains * work.parameters * solved * _NS_PER_SOLVED_NUMBER
+            each = _NS_PER_SOLVED_NUMBER * work.parameters * solved
         elif work.kept is not None:
-            scores += pairs * work.width * _NS_PER_SCORE_REDUCED
-        return 1e-9 * (columns + scores + _NS_PER_BYTE_WRITTEN * self.output_bytes)
+            each += _NS_PER_SCORE_REDUCED
+        return 1e-9 * (scores * each + _NS_PER_BYTE_WRITTEN * self.output_bytes)
+
+    @property
+    def seconds(self) -> float:
+        """Rough time on one core."""
+        return self.derivative_seconds + self.product_seconds
 
     def validate(self, memory_limit: int | None) -> Plan:
         """Return the plan, or refuse it before the first task.
@@ -314,7 +331,13 @@ class Plan:
         if max(floor.peak_bytes, floor.factor_bytes) <= memory_limit:
             return f"tile_bytes={floor.tile_bytes} fits ({format_bytes(floor.peak_bytes)})"
         least = max(floor.peak_bytes, floor.factor_bytes)
-        return f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
+        advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
+        work = self.work
+        beside = floor.peak_bytes - floor.directions * work.parameters * work.itemsize
+        if work.rank is not None and least > memory_limit > beside:
+            fitting = (memory_limit - beside) // (work.parameters * work.itemsize)
+            advice += f", or rank={fitting} instead of {work.rank}" if fitting else ""
+        return advice
 
     # -- as data and as text ----------------------------------------------------------
     def to_json(self) -> dict[str, Any]:
@@ -332,19 +355,24 @@ class Plan:
         work = Work(**{**values["work"], **own})
         return cls(**{**values, "work": work, "tile": tuple(values["tile"])})
 
-    def __str__(self) -> str:
+    def table(self) -> list[tuple[str, str]]:
+        """What people read: names and values."""
         work = self.work
-        rows = [
+        return [
             *self._scores_text(),
             (
                 "strips (tasks)",
-                f"{self.strips:,} of {min(self.strip_columns, work.trains):,} training samples",
+                f"{self.strips:,} of {min(self.strip_columns, work.trains):,} training samples"
+                + (f", {self.merges:,} to join them" if self.merges else ""),
             ),
             *self._factors_text(),
             ("passes over training data", f"{self.passes:,}"),
             ("peak bytes per task", format_bytes(max(self.peak_bytes, self.factor_bytes))),
             ("estimated time", f"{format_seconds(self.seconds)} on one core"),
         ]
+
+    def __str__(self) -> str:
+        rows = self.table()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -367,6 +395,31 @@ class Plan:
             ("factor tasks", f"{len(chunks):,} of {min(self.factor_rows, work.tests):,} test points"),
             ("directions", f"{self.directions:,} of P = {work.parameters:,}"),
         ]
+
+
+FACTORS = "factors-"
+"""Prefix of the ledger entries of factor tasks."""
+
+RESIDUAL = "residual"
+"""Ledger entry of the residuals of all factors."""
+
+
+def score_names(plan: Plan) -> set[str]:
+    """Ledger entries that make a run of scores complete: strips, or of a reduction the last node of each cell."""
+    if plan.work.kept is None:
+        return {RESIDUAL, *(plan.strip(index).name for index in range(plan.strips))}
+    residual = set() if plan.work.diagonal else {RESIDUAL}
+    return {*residual, *(plan.tree.name(root) for root in plan.tree.roots())}
+
+
+def factor_names(plan: Plan) -> set[str]:
+    """Ledger entries that make a run of factors complete."""
+    return {RESIDUAL, *(factor_name(index) for index in range(len(plan.factor_chunks)))}
+
+
+def factor_name(index: int) -> str:
+    """Ledger entry of one factor task."""
+    return f"{FACTORS}{index:06d}"
 
 
 def arrange(
@@ -406,7 +459,7 @@ def arrange(
     if memory_limit is not None:
         memory_limit = _bytes("memory_limit", memory_limit)
     if work.diagonal:
-        return _arrange_diagonal(work, memory_limit, spread=spread)
+        return _arrange_diagonal(work, tile_bytes, memory_limit, spread=spread)
     score_bytes = work.width * work.itemsize
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
     per_row = work.itemsize * work.copies * (work.parameters if work.rank is None else work.rank)
@@ -437,9 +490,10 @@ def arrange(
     return Plan(work, query_rows, tile, strip_columns, plan.batch, rows_of_factors)
 
 
-def _arrange_diagonal(work: Work, memory_limit: int | None, *, spread: bool) -> Plan:
+def _arrange_diagonal(work: Work, tile_bytes: int | None, memory_limit: int | None, *, spread: bool) -> Plan:
     """Cut training points alone: factors of ``tile[1]`` of them are held at once."""
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
+    share = min(share, tile_bytes or (LARGEST_TILE if spread else share))
     columns = balanced(work.trains, min(work.trains, max(1, share // _factor_bytes(work)))).size
     if spread:
         columns = _spread(columns, work.trains)

@@ -91,11 +91,6 @@ class Reduced:
         return found if work.diagonal else {**found, "factor_residual": residual_template(work)}
 
 
-def root_names(plan: Plan) -> set[str]:
-    """Ledger entries without which a reduction is not complete."""
-    return {plan.tree.name(root) for root in plan.tree.roots()}
-
-
 # -- what is left to do ------------------------------------------------------------------
 class Schedule:
     """Nodes that are still to be done, in an order in which few parts wait.
