@@ -19,7 +19,8 @@ from problem import (
 from pydvl.influence import DaskInfluenceCalculator, InfluenceMode, SequentialInfluenceCalculator
 from pydvl.influence.torch import DirectInfluence
 from pydvl.influence.torch.util import NestedTorchCatAggregator, TorchNumpyConverter
-from side import ClusterMeter, Measured, Side, serve, timed
+from protocol import Measured, timed
+from side import ClusterMeter, Side, serve
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
