@@ -6,8 +6,9 @@ chunks, publishes it once, and maps strips of test × train scores over a Dask c
 one Zarr group.
 """
 
+from dask_influence.arguments import InfluenceMode
 from dask_influence.core.estimators.preconditioners import JacobiPreconditioner, NystroemPreconditioner
-from dask_influence.influence import InfluenceFunctionModel, InfluenceMode
+from dask_influence.influence import InfluenceFunctionModel
 from dask_influence.models import (
     ArnoldiInfluence,
     CgInfluence,

@@ -1,4 +1,4 @@
-"""What callers pass, and what they get back: ids, features, kinds of arrays, names of losses."""
+"""What callers pass, and what they get back: modes, ids, features, kinds of arrays, names of losses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from dask_influence.core.forms import input_leaf
-from dask_influence.errors import DataError
+from dask_influence.errors import ConfigurationError, DataError
 from dask_influence.storage.sources import Source
+
+
+class InfluenceMode(StrEnum):
+    """What a score measures: the effect of removing a sample, or of perturbing its input."""
+
+    Up = "up"
+    Perturbation = "perturbation"
+
+
+def mode_of(given: InfluenceMode | str) -> InfluenceMode:
+    """The mode by its name, or a ConfigurationError that names both."""
+    try:
+        return InfluenceMode(given)
+    except ValueError:
+        raise ConfigurationError(f'mode must be "up" or "perturbation"; got {given!r}') from None
 
 
 def like(scores: np.ndarray[Any, Any], given: Any, dtype: torch.dtype) -> Any:

@@ -566,7 +566,7 @@ def test_lazy_scores_outlive_the_model_but_not_the_client() -> None:
         Client(cluster) as client,
     ):
         fitted = fit(case, client=client)
-        folder = fitted._executor().location.local_path
+        folder = fitted._resources.executor().location.local_path
         scores = fitted.influences(*test, *train)
         del fitted
         gc.collect()

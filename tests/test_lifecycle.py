@@ -361,3 +361,24 @@ def test_a_fitted_model_survives_a_pickle() -> None:
     fitted = DirectInfluence(case.model, case.loss, 0.7).fit(case.train)
     copied = pickle.loads(pickle.dumps(fitted))
     assert torch.equal(copied.influences(*case.test, *case.train), fitted.influences(*case.test, *case.train))
+
+
+def test_arguments_are_read_under_their_names_and_belong_to_the_fit() -> None:
+    case = data.mlp_regression()
+    given = {
+        "curvature": "ggn",
+        "block_structure": {"all": ["*"]},
+        "parameters": ["0.*"],
+        "device": "cpu",
+        "dtype": torch.float64,
+        "chunk_size": 5,
+        "client": None,
+        "artifacts": "memory://artifacts",
+        "certify": False,
+    }
+    model = DirectInfluence(case.model, case.loss, 0.7, **given)
+    assert (model.model, model.loss, model.hessian_regularization) == (case.model, case.loss, 0.7)
+    assert {name: getattr(model, name) for name in given} == given
+    with pytest.raises(AttributeError, match="hessian_regularization"):
+        model.hessian_regularization = 0.1  # with_regularization is how
+    assert repr(model) == "DirectInfluence(Sequential, λ=0.7, not fitted)"

@@ -553,6 +553,50 @@ def test_artifacts_that_cannot_be_read_are_named(tmp_path: Path, scheme: str) ->
         artifact.read()
 
 
+def test_an_artifact_is_adopted_where_files_can_have_two_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, run, other = (Artifacts(Location.of(str(tmp_path / name))) for name in ("home", "run", "other"))
+    artifact = home.publish({"rows": torch.arange(6.0)})
+    adopted = run.adopt(artifact)
+    assert adopted is not None
+    paths = [tmp_path / name / artifact.key for name in ("home", "run")]
+    assert paths[0].samefile(paths[1])
+    assert run.adopt(artifact) == adopted
+    assert home.adopt(adopted) == artifact
+    paths[0].unlink()
+    assert torch.equal(adopted.read()["rows"], torch.arange(6.0))
+
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert other.adopt(adopted) is None
+    assert Artifacts().adopt(adopted) is None
+    assert Artifacts(Location.of("memory://elsewhere")).adopt(adopted) is None
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_runs_of_one_fit_share_one_file_of_its_inverse(tmp_path: Path, client: Client) -> None:
+    case = data.mlp_regression()
+    model = direct(case, client)
+    stores = [tmp_path / "first", tmp_path / "second"]
+    for store in stores:
+        model.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
+    first, second = (
+        {path.name: path for path in (store / "_run" / "artifacts").glob("*.safetensors")} for store in stores
+    )
+    assert first.keys() == second.keys()
+    linked = {name for name in first if first[name].samefile(second[name])}
+    size = case.inverse.shape[0]
+    assert max(first, key=lambda name: first[name].stat().st_size) in linked
+    assert sum(first[name].stat().st_size for name in linked) > 2 * 8 * size**2
+    shutil.rmtree(stores[0])
+    forget(stores[1], list(ledger(stores[1])), with_data=True)
+    again = model.influences_to_zarr(stores[1], case.test, case.train, tile_bytes=TILE)
+    assert oracles.relative_error(again.influence.values, case.up(case.inverse)) <= EXACT
+
+
 # -- two clients ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("moment", ["before the record", "after the record", "before the state"])
 def test_two_clients_that_begin_at_once_both_finish(

@@ -62,16 +62,51 @@ def check_loss(objective: Objective, x: Tree, y: Tree) -> None:
     dask_influence.errors.LossError: loss is a sum over samples; use reduction='mean'
     """
     check_kind(objective.module)
-    part = slice(_BATCH)
-    x, y = sliced(x, part), sliced(y, part)
-    if leading_size(y) == 1:  # one sample cannot tell a sum from a mean: take it twice
-        x, y = (optree.tree_map(lambda a: torch.cat([a, a]), tree) for tree in (x, y))
+    x, y = _few(x, y)
     with differentiation(), fused(), torch.no_grad():
         output = _output(objective, x)
         value = _scalar(objective, output, y)
         _check_repeatable(objective, x, output)
-        _check_mean(objective, x, y, output, value)
+        _check_mean(objective, y, output, value)
         _check_independent(objective, x, output)
+
+
+def check_samples(objective: Objective, x: Tree, y: Tree) -> None:
+    """Refuse other samples that :func:`check_loss` would refuse, of an objective that has passed it.
+
+    One forward pass: that the model is repeatable and keeps samples apart is known of the model,
+    and only what depends on x and y is looked at.
+
+    Parameters
+    ----------
+    objective, x, y
+        As for :func:`check_loss`.
+
+    Raises
+    ------
+    DataError, LossError
+        As :func:`check_loss` does.
+
+    Examples
+    --------
+    >>> objective = Objective.of(nn.Linear(2, 1), nn.MSELoss())
+    >>> check_samples(objective, torch.ones(3, 2), torch.full((3, 1), torch.nan))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    dask_influence.errors.DataError: loss is NaN or infinite for samples [0, 1, 2]; look for NaN or inf in ...
+    """
+    x, y = _few(x, y)
+    with differentiation(), fused(), torch.no_grad():
+        output = _output(objective, x)
+        _check_mean(objective, y, output, _scalar(objective, output, y))
+
+
+def _few(x: Tree, y: Tree) -> tuple[Tree, Tree]:
+    x, y = sliced(x, slice(_BATCH)), sliced(y, slice(_BATCH))
+    if leading_size(y) > 1:
+        return x, y
+    # One sample cannot tell a sum from a mean: take it twice.
+    x, y = (optree.tree_map(lambda a: torch.cat([a, a]), tree) for tree in (x, y))
+    return x, y
 
 
 # -- the loss --------------------------------------------------------------------------
@@ -130,8 +165,8 @@ def _explained(objective: Objective, output: Any, y: Tree, failure: Exception) -
     )
 
 
-def _check_mean(objective: Objective, x: Tree, y: Tree, output: Any, value: Tensor) -> None:
-    each = objective.sample_losses(objective.parameters(), x, y)
+def _check_mean(objective: Objective, y: Tree, output: Any, value: Tensor) -> None:
+    each = objective.losses(output, y)
     if each.shape != (leading_size(y),):
         raise LossError(f"loss of one sample has shape {tuple(each.shape[1:])}; it must be a scalar")
     if not (value.isfinite() & each.isfinite().all()):

@@ -63,7 +63,7 @@ def _by_blocks(
     """``derivatives`` along as many directions at a time as fit the budget."""
     block = problem.block_of_vectors(leading_size(y), budget)
     parts = [derivatives(problem.objective, x, y, part, problem.forms) for part in directions.split(block)]
-    return torch.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:

@@ -152,7 +152,10 @@ class Objective:
 
     def sample_losses(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
         """ℓ(θ; z_j) for each sample from one batched forward pass, shape (n,)."""
-        outputs = self.outputs(parameters, x)
+        return self.losses(self.outputs(parameters, x), y)
+
+    def losses(self, outputs: Any, y: Tree) -> Tensor:
+        """Loss of each row of ``outputs`` alone, shape (n,)."""
         try:
             return vmap(self._loss_of_one)(outputs, y)
         except RuntimeError:

@@ -12,8 +12,9 @@ import itertools
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -133,10 +134,28 @@ class Artifacts:
         folder = self.location.local_path
         if folder is not None:
             if not _whole_file(folder / artifact.key):
-                _write_file(held, folder, artifact.key)
+                with _written(folder, artifact.key) as path:  # straight from the tensors
+                    safetensors.torch.save_file(held, path)
         elif not self.location.exists(artifact.key):
             self.location.put(artifact.key, safetensors.torch.save(held))
         return artifact
+
+    def adopt(self, artifact: Artifact) -> Artifact | None:
+        """``artifact`` of another location under this one, where that is a second name of one file; else None.
+
+        Files of artifacts are replaced whole and never written into, so neither name sees the other's fate.
+        """
+        folder = None if self.location is None else self.location.local_path
+        source = None if artifact.location is None else artifact.location.local_path
+        if folder is None or source is None:
+            return None
+        if not _whole_file(folder / artifact.key):
+            try:
+                with _written(folder, artifact.key) as path:
+                    path.hardlink_to(source / artifact.key)
+            except OSError:  # another file system, or one without hard links
+                return None
+        return replace(artifact, location=self.location)
 
 
 def whole(location: Location, artifacts: Iterable[Artifact]) -> set[str]:
@@ -163,12 +182,13 @@ def _whole_file(path: Path) -> bool:
         return False
 
 
-def _write_file(tensors: dict[str, Tensor], folder: Path, key: str) -> None:
-    """A local file straight from the tensors, whole or absent under its name."""
+@contextmanager
+def _written(folder: Path, key: str) -> Iterator[Path]:
+    """A path to write to; what is there at the end appears in ``folder`` as ``key``, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as private:
         path = Path(private) / key
-        safetensors.torch.save_file(tensors, path)
+        yield path
         path.replace(folder / key)
 
 

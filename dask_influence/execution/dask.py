@@ -8,6 +8,7 @@ import socket
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,12 @@ class DaskExecutor(Executor):
         return ShippedModel.of(problem, device, self._artifacts)
 
     def inverse(self, inverse: Inverse, digest: str) -> ShippedInverse:
-        """Publish the inverse's tensors."""
-        return ShippedInverse.of(inverse, self._artifacts, digest)
+        """Publish the inverse's tensors: runs whose stores share a file system share one file."""
+        shipped = ShippedInverse.of(inverse, self._home._artifacts, digest)
+        adopted = self._artifacts.adopt(shipped.tensors)
+        if adopted is None:
+            return ShippedInverse.of(inverse, self._artifacts, digest)
+        return replace(shipped, tensors=adopted)
 
     def reachable(self, source: Source, chunk_size: int) -> Source:
         """Stage what only this process can read."""

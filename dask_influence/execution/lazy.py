@@ -25,6 +25,7 @@ from dask_influence.execution import tasks
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
 from dask_influence.execution.local import LocalExecutor
+from dask_influence.execution.plan import Plan
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import ArraySource, DaskSource, Source
@@ -62,6 +63,48 @@ class Blocks:
     def starts(self) -> list[int]:
         """First sample of each chunk."""
         return [0, *np.cumsum(self.sizes)[:-1].tolist()]
+
+
+def lazy_influences(
+    fit: Fit, test: Source, train: Source, plan: Plan, *, project: bool, perturbation: bool
+) -> da.Array:
+    """Scores (N, M, *features) of data of which a part is lazy."""
+    blocks = Blocks.of(test)
+    factors = lazy_factors(fit, blocks, plan.batch, project=project)
+    return lazy_scores(
+        fit,
+        factors,
+        blocks.sizes,
+        Blocks.of(train),
+        plan.batch,
+        plan.work.features,
+        project=project,
+        perturbation=perturbation,
+    )
+
+
+def lazy_influence_factors(fit: Fit, test: Source, plan: Plan) -> da.Array:
+    """Factors (N, P) of lazy data."""
+    blocks = Blocks.of(test)
+    parts = lazy_factors(fit, blocks, plan.batch, project=False)
+    return lazy_rows(fit, parts, blocks.sizes, plan.work.parameters)
+
+
+def lazy_influences_from_factors(
+    fit: Fit, factors: Any, train: Source, plan: Plan, *, perturbation: bool
+) -> da.Array:
+    """Scores (N, M, *features) of factors (N, P), where they or the training data are lazy."""
+    parts, sizes = row_blocks(factors)
+    return lazy_scores(
+        fit,
+        parts,
+        sizes,
+        Blocks.of(train),
+        plan.batch,
+        plan.work.features,
+        project=False,
+        perturbation=perturbation,
+    )
 
 
 def lazy_factors(fit: Fit, test: Blocks, batch: int, *, project: bool) -> list[Delayed]:

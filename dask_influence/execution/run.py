@@ -71,7 +71,7 @@ class Fit:
     @property
     def score_dtype(self) -> np.dtype[Any]:
         """The model's floating dtype as numpy has it."""
-        return tasks.stored(torch.empty(0, dtype=self.system.dtype)).dtype
+        return tasks.stored_dtype(self.system.dtype)
 
     def answer(self) -> Passes:
         """What answers the rounds of factors that are solved by passes over the fitted data."""

@@ -228,6 +228,11 @@ def stored(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def stored_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What :func:`stored` makes of a tensor of that dtype."""
+    return stored(torch.empty(0, dtype=dtype)).dtype
+
+
 @dataclass(frozen=True)
 class Scoring:
     """What the strips of one run share beside the job.
@@ -315,7 +320,7 @@ def torch_threads(count: int) -> Iterator[None]:
     with _THREADS_LOCK:
         if _THREADS_DEPTH == 0:
             _THREADS_BEFORE = torch.get_num_threads()
-            torch.set_num_threads(count)
+        torch.set_num_threads(count)  # in each thread: OpenMP keeps a count for every one of them
         _THREADS_DEPTH += 1
     try:
         yield

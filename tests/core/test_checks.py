@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dask_influence.core.checks import check_integer, check_loss, check_number
+from dask_influence.core.checks import check_integer, check_loss, check_number, check_samples
 from dask_influence.core.objective import Objective
 from dask_influence.errors import ConfigurationError, DataError, LossError, SampleMixingError
 from tests import data
@@ -37,6 +37,50 @@ def test_float32_rounding_passes(scale: float) -> None:
     specimen = ZOO["transformer"]
     x, y = specimen.samples(7)
     check_loss(specimen.objective().to(dtype=torch.float32), scale * x.float(), y)
+
+
+# -- other samples of an objective that has passed -----------------------------------------
+def check_more(model: nn.Module, loss: Callable[[Any, Any], Any], x: Any = X, y: Any = LABELS) -> None:
+    check_samples(Objective.of(model.double(), loss), x, y)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("samples", [1, 7])
+def test_sound_samples_pass(name: str, samples: int) -> None:
+    specimen = ZOO[name]
+    check_samples(specimen.objective(), *specimen.samples(samples))
+
+
+def test_samples_that_model_or_loss_do_not_take_are_named() -> None:
+    with pytest.raises(DataError, match=r"x: the model cannot be called on float64 \(11, 5\)"):
+        check_more(CLASSIFIER, F.cross_entropy, X[:, :5])
+    with pytest.raises(DataError, match=r"y: dtype float64 does not suit the loss 'cross_entropy', .* int64"):
+        check_more(CLASSIFIER, F.cross_entropy, X, LABELS.double())
+    with pytest.raises(DataError, match=r"y: its shape float64 \(11,\) is broadcast"):
+        check_more(nn.Linear(6, 1), F.mse_loss, X, X[:, 0])
+    with pytest.raises(LossError, match=r"fails on an output .*out of bounds"):
+        check_more(CLASSIFIER, F.cross_entropy, X, LABELS + 3)
+    with pytest.raises(LossError, match="not a mean over samples"):
+        check_more(nn.Linear(6, 1), lambda output, target: (output - target).square().mean(), X, X[:, 0])
+
+
+@pytest.mark.parametrize("sample", [0, 10])
+def test_samples_of_infinite_loss_are_named(sample: int) -> None:
+    targets = LABELS.clone()
+    targets[sample] = -100  # ignored: the mean over no sample at all
+    with pytest.raises(DataError, match=rf"NaN or infinite for samples \[{sample}\]"):
+        check_more(CLASSIFIER, F.cross_entropy, X, targets)
+
+
+def test_samples_cost_one_forward_pass() -> None:
+    """What is known of the model is not looked for again in every query."""
+    calls: list[Any] = []
+    objective = Objective.of(CLASSIFIER, F.cross_entropy)
+    objective.module.register_forward_hook(lambda *call: calls.append(call))
+    check_samples(objective, X, LABELS)
+    assert len(calls) == 1
+    check_loss(objective, X, LABELS)
+    assert len(calls) > 2
 
 
 # -- the loss --------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""What a fitted model works with: who runs its tasks, on which device, with how many threads, in what pieces.
+
+Results do not depend on any of it beyond rounding.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import dask.config
+import torch
+
+from dask_influence.core.problem import Problem
+from dask_influence.errors import ConfigurationError
+from dask_influence.execution import tasks
+from dask_influence.execution.base import Executor
+from dask_influence.execution.dask import DaskExecutor
+from dask_influence.execution.drive import Passes
+from dask_influence.execution.local import LocalExecutor
+from dask_influence.execution.shipping import resolve_device
+from dask_influence.grid import Chunks
+from dask_influence.storage.sources import Source
+from dask_influence.storage.stores import Location
+
+LARGE_MODEL = 2**16
+"""Parameters from which one process uses all its torch threads."""
+
+DEFAULT_CHUNK = 256
+"""Training samples summed in one call, unless data or caller say otherwise."""
+
+CHUNK_BYTES = 512 * 2**20
+"""Bytes that the activations of one chunk may take, whatever chunks the data come in."""
+
+
+class Resources:
+    """Client, device, place of artifacts and chunk size, as a user gave them.
+
+    Parameters
+    ----------
+    client, device, artifacts, chunk_size, certify
+        As for :class:`~dask_influence.InfluenceFunctionModel`.
+
+    Raises
+    ------
+    ConfigurationError
+        No such device, or a chunk size that is no positive integer.
+    """
+
+    def __init__(
+        self,
+        client: Any = None,
+        device: str = "auto",
+        artifacts: str | PathLike[str] | None = None,
+        chunk_size: int | None = None,
+        certify: bool = True,
+    ) -> None:
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ConfigurationError(f"chunk_size must be a positive integer; got {chunk_size!r}")
+        resolve_device(device)
+        self.client, self.device, self.artifacts = client, device, artifacts
+        self.chunk_size, self.certify = chunk_size, certify
+        self._cluster: DaskExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A client belongs to its process.
+        return {**self.__dict__, "client": None, "_cluster": None}
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device in this process."""
+        return resolve_device(self.device)
+
+    def executor(self) -> Executor:
+        """The cluster, checked to be there, or this process."""
+        if self.client is None:
+            return LocalExecutor()
+        if self._cluster is None or self._cluster.client is not self.client:
+            url = self.artifacts or dask.config.get("influence.artifacts.url", None)
+            self._cluster = DaskExecutor(self.client, None if url is None else Location.of(url))
+        self._cluster.check()
+        return self._cluster
+
+    def passes(self, executor: Executor, problem: Problem, source: Source) -> Passes:
+        """What answers rounds over ``source``."""
+        chunks = Chunks(len(source), self._samples_at_once(problem, source))
+        reachable = executor.reachable(source, chunks.size)
+        job = tasks.Job(executor.model(problem, self.device), reachable, "train", self.threads(problem))
+        return Passes(executor, executor.seal(job), chunks)
+
+    def threads(self, problem: Problem) -> int:
+        """torch threads per task: one on a cluster and for small models, what the process owns otherwise.
+
+        It is the same wherever a small model runs, so that its scores are the same bits.
+        """
+        configured = dask.config.get("influence.torch-threads", None)
+        if configured is not None:
+            return int(configured)
+        if self.client is not None or problem.objective.size < LARGE_MODEL:
+            return 1
+        return torch.get_num_threads()
+
+    def _samples_at_once(self, problem: Problem, source: Source) -> int:
+        if self.chunk_size is not None:
+            return min(self.chunk_size, len(source))
+        most = max(1, CHUNK_BYTES // (8 * problem.activations * problem.objective.dtype.itemsize))
+        return min(source.chunk_size or DEFAULT_CHUNK, most, len(source))

@@ -1,0 +1,251 @@
+"""What a fit leaves behind, and all that can be said of it without running a task."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from dask_influence import arguments
+from dask_influence.arguments import InfluenceMode
+from dask_influence.configuration import Configuration
+from dask_influence.core.checks import check_samples
+from dask_influence.core.estimators import Inverse, SweepInverse, SweepSystem, System
+from dask_influence.core.estimators.blocks import Regularization
+from dask_influence.core.estimators.sweep import check_sweep
+from dask_influence.core.objective import Objective
+from dask_influence.core.problem import Problem, behaviour, with_mixed_form
+from dask_influence.errors import DataError, DataWarning, LossError, StoreMismatchError
+from dask_influence.execution import persistence, tasks
+from dask_influence.execution.base import Executor
+from dask_influence.execution.drive import Passes
+from dask_influence.execution.plan import Plan, Work, arrange
+from dask_influence.execution.resources import Resources
+from dask_influence.execution.run import Fit, StoredFactors, required
+from dask_influence.storage.sources import Source, check_finite
+
+SAMPLES_CHECKED = 64
+"""Samples on which the loss is checked before a fit; derivatives are checked on a few of them."""
+
+
+def first_samples(objective: Objective, source: Source, argument: str) -> tuple[Any, Any]:
+    """The samples that checks look at, as tensors; refused where they hold NaN or inf."""
+    batch = source.read(0, min(SAMPLES_CHECKED, len(source)))
+    check_finite(batch, argument)
+    x, y = tasks.to_tensors(batch, objective)
+    return x, y
+
+
+@dataclasses.dataclass
+class Mixed:
+    """The problem with its input gradient checked too, once for all that share a fit."""
+
+    problem: Problem | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A fit: the inverse curvature, and what is needed to use and to name it.
+
+    Attributes
+    ----------
+    configuration : Configuration
+        What was asked for.
+    problem, system, inverse
+        Loss and derivative forms, what is inverted, its inverse.
+    passes : Passes or None
+        Answers further rounds over the fitted data; a loaded fit has none.
+    digest : str
+        Names the inverse in fingerprints.
+    counts : dict
+        Of the fit, for diagnostics.
+    behaviour : list of str
+        Losses and gradient norms of the first samples, to be told from other fits.
+    mixed : Mixed
+        The problem of perturbation mode, once it is known.
+    """
+
+    configuration: Configuration
+    problem: Problem
+    system: System
+    inverse: Inverse
+    passes: Passes | None
+    digest: str
+    counts: dict[str, Any]
+    behaviour: list[str]
+    mixed: Mixed = dataclasses.field(default_factory=Mixed, repr=False)
+
+    # -- λ ----------------------------------------------------------------------------
+    def with_regularization(self, hessian_regularization: Regularization) -> Fitted:
+        """The same fit at another λ."""
+        configuration = self.configuration.with_regularization(hessian_regularization)
+        checked: Any = configuration.hessian_regularization  # a mapping where the inverse is one of blocks
+        return dataclasses.replace(
+            self,
+            configuration=configuration,
+            system=self.system.with_regularization(checked),
+            inverse=self.inverse.with_regularization(checked),
+        )
+
+    def swept(self, regularizations: Sequence[float] | None) -> Fitted:
+        """The fit at its own λ, or at several."""
+        if regularizations is None:
+            return self
+        values = check_sweep(regularizations)
+        inverses = [self.inverse.with_regularization(value) for value in values]
+        systems = [self.system.with_regularization(value) for value in values]
+        return dataclasses.replace(
+            self, inverse=SweepInverse(inverses, self.system.names), system=SweepSystem.of(systems)
+        )
+
+    @property
+    def sweep(self) -> list[float] | None:
+        """The several λ of a sweep."""
+        return (
+            [part.regularization for part in self.inverse.parts]
+            if isinstance(self.inverse, SweepInverse)
+            else None
+        )
+
+    # -- names ------------------------------------------------------------------------
+    @property
+    def dtype(self) -> str:
+        """Floating dtype of the scores, by its name in torch."""
+        return str(self.system.dtype).removeprefix("torch.")
+
+    @property
+    def score_dtype(self) -> np.dtype[Any]:
+        """The same as numpy has it."""
+        return tasks.stored_dtype(self.system.dtype)
+
+    @property
+    def published(self) -> str:
+        """Names the inverse for workers, who keep what they have read: other numbers, as λ, other name."""
+        values = json.dumps(self.inverse.state()[1], sort_keys=True, default=str)
+        return hashlib.blake2b(f"{self.digest}:{values}".encode(), digest_size=16).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """What factors depend on beside the test data."""
+        asked = self.configuration.described()
+        return {
+            "model": persistence.model_digest(self.problem.objective.module),
+            "loss": asked["loss"],
+            "behaviour": self.behaviour,
+            "parameters": list(self.system.names),
+            **asked,
+            "hessian_regularization": self.sweep or asked["hessian_regularization"],
+            "fit": self.digest,
+            "dtype": self.dtype,
+            "versions": {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)},
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Attributes of a store that say where its numbers come from."""
+        return {
+            **{name: value for name, value in self.identity().items() if name != "parameters"},
+            "samples_fitted": self.system.samples,
+            "parameters_fitted": self.system.size,
+        }
+
+    # -- checks of what a query brings ------------------------------------------------
+    def check_solvable(self) -> None:
+        """Refuse to begin where factors take passes over data that are not at hand."""
+        if self.inverse.needs_rounds:
+            required(self.passes)
+
+    def check_query(self, source: Source, argument: str) -> None:
+        """Refuse data of a query that a fit would refuse, by their first samples and before anything runs."""
+        objective = self.problem.objective
+        sample = first_samples(objective, source, argument)
+        try:
+            check_samples(objective, *sample)
+        except (DataError, LossError) as error:
+            raise type(error)(f"{argument}: {error}") from error
+
+    def check_fitted_data(self, source: Source) -> None:
+        """Refuse training data of another length than those fitted; warn where they may differ."""
+        if len(source) != self.system.samples:
+            raise DataError(
+                f"train holds {len(source)} samples, and the model was fitted on {self.system.samples}; "
+                "give the data that it was fitted on"
+            )
+        objective = self.problem.objective
+        shown = behaviour(objective, *first_samples(objective, source, "train"))
+        if shown != self.behaviour:
+            raise StoreMismatchError(
+                f"loss and gradient norm of the first samples of train are {', '.join(shown)}, and were "
+                f"{', '.join(self.behaviour)} when the model was fitted; give the loss, the model and the data "
+                "of that fit"
+            )
+        fitted_data = self.digest.partition("-")[2]
+        if fitted_data and fitted_data != source.digest():
+            warnings.warn(
+                DataWarning(
+                    "train is not known to be the data that the model was fitted on: their digests differ, as they do "
+                    "for other data and for the same data in a Zarr store"
+                ),
+                stacklevel=3,
+            )
+
+    # -- what runs need ---------------------------------------------------------------
+    @property
+    def projects(self) -> bool:
+        """Whether the inverse has directions of its own, so that scores need no factors."""
+        return self.inverse.directions is not None
+
+    def problem_of(self, mode: InfluenceMode, train: Source) -> Problem:
+        """The fitted problem, its input gradient checked on training data where the mode needs it."""
+        if mode is InfluenceMode.Up:
+            return self.problem
+        if self.mixed.problem is None:
+            sample = first_samples(self.problem.objective, train, train.argument)
+            self.mixed.problem = with_mixed_form(self.problem, *sample)
+        return self.mixed.problem
+
+    def shipped(self, resources: Resources, executor: Executor, problem: Problem | None = None) -> Fit:
+        """The fit in the form that tasks of ``executor`` can carry."""
+        problem = self.problem if problem is None else problem
+        return Fit(
+            executor.model(problem, resources.device),
+            self.inverse,
+            executor.inverse(self.inverse, self.published),
+            self.system,
+            self.passes,
+            resources.certify,
+            resources.threads(problem),
+        )
+
+    def work(self, tests: int, train: Source, mode: InfluenceMode, *, project: bool) -> Work:
+        """Sizes of the scores of ``tests`` test points, from factors or (``project``) from coefficients."""
+        directions = self.inverse.directions if project else None
+        return Work(
+            tests=tests,
+            trains=len(train),
+            features=arguments.features(train) if mode is InfluenceMode.Perturbation else (),
+            parameters=self.system.size,
+            rank=None if directions is None else len(directions),
+            itemsize=self.score_dtype.itemsize,
+            activations=self.problem.activations,
+            sample_bytes=train.nbytes_per_sample,
+            regularizations=None if self.sweep is None else len(self.sweep),
+        )
+
+    def plan(
+        self,
+        test: Source | StoredFactors,
+        train: Source,
+        mode: InfluenceMode,
+        *,
+        project: bool | None = None,
+        **limits: Any,
+    ) -> Plan:
+        """How scores of ``test`` and ``train`` are cut; ``project`` wherever the inverse allows it, by default."""
+        work = self.work(len(test), train, mode, project=self.projects if project is None else project)
+        return arrange(work, spread=not self.inverse.needs_rounds, **limits)
