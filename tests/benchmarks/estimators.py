@@ -270,16 +270,16 @@ def table(works: list[Work], results: Mapping[str, Any], problem: str) -> Table:
         out.add_column(heading, justify="left" if heading in ("estimator", "peer", "values") else "right")
     for work in (work for work in works if work.problem == problem and work.name in results):
         measured = results[work.name]["seconds"]
-        ours = measured["dask_influence"]
-        cells = [work.title, str(work.count), "{} + {}".format(*ours["passes"])]
-        cells += [f"{ours[part]:.3f}" for part in ("fit", "scores")]
+        own = measured["dask_influence"]
+        cells = [work.title, str(work.count), "{} + {}".format(*own["passes"])]
+        cells += [f"{own[part]:.3f}" for part in ("fit", "scores")]
         for peer in work.peers or (None,):
             if peer is None:
                 out.add_row(*cells)
                 continue
             theirs, error = measured[peer.name], results[work.name]["errors"][peer.name]
             times = [f"{theirs[part]:.3f}" for part in ("fit", "scores")]
-            ratios = [f"{theirs[part] / ours[part]:.1f}" for part in ("fit", "scores")]
+            ratios = [f"{theirs[part] / own[part]:.1f}" for part in ("fit", "scores")]
             out.add_row(*cells, peer.name, *times, *ratios, peer.differs if error is None else f"{error:.0e}")
     return out
 
