@@ -14,9 +14,10 @@ a half's members with minus the test loss after training on that half, which for
 averaged over initialisations. Ranks of the loss are those of the margin log p/(1 − p), and the
 scores of the two differ by a factor for each test point, so that either gives the same LDS.
 
-Beside ours stand reference figures of an independent implementation in dense algebra. It left
-the recipe of the network open: ``--recipe`` names the ones tried, the default is full-batch Adam
-with learning rate 0.01.
+Beside ours stand reference figures of an independent implementation in dense algebra. They leave
+the recipe of the network open: ``--recipe`` names those tried. The default, full-batch Adam with
+learning rate 0.01 and the networks scored among the initialisations trained on halves, is the one
+whose figures and whose smallest eigenvalue of the Hessian come close to theirs.
 """
 
 from __future__ import annotations
@@ -214,17 +215,20 @@ class Recipe:
     batch : int, optional
         Samples of one step; default all.
     seeds : tuple of int
-        Initialisations of the networks trained on halves; 0 is that of the network scored.
+        Initialisations of the networks trained on halves.
+    scored : tuple of int
+        Initialisations of the networks that are scored, over which figures are means.
     """
 
     rate: float
     batch: int | None = None
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    scored: tuple[int, ...] = (0, 1, 2)
 
 
 RECIPES = {
     "full-1e-2": Recipe(1e-2),
-    "full-1e-2-own": Recipe(1e-2, seeds=(0, 1, 2)),
+    "full-1e-2-other": Recipe(1e-2, seeds=(3, 4, 5)),
     "full-3e-3": Recipe(3e-3),
     "full-1e-3": Recipe(1e-3),
     "batch128-1e-3": Recipe(1e-3, 128),
@@ -310,43 +314,49 @@ NETWORK_ESTIMATORS: Mapping[str, Callable[..., InfluenceFunctionModel]] = {
 
 @dataclass(frozen=True)
 class NetworkFigures:
-    """LDS by estimator and λ; the Hessian's smallest eigenvalue; what the fit warned of at λ = 0.001."""
+    """LDS of each network scored, by estimator and λ; the Hessian's smallest eigenvalues; warnings at λ = 0.001."""
 
-    scores: dict[str, tuple[float, ...]]
-    smallest_eigenvalue: float
-    warning: str
-    accuracy: float
+    scores: dict[str, list[tuple[float, ...]]]
+    smallest_eigenvalues: list[float]
+    warnings: list[str]
+    accuracies: list[float]
+
+    def row(self, name: str) -> list[str]:
+        """Mean over networks, and their range, at each λ."""
+        found = np.array(self.scores[name])
+        columns = zip(found.mean(0), found.min(0), found.max(0), strict=True)
+        return [f"{mean:.3f} ({low:.3f}–{high:.3f})" for mean, low, high in columns]
 
 
 def neural(data: Digits, subsets: int, recipe: Recipe) -> NetworkFigures:
-    """Train, score with each estimator at each λ, and train again on halves."""
-    test = tuple(leaf[:TESTS] for leaf in data.test)
-    said(f"network: training with {recipe}")
-    model = trained(data.train, torch.arange(TRAIN)[None], STEPS, 0, recipe).alone()
-    accuracy = float((model(test[0]).argmax(1) == test[1]).double().mean())
+    """Train again on halves; train, and score with each estimator at each λ."""
+    test = (data.test[0][:TESTS], data.test[1][:TESTS])
     members = halves(subsets)
     losses = np.zeros((TESTS, subsets))
     for seed in recipe.seeds:
         said(f"network: training on {subsets} halves, initialisation {seed}")
         again = trained(data.train, members, STEPS_AGAIN, seed, recipe)
         losses += losses_after(again, test) / len(recipe.seeds)
-    figures: dict[str, tuple[float, ...]] = {}
-    warned, smallest = "none", np.nan
-    for name, estimator in NETWORK_ESTIMATORS.items():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", IndefiniteCurvatureWarning)
-            fitted = estimator(model, cross_entropy, REGULARIZATIONS[0]).fit(data.train)
-            if name == "Hessian":
-                smallest = fitted.diagnostics["smallest_eigenvalue"]
-                warned = "; ".join(str(w.message) for w in caught) or "none"
-            figures[name] = tuple(
-                linear_datamodeling_score(
-                    fitted.with_regularization(value).influences(*test, *data.train).numpy(), members, losses
-                )
-                for value in REGULARIZATIONS
+    found = NetworkFigures({name: [] for name in NETWORK_ESTIMATORS}, [], [], [])
+    for seed in recipe.scored:
+        said(f"network: scoring that of initialisation {seed}")
+        model = trained(data.train, torch.arange(TRAIN)[None], STEPS, seed, recipe).alone()
+        found.accuracies.append(float((model(test[0]).argmax(1) == test[1]).double().mean()))
+        for name, estimator in NETWORK_ESTIMATORS.items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", IndefiniteCurvatureWarning)
+                fitted = estimator(model, cross_entropy, REGULARIZATIONS[0]).fit(data.train)
+                if name == "Hessian":
+                    found.smallest_eigenvalues.append(fitted.diagnostics["smallest_eigenvalue"])
+                    found.warnings.append("; ".join(str(w.message) for w in caught) or "none")
+                scores = [
+                    fitted.with_regularization(value).influences(*test, *data.train).numpy()
+                    for value in REGULARIZATIONS
+                ]
+            found.scores[name].append(
+                tuple(linear_datamodeling_score(part, members, losses) for part in scores)
             )
-        said(f"  {name}: LDS {', '.join(f'{value:.3f}' for value in figures[name])}")
-    return NetworkFigures(figures, smallest, warned, accuracy)
+    return found
 
 
 # -- what is printed ----------------------------------------------------------------------
@@ -371,14 +381,14 @@ def logistic_table(figures: Mapping[str, tuple[float, float]]) -> Table:
 
 def network_table(figures: NetworkFigures, title: str) -> Table:
     """LDS at each λ, ours beside the reference."""
-    out = Table(title=f"64-16-10 network on digits, {title}: LDS")
+    out = Table(title=f"64-16-10 network on digits, {title}: LDS, mean (range) over networks")
     out.add_column("estimator")
     for value in REGULARIZATIONS:
         out.add_column(f"λ = {value:g}", justify="right")
-        out.add_column("reference", justify="right")
-    for name, found in figures.scores.items():
-        cells = zip(found, NETWORK[name], strict=True)
-        out.add_row(name, *(text for ours, theirs in cells for text in (f"{ours:.3f}", f"{theirs:.3f}")))
+        out.add_column("ref.", justify="right")
+    for name in figures.scores:
+        cells = zip(figures.row(name), NETWORK[name], strict=True)
+        out.add_row(name, *(text for ours, theirs in cells for text in (ours, f"{theirs:.3f}")))
     return out
 
 
@@ -396,7 +406,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     data = Digits.load()
     report: dict[str, object] = {"leave_outs": args.leave_outs, "halves": args.halves}
     if args.only != "network":
@@ -408,10 +418,12 @@ def main() -> None:
         for name in args.recipe:
             found = neural(data, args.halves, RECIPES[name])
             console.print(network_table(found, name))
-            console.print(
-                f"test accuracy {found.accuracy:.3f}; smallest eigenvalue of the Hessian "
-                f"{found.smallest_eigenvalue:.3g} (reference {SMALLEST_EIGENVALUE}); the fit warned: {found.warning}"
-            )
+            console.print(f"test accuracies: {', '.join(f'{value:.3f}' for value in found.accuracies)}")
+            for value, warned in zip(found.smallest_eigenvalues, found.warnings, strict=True):
+                console.print(
+                    f"smallest eigenvalue of the Hessian {value:.3g} (reference {SMALLEST_EIGENVALUE}); "
+                    f"the fit at λ = {REGULARIZATIONS[0]:g} warned: {warned}"
+                )
             report[f"network {name}"] = vars(found)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2))

@@ -32,6 +32,9 @@ SCRIPTS = {
     "pydvl": "estimators_pydvl.py",
     "kronfluence": "estimators_kronfluence.py",
 }
+NOTHING = 5e-3
+"""Seconds below which a fit has done nothing yet."""
+
 Options = Mapping[str, Any]
 
 
@@ -279,9 +282,17 @@ def table(works: list[Work], results: Mapping[str, Any], problem: str) -> Table:
                 continue
             theirs, error = measured[peer.name], results[work.name]["errors"][peer.name]
             times = [f"{theirs[part]:.3f}" for part in ("fit", "scores")]
-            ratios = [f"{theirs[part] / own[part]:.1f}" for part in ("fit", "scores")]
+            both = sum(theirs[part] for part in ("fit", "scores")) / sum(
+                own[part] for part in ("fit", "scores")
+            )
+            ratios = [_ratio(theirs[part], own[part]) for part in ("fit", "scores")] + [f"{both:.1f}"]
             out.add_row(*cells, peer.name, *times, *ratios, peer.differs if error is None else f"{error:.0e}")
     return out
+
+
+def _ratio(theirs: float, ours: float) -> str:
+    """How many times faster; nothing where a side only puts its work off until scores are asked for."""
+    return "" if min(theirs, ours) < NOTHING else f"{theirs / ours:.1f}"
 
 
 def arguments() -> argparse.Namespace:
