@@ -8,6 +8,7 @@ one Zarr group.
 
 from dask_influence.arguments import InfluenceMode
 from dask_influence.core.estimators.preconditioners import JacobiPreconditioner, NystroemPreconditioner
+from dask_influence.execution.verify import verify
 from dask_influence.influence import InfluenceFunctionModel
 from dask_influence.models import (
     ArnoldiInfluence,
@@ -37,4 +38,5 @@ __all__ = [
     "NystroemPreconditioner",
     "NystroemSketchInfluence",
     "open_influences",
+    "verify",
 ]

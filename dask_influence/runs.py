@@ -18,17 +18,15 @@ from dask_influence.arguments import InfluenceMode
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
-from dask_influence.execution.plan import Plan
+from dask_influence.execution.plan import Plan, factor_names, strip_names
 from dask_influence.execution.progress import Report
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import (
     Fit,
     Output,
     StoredFactors,
-    factor_names,
     factor_templates,
     score_templates,
-    strip_names,
     write_factors,
     write_scores,
 )
@@ -121,11 +119,16 @@ class Run:
     pieces: Callable[[Plan], set[str]]
     write: Callable[[Executor, Fit, Plan], None]
 
-    def carry_out(self, *, resume: bool, overwrite: bool) -> xr.Dataset:
-        """Begin or continue the store, do what is missing and open it."""
+    def carry_out(self, *, resume: bool, overwrite: bool, repair: bool) -> xr.Dataset:
+        """Begin or continue the store, do what is missing (and with ``repair`` what is damaged) and open it."""
         self.target.executor.check_reach(self.target.location)
         plan, complete = self.output.prepare(
-            self.plan, self.templates, self.pieces, resume=resume, overwrite=overwrite
+            self.plan,
+            self.templates,
+            self.pieces,
+            resume=resume,
+            overwrite=overwrite,
+            repair=self.target.executor if repair else None,
         )
         if not complete:
             executor = self.target.executor.at(self.output.artifacts)

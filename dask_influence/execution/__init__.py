@@ -2,9 +2,9 @@
 
 From the top: ``run`` (a run that writes to a store), ``memory`` and ``lazy`` (the same in this
 process's memory, or as a dask array); ``resources`` (which executor, how many threads, what
-pieces); ``drive`` (rounds of a fit); ``dask`` and ``local`` (the executors); ``tasks`` (what a
-worker runs); ``shipping`` and ``artifacts`` (how models, sketches and factors reach it); ``plan``
-(integers) and ``ledger`` (what is done).
+pieces); ``verify`` (everything stored against its record); ``drive`` (rounds of a fit); ``dask``
+and ``local`` (the executors); ``tasks`` (what a worker runs); ``shipping`` and ``artifacts`` (how
+models, sketches and factors reach it); ``plan`` (integers) and ``ledger`` (what is done).
 
 Beside the intended house, ``run``, ``memory`` and ``lazy`` stand above ``drive``: they are
 three ways to arrange the same tasks, and none knows the others' storage.

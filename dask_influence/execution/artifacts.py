@@ -3,25 +3,31 @@
 This is how weights, sketches, factorisations and vector blocks reach the workers. Nothing
 of size travels in a task graph, and no worker holds the only copy of anything: a worker
 that joins late or loses its memory loads the artifact again.
+
+An artifact carries a checksum of its tensors in its header, and is compared with it wherever it
+is read: a flipped byte in a weight would otherwise be in every score, and nobody would know.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import google_crc32c
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dask_influence.errors import ConfigurationError, CorruptStoreError
+from dask_influence.errors import ConfigurationError, CorruptStoreError, MissingObjectError
 from dask_influence.storage.stores import Location, store_errors
 
 CACHE_BYTES = 4 * 2**30
@@ -81,10 +87,10 @@ class Artifact:
         path = self.location.local_path
         try:
             if path is None:
-                return safetensors.torch.load(self.location.get(self.key))
+                return _unpacked(self.location.get(self.key))
             with store_errors(self.location, f"read {self.key!r} from"):
-                return safetensors.torch.load_file(path / self.key)
-        except SafetensorError as error:
+                return _mapped_file(path / self.key)
+        except (SafetensorError, _ChecksumError) as error:
             raise CorruptStoreError(
                 f"{self.key!r} of {self.location.url} is damaged ({error}); delete it and run the same call again"
             ) from None
@@ -126,18 +132,18 @@ class Artifacts:
             return Artifact(digest=f"held-{next(_SERIAL)}", nbytes=nbytes, tensors=tensors)
         held = {name: owned(value) for name, value in tensors.items()}
         if self.location is None or digest is None:
-            data = safetensors.torch.save(held)
+            data = safetensors.torch.save(held, _signature(held))
             digest = digest or hashlib.blake2b(data, digest_size=16).hexdigest()
             if self.location is None:
                 return Artifact(digest, nbytes, inline=data)
         artifact = Artifact(digest, nbytes, self.location)
         folder = self.location.local_path
         if folder is not None:
-            if not _whole_file(folder / artifact.key):
+            if not _sound_file(folder / artifact.key):
                 with _written(folder, artifact.key) as path:  # straight from the tensors
-                    safetensors.torch.save_file(held, path)
+                    safetensors.torch.save_file(held, path, _signature(held))
         elif not self.location.exists(artifact.key):
-            self.location.put(artifact.key, safetensors.torch.save(held))
+            self.location.put(artifact.key, safetensors.torch.save(held, _signature(held)))
         return artifact
 
     def adopt(self, artifact: Artifact) -> Artifact | None:
@@ -149,7 +155,9 @@ class Artifacts:
         source = None if artifact.location is None else artifact.location.local_path
         if folder is None or source is None:
             return None
-        if not _whole_file(folder / artifact.key):
+        if not _sound_file(folder / artifact.key):
+            if not _sound_file(source / artifact.key):  # the caller has the tensors, and writes them
+                return None
             try:
                 with _written(folder, artifact.key) as path:
                     path.hardlink_to(source / artifact.key)
@@ -180,6 +188,68 @@ def _whole_file(path: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
+
+
+def _sound_file(path: Path) -> bool:
+    """Whether a file of tensors is there and holds what was written."""
+    try:
+        _mapped_file(path)
+    except (OSError, SafetensorError, _ChecksumError):
+        return False
+    return True
+
+
+def damaged_artifact(location: Location, key: str) -> str | None:
+    """What is wrong with the artifact stored as ``key``, read anew; None where it is what was written."""
+    folder = location.local_path
+    try:
+        if folder is None:
+            _unpacked(location.get(key))
+        else:
+            with store_errors(location, f"read {key!r} from"):
+                _mapped_file(folder / key)
+    except MissingObjectError:
+        return "is missing"
+    except (SafetensorError, _ChecksumError) as error:
+        return f"is damaged ({error})"
+    return None
+
+
+# -- checksums -------------------------------------------------------------------------
+_CHECKSUM = "crc32c"
+
+
+class _ChecksumError(Exception):
+    """Tensors are not those whose checksum stands beside them."""
+
+
+def _signature(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """CRC-32C of names, dtypes, shapes and bytes, as the header's metadata."""
+    crc = 0
+    for name in sorted(tensors):
+        value = tensors[name]
+        crc = google_crc32c.extend(crc, f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        content = value.reshape(-1).view(torch.uint8).numpy()
+        content.flags.writeable = False  # what the extension asks for
+        crc = google_crc32c.extend(crc, content)
+    return {_CHECKSUM: f"{crc:08x}"}
+
+
+def _compared(tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> dict[str, Tensor]:
+    if metadata and _CHECKSUM in metadata and metadata[_CHECKSUM] != _signature(tensors)[_CHECKSUM]:
+        raise _ChecksumError("its checksum differs")
+    return tensors
+
+
+def _mapped_file(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as held:
+        return _compared({name: held.get_tensor(name) for name in held.keys()}, held.metadata())  # noqa: SIM118
+
+
+def _unpacked(data: bytes) -> dict[str, Tensor]:
+    tensors = safetensors.torch.load(data)  # refuses a header that is not one, before it is read here
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return _compared(tensors, header.get("__metadata__"))
 
 
 @contextmanager

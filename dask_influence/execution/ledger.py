@@ -2,7 +2,8 @@
 
 ``_run/run.json`` holds the fingerprint, the plan and the state; ``_run/ledger/<name>.json`` one
 entry for each piece of work, written *after* its data. Objects are whole or absent, so
-an entry that can be read stands for data that were written.
+an entry that can be read stands for data that were written. Each carries a checksum of itself:
+what was flipped on the disk is named instead of believed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from dask_influence.errors import CorruptStoreError, MissingObjectError
-from dask_influence.storage.results import RUN_KEY
+from dask_influence.storage.results import RUN_KEY, checksum
 from dask_influence.storage.stores import Location
 
-_ENTRIES = "_run/ledger"
+LEDGER = "_run/ledger"
+"""Folder of the entries."""
 _DONE, _FAILED = ".json", ".failed.json"
 _REDO = "delete it and run the same call again"
 _REPLACE = "pass overwrite=True to replace the run"
+_CHECKSUM = "checksum"
+
+
+def entry_key(name: str) -> str:
+    """Where the entry of one piece of work is."""
+    return f"{LEDGER}/{name}{_DONE}"
 
 
 class Ledger:
@@ -78,7 +86,7 @@ class Ledger:
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace the run record as a whole."""
-        self.location.put(RUN_KEY, _encode(run))
+        self.location.put(RUN_KEY, _signed(run))
 
     def record(self, name: str, entry: Mapping[str, Any]) -> None:
         """Write the entry of one piece of work; call it after the data are stored.
@@ -91,7 +99,7 @@ class Ledger:
                 f"a ledger entry's name has neither slash nor dot and is not empty; got {name!r}"
             )
         suffix = _FAILED if "error" in entry else _DONE
-        self.location.put(f"{_ENTRIES}/{name}{suffix}", _encode(entry))
+        self.location.put(f"{LEDGER}/{name}{suffix}", _signed(entry))
 
     def entries(self, prefix: str = "") -> dict[str, dict[str, Any]]:
         """Entries by name, all of them or those whose name begins with ``prefix``.
@@ -105,40 +113,62 @@ class Ledger:
         fetched = self.location.get_many(listed.values())
         return {name: self._decode(key, fetched[key]) for name, key in listed.items() if key in fetched}
 
+    def survey(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Entries that can be read, by name; and of those that cannot, what is wrong, by their key."""
+        read: dict[str, dict[str, Any]] = {}
+        torn: dict[str, str] = {}
+        listed = self._listed("")
+        fetched = self.location.get_many(listed.values())
+        for name, key in listed.items():
+            try:
+                if key in fetched:
+                    read[name] = self._decode(key, fetched[key])
+            except CorruptStoreError as error:
+                torn[key] = str(error)
+        return read, torn
+
     def done(self, prefix: str = "") -> set[str]:
         """Names of the pieces whose data are stored, from one listing; nothing is read."""
         return {name for name, key in self._listed(prefix).items() if not key.endswith(_FAILED)}
 
     def forget(self, name: str) -> None:
         """Remove the entry of one piece of work, which so is to be done again."""
-        self.location.delete(f"{_ENTRIES}/{name}{_DONE}")
+        self.location.delete(entry_key(name))
 
-    def forget_damaged(self) -> None:
+    def forget_damaged(self) -> dict[str, dict[str, Any]]:
         """Forget the pieces of which a shard is missing or has another length than was recorded.
 
-        Entries are read and everything is listed once; no shard is read.
+        Entries are read and everything is listed once; no shard is read. What is left is returned.
         """
         entries = self.entries()  # before the listing, so that shards written meanwhile are not missed
         sizes = self.location.stat()
-        for name, entry in entries.items():
+        for name, entry in list(entries.items()):
             shards = entry.get("shards", ())
             if any(sizes.get(key, (-1, ""))[0] != nbytes for key, nbytes, _ in shards):
                 self.forget(name)
+                del entries[name]
+        return entries
 
     def _listed(self, prefix: str) -> dict[str, str]:
         """Key of each entry by its name; of a failure and a success, the success."""
-        begin = f"{_ENTRIES}/{prefix}"
-        keys = [k for k in self.location.list(_ENTRIES) if k.startswith(begin) and k.endswith(_DONE)]
+        begin = f"{LEDGER}/{prefix}"
+        keys = [k for k in self.location.list(LEDGER) if k.startswith(begin) and k.endswith(_DONE)]
         keys.sort(key=lambda key: not key.endswith(_FAILED))
-        return {key.removeprefix(f"{_ENTRIES}/").partition(".")[0]: key for key in keys}
+        return {key.removeprefix(f"{LEDGER}/").partition(".")[0]: key for key in keys}
 
     def _decode(self, key: str, data: bytes, advice: str = _REDO) -> dict[str, Any]:
         try:
-            return dict(json.loads(data))
+            value = dict(json.loads(data))
         except (ValueError, TypeError):
             raise CorruptStoreError(
                 f"{key!r} of {self.location.url} is not a JSON object; {advice}"
             ) from None
+        written = value.pop(_CHECKSUM, None)
+        if written is not None and written != _self_checksum(value):
+            raise CorruptStoreError(
+                f"{key!r} of {self.location.url} is not what was written: its checksum differs; {advice}"
+            )
+        return value
 
 
 def compare_fingerprints(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -174,6 +204,16 @@ class _Nothing:
 
 
 _NOTHING = _Nothing()
+
+
+def _signed(value: Mapping[str, Any]) -> bytes:
+    plain = json.loads(_encode(value))
+    return _encode({**plain, _CHECKSUM: _self_checksum(plain)})
+
+
+def _self_checksum(value: Mapping[str, Any]) -> str:
+    # The state is a word of its own: a person may set it back to have a run looked at again.
+    return checksum(_encode({name: held for name, held in value.items() if name != "state"}))
 
 
 def _encode(value: Mapping[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ that is called again lists the ledger and does the rest.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
@@ -23,15 +23,22 @@ from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.base import Executor, Model, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
 from dask_influence.execution.ledger import Ledger, compare_fingerprints
-from dask_influence.execution.plan import Plan, Work
+from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan, Work, factor_name
 from dask_influence.execution.progress import Report, reporting
+from dask_influence.execution.verify import same_metadata, verify_with
 from dask_influence.grid import Chunks
-from dask_influence.storage.results import ArrayTemplate, create, finish, open_influences, write_region
+from dask_influence.storage.results import (
+    GROUP_KEY,
+    ArrayTemplate,
+    ShardRecord,
+    checksum,
+    create,
+    finish,
+    open_influences,
+    write_region,
+)
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
-
-FACTORS = "factors-"
-"""Prefix of the ledger entries of factor tasks."""
 
 RUN_FOLDER = "_run"
 """Everything a run keeps beside its arrays."""
@@ -139,12 +146,14 @@ class Output:
         *,
         resume: bool,
         overwrite: bool,
+        repair: Executor | None = None,
     ) -> tuple[Plan, bool]:
         """Make the store ready and return the plan to follow, and whether it is already complete.
 
         A store of the same fingerprint is continued under the plan that it was begun with. It
         is complete when it says so, the ledger lists all ``pieces`` of that plan and their
-        shards are there.
+        shards are there; with ``repair``, whose workers then read everything, when they are also
+        what was written. Lost metadata and coordinates are written again.
 
         Raises
         ------
@@ -163,15 +172,19 @@ class Output:
         if stored is not None:
             begun = self._resumed(stored, resume)
             if stored["state"] != "created":
+                if repair is not None:
+                    verify_with(self.location, repair, repair=True)
+                    stored = self.ledger.read_begun() or stored
                 self.ledger.forget_damaged()
                 complete = stored["state"] == "complete" and pieces(begun) <= self.ledger.done()
                 if not complete:  # also where it was: readers are to be warned until it is again
                     self.ledger.write_run({**stored, "state": "running"})
+                self._restore(stored, empty)
                 return begun, complete
         self.location.check_writable()
         # Whoever left the state "created" may be dead or at work. Writing the same objects once more is right
         # in both cases, and no tile is written before the state is "running".
-        run = {"fingerprint": self.fingerprint, "plan": plan.to_json()}
+        run = {"fingerprint": self.fingerprint, "plan": plan.to_json(), **_recorded(empty)}
         self.ledger.write_run({**run, "state": "created"})
         for key, data in empty.items():
             self.location.put(key, data)
@@ -186,6 +199,19 @@ class Output:
             return scratch.get_many(scratch.list())
         finally:
             scratch.delete()
+
+    def _restore(self, run: Mapping[str, Any], empty: Mapping[str, bytes]) -> None:
+        """Metadata that are lost, as the run recorded them, and coordinates, which the call has."""
+        metadata = run.get("metadata", {})
+        held = self.location.get_many(metadata)
+        for key, text in metadata.items():
+            if key not in held or not same_metadata(run, key, held[key]):
+                self.location.put(key, text.encode())
+        coordinates = {key: written for key, _, written in run.get("objects", ()) if key not in metadata}
+        held = self.location.get_many(coordinates)
+        for key, written in coordinates.items():
+            if key not in held or checksum(held[key]) != written:
+                self.location.put(key, empty[key])
 
     def _begun_elsewhere(self) -> dict[str, Any] | None:
         """The record of a client that began a moment ago, if what is there is its work; else None if empty."""
@@ -244,7 +270,17 @@ class Output:
         run = self.ledger.read_run()
         if run is None:
             raise StoreError(f"{self.location.url}: _run/run.json vanished while the run was going on")
-        self.ledger.write_run({**run, "state": "complete"})
+        group = self.location.get(GROUP_KEY).decode()
+        metadata = {**run.get("metadata", {}), GROUP_KEY: group}
+        self.ledger.write_run({**run, "metadata": metadata, "state": "complete"})
+
+
+def _recorded(objects: Mapping[str, bytes]) -> dict[str, Any]:
+    """What a run remembers of the objects of its empty store: checksums, and metadata as they are."""
+    return {
+        "objects": [[key, len(data), checksum(data)] for key, data in sorted(objects.items())],
+        "metadata": {key: data.decode() for key, data in objects.items() if key.endswith(GROUP_KEY)},
+    }
 
 
 def score_templates(
@@ -292,16 +328,6 @@ def factor_templates(plan: Plan, dtype: np.dtype[Any]) -> dict[str, ArrayTemplat
     }
 
 
-def strip_names(plan: Plan) -> set[str]:
-    """Ledger entries of all strips."""
-    return {plan.strip(index).name for index in range(plan.strips)}
-
-
-def factor_names(plan: Plan) -> set[str]:
-    """Ledger entries of all factor tasks."""
-    return {_factor_name(index) for index in range(len(plan.factor_chunks))}
-
-
 # -- factors ---------------------------------------------------------------------------
 def solve_factors(
     executor: Executor,
@@ -318,7 +344,7 @@ def solve_factors(
     """
     chunks = plan.factor_chunks
     known = _held_factors(output)
-    missing = [index for index in range(len(chunks)) if _factor_name(index) not in known]
+    missing = [index for index in range(len(chunks)) if factor_name(index) not in known]
     job = executor.seal(tasks.Job(fit.model, executor.reachable(source, chunks.size), "test", fit.threads))
     calls = [
         (job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing
@@ -332,21 +358,34 @@ def solve_factors(
     for start, artifact, residual in solved:
         index = start // chunks.size
         entry = {"digest": artifact.digest, "nbytes": artifact.nbytes, "residual": list(residual)}
-        output.ledger.record(_factor_name(index), entry)
-        known[_factor_name(index)] = entry
+        output.ledger.record(factor_name(index), entry)
+        known[factor_name(index)] = entry
         done += 1
         progress("factors", done, len(chunks))
-    entries = [known[_factor_name(index)] for index in range(len(chunks))]
+    entries = [known[factor_name(index)] for index in range(len(chunks))]
     residuals = np.array([value for entry in entries for value in entry["residual"]], dtype=np.float64)
     if plan.work.regularizations is not None:  # rows are test-major
         residuals = residuals.reshape(-1, plan.work.regularizations).T
-    write_region(output.location, "factor_residual", (0,) * residuals.ndim, residuals)
+    if missing or RESIDUAL not in output.ledger.done():
+        write_residuals(output, residuals)
     return tuple(Artifact(entry["digest"], entry["nbytes"], output.artifacts) for entry in entries)
+
+
+def write_residuals(output: Output, residuals: np.ndarray[Any, Any]) -> None:
+    """The residuals of all test points, and their ledger entry."""
+    records = write_region(output.location, "factor_residual", (0,) * residuals.ndim, residuals)
+    output.ledger.record(RESIDUAL, {"shards": as_json(records)})
+
+
+def as_json(records: Iterable[ShardRecord]) -> list[list[Any]]:
+    """Records of shards as ledger entries hold them."""
+    return [[record.key, record.nbytes, record.checksum] for record in records]
 
 
 def _held_factors(output: Output) -> dict[str, dict[str, Any]]:
     """Entries of the factor tasks whose artifact is whole; what is left of another one is removed."""
-    entries = output.ledger.entries(FACTORS)
+    recorded = output.ledger.entries(FACTORS)
+    entries = {name: entry for name, entry in recorded.items() if "digest" in entry}  # others were withdrawn
     artifacts = {
         name: Artifact(entry["digest"], entry["nbytes"], output.artifacts) for name, entry in entries.items()
     }
@@ -355,10 +394,6 @@ def _held_factors(output: Output) -> dict[str, dict[str, Any]]:
         if artifact.digest not in held:  # or equal content would be taken for written
             output.artifacts.delete(artifact.key)
     return {name: entry for name, entry in entries.items() if artifacts[name].digest in held}
-
-
-def _factor_name(index: int) -> str:
-    return f"{FACTORS}{index:06d}"
 
 
 def _by_rounds(
@@ -439,9 +474,8 @@ def write_factors(
         for index, (rows, artifact) in enumerate(zip(plan.factor_chunks, factors, strict=True)):
             block = tasks.stored(artifact.read()["rows"])
             records = write_region(output.location, "factors", (rows.start, 0), block)
-            shards = [[record.key, record.nbytes, record.checksum] for record in records]
-            name = _factor_name(index)
-            output.ledger.record(name, {**entries[name], "shards": shards})
+            name = factor_name(index)
+            output.ledger.record(name, {**entries[name], "shards": as_json(records)})
     output.complete()
 
 
@@ -497,7 +531,7 @@ def import_factors(stored: StoredFactors, output: Output, chunks: Chunks) -> tup
     """Factors of an earlier run as artifacts of this one, with their residuals."""
     dataset = open_influences(stored.location)
     artifacts = Artifacts(output.artifacts)
-    write_region(output.location, "factor_residual", (0,), np.asarray(dataset["factor_residual"]))
+    write_residuals(output, np.asarray(dataset["factor_residual"]))
     return tuple(
         artifacts.publish({"rows": torch.from_numpy(np.asarray(dataset["factors"][rows.start : rows.stop]))})
         for rows in chunks

@@ -40,8 +40,14 @@ from dask_influence.storage.stores import Location, store_errors
 
 FORMAT = "dask_influence"
 FORMAT_VERSION = 1
+GROUP_KEY = "zarr.json"
+"""Metadata of the group."""
+
 RUN_KEY = "_run/run.json"
 """State and fingerprint of the run that writes, or wrote, the arrays beside it."""
+
+FINISHED = ("state",)
+"""Attributes of the group that a run adds when everything else is written."""
 
 LARGEST_CHUNK = 16 * 2**20
 """Tiles of more bytes become shards, so that a reader of one row decompresses a part."""
@@ -123,29 +129,36 @@ def checksum(data: bytes | memoryview) -> str:
     >>> checksum(b"123456789")
     'crc32:cbf43926'
     """
-    return f"crc32:{zlib.crc32(data):08x}"
+    return _named(zlib.crc32(data))
 
 
-def check_record(location: Location, record: ShardRecord) -> None:
-    """Read one shard again and compare it with what was recorded when it was written.
+def _named(crc: int) -> str:
+    return f"crc32:{crc:08x}"
 
-    Raises
-    ------
-    CorruptStoreError
-        Where it is missing, has another length or another checksum.
+
+def damage(location: Location, record: ShardRecord) -> str | None:
+    """What is wrong with one stored object, read anew in pieces; None where it is what was written.
+
+    Examples
+    --------
+    >>> location = Location.of("memory://damage-example")
+    >>> location.put("c/0", b"123456789")
+    >>> damage(location, ShardRecord("c/0", 9, "crc32:cbf43926")) is None
+    True
+    >>> location.put("c/0", b"123456780")
+    >>> damage(location, ShardRecord("c/0", 9, "crc32:cbf43926"))
+    'has crc32:b2288182; crc32:cbf43926 was written'
     """
+    nbytes, crc = 0, 0
     try:
-        data = location.get(record.key)
+        for piece in location.stream(record.key):
+            nbytes, crc = nbytes + len(piece), zlib.crc32(piece, crc)
     except MissingObjectError:
-        raise CorruptStoreError(f"{location.url} lacks {record.key!r}; resume the run to write it") from None
-    if len(data) != record.nbytes:
-        raise CorruptStoreError(
-            f"{record.key!r} of {location.url} has {len(data)} bytes; {record.nbytes} were written"
-        )
-    if checksum(data) != record.checksum:
-        raise CorruptStoreError(
-            f"{record.key!r} of {location.url} has {checksum(data)}; {record.checksum} was written"
-        )
+        return "is missing"
+    if nbytes != record.nbytes:
+        return f"has {nbytes} bytes; {record.nbytes} were written"
+    found = _named(crc)
+    return None if found == record.checksum else f"has {found}; {record.checksum} was written"
 
 
 # -- act one: the template ----------------------------------------------------------------
@@ -370,6 +383,21 @@ def finish(location: Location, attributes: Mapping[str, Any]) -> None:
         zarr.consolidate_metadata(location.zarr())
 
 
+def unfinished(group: bytes) -> bytes:
+    """Metadata of the group without what :func:`finish` added to them.
+
+    Raises
+    ------
+    ValueError
+        They are not JSON.
+    """
+    held = json.loads(group)
+    held.pop("consolidated_metadata", None)
+    for name in FINISHED:
+        held.get("attributes", {}).pop(name, None)
+    return json.dumps(held, indent=2).encode()
+
+
 def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None) -> xr.Dataset:
     """Open a store of scores, factors or reductions lazily.
 
@@ -439,6 +467,8 @@ def _group_attributes(location: Location) -> dict[str, Any]:
 
 def _run_state(location: Location, attributes: Mapping[str, Any]) -> str | None:
     try:
-        return json.loads(location.get(RUN_KEY)).get("state")
+        return dict(json.loads(location.get(RUN_KEY))).get("state")
     except MissingObjectError:
         return attributes.get("state")
+    except (ValueError, TypeError):
+        raise CorruptStoreError(f"{RUN_KEY!r} of {location.url} is not a JSON object") from None

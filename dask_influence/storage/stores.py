@@ -55,6 +55,7 @@ _SPELLINGS: dict[str, dict[str, str]] = {
 
 _OPTIONS_TO_SHOW = {"endpoint", "region", "base_url", "account_name"}
 _FETCH_THREADS = 32
+_PIECE_BYTES = 4 * 2**20
 
 _LOCAL = LocalStore()
 _memory_stores: dict[str, MemoryStore] = {}
@@ -166,6 +167,18 @@ class Location:
         """
         with store_errors(self, f"read {key!r} from"):
             return bytes(obstore.get(self._client(), self._key(key)).bytes())
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The bytes of one object in pieces of a few MiB, so that no more of it is in memory at once.
+
+        Raises
+        ------
+        MissingObjectError
+            Where there is none of that name.
+        """
+        with store_errors(self, f"read {key!r} from"):
+            for piece in obstore.get(self._client(), self._key(key)).stream(min_chunk_size=_PIECE_BYTES):
+                yield bytes(piece)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The bytes of many objects, fetched side by side; names that are missing are left out."""

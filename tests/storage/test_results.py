@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import re
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +25,9 @@ from dask_influence.storage.results import (
     RUN_KEY,
     ArrayTemplate,
     ShardRecord,
-    check_record,
     checksum,
     create,
+    damage,
     finish,
     inner_chunk,
     open_influences,
@@ -120,7 +121,7 @@ def test_on_s3(s3: Location) -> None:
     finish(s3, {"state": "complete"})
     np.testing.assert_array_equal(open_influences(s3.url, s3.storage_options).influence, VALUES)
     for record in records:
-        check_record(s3, record)
+        assert damage(s3, record) is None
 
 
 def _write_and_return(arguments: tuple[Location, results.Tile]) -> list[ShardRecord]:
@@ -166,7 +167,7 @@ def test_records_are_of_the_bytes_that_are_stored(location: Location) -> None:
     (record,) = write_region(location, "influence", (6, 8, 0), VALUES[6:, 8:])
     data = location.get(record.key)
     assert (len(data), checksum(data)) == (record.nbytes, record.checksum)
-    check_record(location, record)
+    assert damage(location, record) is None
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -179,7 +180,7 @@ def test_a_tile_of_nan_is_stored_and_recorded(
     _create(location)
     assert zarr.open_array(location.zarr(), path="influence").shards == ((3, 4, 2) if large else None)
     (record,) = write_region(location, "influence", (3, 8, 0), np.full((3, 3, 2), np.nan, np.float32))
-    check_record(location, record)
+    assert damage(location, record) is None
     assert write_region(location, "influence", (3, 8, 0), VALUES[3:6, 8:])[0].checksum != record.checksum
     array = zarr.open_array(location.zarr(), path="influence")
     np.testing.assert_array_equal(array[3:6, 8:], VALUES[3:6, 8:])
@@ -204,10 +205,9 @@ def test_a_corrupt_tile_at_the_edge_can_be_written_again(
     data = bytearray(location.get(record.key))
     data[len(data) // 2] ^= 1
     location.put(record.key, bytes(data))
-    with pytest.raises(CorruptStoreError, match=r"crc32:\w+; crc32:\w+ was written"):
-        check_record(location, record)
+    assert re.fullmatch(r"has crc32:\w+; crc32:\w+ was written", damage(location, record) or "")
     assert write_region(location, "influence", (6, 8, 0), VALUES[6:, 8:]) == [record]
-    check_record(location, record)
+    assert damage(location, record) is None
 
 
 def test_flipped_byte_is_noticed_by_any_reader(location: Location) -> None:
@@ -225,11 +225,9 @@ def test_lost_and_shortened_tiles_are_named(location: Location) -> None:
     _create(location)
     first, second, *_ = write_region(location, "influence", (0, 0, 0), VALUES)
     location.delete(first.key)
-    with pytest.raises(CorruptStoreError, match="lacks 'influence/c/0/0/0'; resume"):
-        check_record(location, first)
+    assert damage(location, first) == "is missing"
     location.put(second.key, location.get(second.key)[:-1])
-    with pytest.raises(CorruptStoreError, match=f"{second.nbytes - 1} bytes; {second.nbytes} were written"):
-        check_record(location, second)
+    assert damage(location, second) == f"has {second.nbytes - 1} bytes; {second.nbytes} were written"
 
 
 def test_checksums_tell_tiles_of_one_length_apart(location: Location) -> None:
@@ -240,8 +238,7 @@ def test_checksums_tell_tiles_of_one_length_apart(location: Location) -> None:
     assert len({record.checksum for record in records}) == 8
     location.put(records[0].key, location.get(records[1].key))
     assert records[0].nbytes == records[1].nbytes
-    with pytest.raises(CorruptStoreError):
-        check_record(location, records[0])
+    assert damage(location, records[0])
 
 
 @pytest.mark.parametrize(
