@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         LissaInfluence,
         NystroemSketchInfluence,
     )
+    from dask_influence.reductions import GroupSum, SelfInfluence, TopK
     from dask_influence.storage.results import open_influences
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "DirectInfluence",
     "EkfacInfluence",
     "GradientDotInfluence",
+    "GroupSum",
     "InfluenceFunctionModel",
     "InfluenceMode",
     "InverseHarmonicMeanInfluence",
@@ -46,15 +48,20 @@ __all__ = [
     "LissaInfluence",
     "NystroemPreconditioner",
     "NystroemSketchInfluence",
+    "SelfInfluence",
+    "TopK",
     "open_influences",
     "verify",
 ]
 
 _ELSEWHERE = {
+    "GroupSum": "reductions",
     "InfluenceFunctionModel": "influence",
     "InfluenceMode": "arguments",
     "JacobiPreconditioner": "core.estimators.preconditioners",
     "NystroemPreconditioner": "core.estimators.preconditioners",
+    "SelfInfluence": "reductions",
+    "TopK": "reductions",
     "open_influences": "storage.results",
     "verify": "execution.verify",
 }
