@@ -119,7 +119,7 @@ class InfluenceFunctionModel:
         dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         client: Any = None,
-        artifacts: str | PathLike[str] | None = None,
+        artifacts: str | PathLike[str] | Location | None = None,
         certify: bool = True,
         **own: Any,
     ) -> None:
@@ -451,6 +451,9 @@ class InfluenceFunctionModel:
     ) -> Forecast:
         """How :meth:`influences_to_zarr` would cut the work, and what that costs; pure, no task runs.
 
+        Before :meth:`fit` the time is that of derivatives and products alone: what the fit and the
+        solving of factors take is not known.
+
         Parameters
         ----------
         test, train, mode, hessian_regularization, tile_bytes, memory_limit
@@ -467,8 +470,9 @@ class InfluenceFunctionModel:
             measured after the fit), and of what limits the run first;
             ``plan.validate(memory_limit)`` raises where it does not fit.
         """
-        fitted = self._require_fit().swept(hessian_regularization)
         reduction, train_source = check_reduction(reduce), as_source(train, "train")
+        fitted = self._fitted or fitting.foreseen(self._configuration, self._resources, train_source)
+        fitted = fitted.swept(hessian_regularization)
         cluster = self._resources.cluster(workers, threads_per_worker, worker_memory, bandwidth)
         plan = runs.score_plan(
             fitted,

@@ -40,7 +40,10 @@ class _Codes(click.Group):
             formatter.write_dl(
                 [
                     ("0", "done; the store is complete, or as it should be"),
-                    ("1", "the run failed for a reason outside the job; the same call may succeed, and resumes"),
+                    (
+                        "1",
+                        "the run failed for a reason outside the job; the same call may succeed, and resumes",
+                    ),
                     ("2", "job or command line refused; the same call would be refused again"),
                     ("3", "the store is incomplete or damaged"),
                     ("130, 143", "stopped by Ctrl-C, by SIGTERM; the same call resumes"),
@@ -49,7 +52,9 @@ class _Codes(click.Group):
 
 
 @click.group(
-    name="influence", cls=_Codes, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    name="influence",
+    cls=_Codes,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 def cli() -> None:
     """Influence functions of PyTorch models on a Dask cluster, from a job file.
@@ -67,7 +72,9 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command for what is said on standard error, and a session that it runs in."""
 
     @click.option("-v", "--verbose", is_flag=True, help="Debug messages, and tracebacks of errors.")
-    @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+    @click.option(
+        "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]"
+    )
     @click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")
     @functools.wraps(function)
     def told(verbose: bool, log_level: str | None, log_format: str | None, **arguments: Any) -> None:
@@ -89,7 +96,9 @@ def _scheduled(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Scheduler to join, such as tcp://host:8786, instead of workers of this machine.",
         ),
         click.option(
-            "--scheduler-file", type=click.Path(), help="The same from what dask scheduler --scheduler-file wrote."
+            "--scheduler-file",
+            type=click.Path(),
+            help="The same from what dask scheduler --scheduler-file wrote.",
         ),
         click.option("--tls-ca-file", type=click.Path(exists=True), help="Of encrypted connections."),
         click.option("--tls-cert", type=click.Path(exists=True)),
@@ -105,7 +114,7 @@ _store = click.argument("store")
 _json = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 
-@cli.command()
+@cli.command("plan")
 @_job
 @_scheduled
 @click.option("--workers", type=click.IntRange(min=1), help="A cluster to plan for, which need not exist.")
@@ -113,12 +122,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--worker-memory", metavar="BYTES", help="Of each worker, such as 8GiB.")
 @click.option("--bandwidth", metavar="BYTES", help="A second, between store and all workers, such as 1GB.")
 @_told
-def plan(session: Any, **arguments: Any) -> None:
+def _plan(session: Any, **arguments: Any) -> None:
     """How JOB would be cut, what it costs and what limits it; nothing is fitted or written."""
     _command("plan")(session, **arguments)
 
 
-@cli.command()
+@cli.command("run")
 @_job
 @_scheduled
 @click.option("--resume/--no-resume", default=True, help="Go on where an earlier run stopped, or refuse to.")
@@ -129,50 +138,54 @@ def plan(session: Any, **arguments: Any) -> None:
     "--metrics-port", type=click.IntRange(0, 65535), help="Serve progress to Prometheus (extra: metrics)."
 )
 @_told
-def run(session: Any, **arguments: Any) -> None:
+def _run(session: Any, **arguments: Any) -> None:
     """Fit and score as JOB says; called again, it goes on where it was."""
     _command("run")(session, **arguments)
 
 
-@cli.command()
+@cli.command("status")
 @_store
 @_json
 @_told
-def status(session: Any, **arguments: Any) -> None:
+def _status(session: Any, **arguments: Any) -> None:
     """How far a run is, from its STORE alone, also while another process runs it."""
     _command("status")(session, **arguments)
 
 
-@cli.command()
+@cli.command("verify")
 @_store
-@click.option("--repair", is_flag=True, help="Withdraw what is damaged, so that the job recomputes just that.")
+@click.option(
+    "--repair", is_flag=True, help="Withdraw what is damaged, so that the job recomputes just that."
+)
 @_json
 @_told
-def verify(session: Any, **arguments: Any) -> None:
+def _verify(session: Any, **arguments: Any) -> None:
     """Read every object of a STORE and compare it with what was recorded when it was written."""
     _command("verify")(session, **arguments)
 
 
-@cli.command()
+@cli.command("top")
 @_store
-@click.option("-t", "--test", "tests", multiple=True, required=True, metavar="ID", help="Test point; repeatable.")
+@click.option(
+    "-t", "--test", "tests", multiple=True, required=True, metavar="ID", help="Test point; repeatable."
+)
 @click.option("-k", "--count", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--regularization", type=float, help="λ, of a store that holds several.")
 @_json
 @_told
-def top(session: Any, **arguments: Any) -> None:
+def _top(session: Any, **arguments: Any) -> None:
     """Most helpful and most harmful training points of test points, from a STORE."""
     _command("top")(session, **arguments)
 
 
-@cli.command()
-def schema() -> None:
+@cli.command("schema")
+def _schema() -> None:
     """JSON schema of job files, for editors."""
     _command("schema")()
 
 
-@cli.command()
-def version() -> None:
+@cli.command("version")
+def _version() -> None:
     """Versions that results depend on."""
     import platform
     from importlib.metadata import version as installed

@@ -42,7 +42,9 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         if self.address is not None and self.file is not None:
-            raise ConfigurationError("--scheduler-address and --scheduler-file were both given; leave one out")
+            raise ConfigurationError(
+                "--scheduler-address and --scheduler-file were both given; leave one out"
+            )
         tls = {
             "--tls-ca-file": self.tls_ca_file,
             "--tls-cert": self.tls_cert,
@@ -120,13 +122,36 @@ def cluster(asked: job.Cluster, scheduler: Scheduler, report: str | None = None)
             client = stack.enter_context(Client(local))
         log.info("%s; dashboard: %s", _described(client), client.dashboard_link or "none")
         if report is not None:
-            stack.enter_context(performance_report(report))
+            stack.enter_context(_reported(report))
         yield client
+
+
+@contextmanager
+def _reported(file: str) -> Iterator[None]:
+    """Dask's performance report of the block; what goes wrong with it is no fault of the run."""
+    with ExitStack() as stack:
+        try:
+            report = performance_report(file)
+            report.__enter__()
+        except Exception as error:
+            raise ClusterError(
+                f"the scheduler makes no performance report ({error}); install bokeh there"
+            ) from error
+
+        @stack.push
+        def finish(*outcome: Any) -> None:
+            try:
+                report.__exit__(*outcome)
+            except Exception as error:  # noqa: BLE001
+                log.warning("the performance report could not be written: %s", error)
+
+        yield
 
 
 def _described(client: Client) -> str:
     threads = client.nthreads()
-    return f"{len(threads)} workers, {sum(threads.values())} threads, scheduler {client.scheduler.address}"
+    address = client.scheduler_info(n_workers=0)["address"]
+    return f"{len(threads)} workers, {sum(threads.values())} threads, scheduler {address}"
 
 
 def memory(client: Any) -> tuple[int, int] | None:

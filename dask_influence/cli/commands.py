@@ -25,6 +25,7 @@ from dask_influence.cli.status import Report, StatusFile
 from dask_influence.errors import ConfigurationError, InfluenceWarning
 from dask_influence.execution import verify as verification
 from dask_influence.storage.results import open_influences
+from dask_influence.storage.sources import as_source
 from dask_influence.storage.stores import Location
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,7 @@ def plan(
         forecast = model.plan(
             loading.data(asked, "test"),
             _train(asked),
-            mode=asked.mode,
             **_asked_for(asked),
-            **_limits(asked),
             workers=workers,
             threads_per_worker=threads_per_worker,
             worker_memory=memory,
@@ -93,9 +92,7 @@ def run(
                     stack.callback(metrics.close)
                 client = stack.enter_context(cluster.cluster(asked.cluster, where, performance_report))
                 report = stack.enter_context(progress.shown(sinks, lambda: cluster.memory(client)))
-                _carry_out(
-                    asked, client, store, report, resume=resume, overwrite=overwrite, repair=repair
-                )
+                _carry_out(asked, client, store, report, resume=resume, overwrite=overwrite, repair=repair)
         except BaseException as error:
             _ended(status, error)
             raise
@@ -113,7 +110,7 @@ def _carry_out(
     report: progress.Relay,
     *,
     overwrite: bool,
-    **how: bool,
+    **how: Any,
 ) -> None:
     # Everything that the job names is looked at before the first pass over the data.
     model = loading.influence(asked, client)
@@ -126,10 +123,8 @@ def _carry_out(
         store,
         test,
         train,
-        mode=asked.mode,
         **asked_for,
         **labels,
-        **_limits(asked),
         overwrite=overwrite or asked.output.overwrite,
         progress=report,
         **how,
@@ -151,16 +146,18 @@ def _ended(status: StatusFile, error: BaseException) -> None:
 def _train(asked: Job) -> Any:
     train = loading.data(asked, "train")
     with loading.at(asked, "data", "train"):
-        return loading.as_source(train, "train")
+        return as_source(train, "train")
 
 
 def _asked_for(asked: Job) -> dict[str, Any]:
-    """What scores are kept, and at which λ."""
-    return {"hessian_regularization": asked.hessian_regularizations}
-
-
-def _limits(asked: Job) -> dict[str, int | None]:
-    return {"tile_bytes": asked.output.tile_bytes, "memory_limit": asked.output.memory_limit}
+    """What scores are asked for, and how they are cut: what ``plan`` and ``influences_to_zarr`` share."""
+    return {
+        "mode": asked.mode,
+        "reduce": loading.reduction(asked),
+        "hessian_regularization": asked.hessian_regularizations,
+        "tile_bytes": asked.output.tile_bytes,
+        "memory_limit": asked.output.memory_limit,
+    }
 
 
 def _read(session: Session, job: str) -> Job:

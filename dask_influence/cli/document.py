@@ -69,7 +69,7 @@ class Document:
 
     @classmethod
     def parse(cls, written: str, name: str = "job", folder: Path = Path()) -> Document:
-        """The document of a text.
+        r"""The document of a text.
 
         Examples
         --------
@@ -142,7 +142,9 @@ class Document:
                 return {name: replaced(below, (*key, name)) for name, below in value.items()}
             if isinstance(value, list):
                 return [replaced(below, (*key, index)) for index, below in enumerate(value)]
-            return _VARIABLE.sub(lambda match: look_up(match, key), value) if isinstance(value, str) else value
+            return (
+                _VARIABLE.sub(lambda match: look_up(match, key), value) if isinstance(value, str) else value
+            )
 
         def look_up(match: re.Match[str], key: Key) -> str:
             escaped, name, default = match.groups()
@@ -180,7 +182,7 @@ class Secrets:
 
     def and_values(self, tree: Any) -> Secrets:
         """These, and every text in ``tree``, shown as an ellipsis."""
-        found = {value: "…" for value in _texts(tree)}
+        found = dict.fromkeys(_texts(tree), "…")
         return Secrets({**found, **self.shown_as})
 
     def hide(self, text: str) -> str:

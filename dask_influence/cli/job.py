@@ -11,7 +11,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from dask.utils import parse_bytes
 from pydantic import (
@@ -167,7 +167,7 @@ class Data(Section):
 
 
 class Datasets(Section):
-    """Training data, and test data but for SelfInfluence."""
+    """Training data; and test data, unless each training point is scored on itself."""
 
     train: Annotated[Data, _short("zarr")]
     test: Annotated[Data, _short("zarr")] | None = None
@@ -175,6 +175,7 @@ class Datasets(Section):
 
 # -- estimators: one section each, made from their own arguments ----------------------------
 class _Estimator(Section):
+    name: str
     hessian_regularization: Damping | dict[str, float] = 0.0
     """λ, or one for each block of block_structure."""
     curvature: Literal[tuple(PRODUCTS)] = "hessian"  # type: ignore[valid-type]
@@ -209,7 +210,7 @@ def _yaml_type(annotation: Any) -> Any:
 def _section(model: type[InfluenceFunctionModel]) -> type[_Estimator]:
     hints = typing.get_type_hints(model.estimator)
     own = {f.name: (_yaml_type(hints[f.name]), f.default) for f in dataclasses.fields(model.estimator)}
-    name = (Literal[model.__name__], ...)  # type: ignore[valid-type]
+    name = (Literal[model.__name__], ...)
     fields: dict[str, Any] = {"name": name, **own}
     return create_model(model.__name__, __base__=_Estimator, __doc__=model.__doc__, **fields)
 
@@ -223,7 +224,37 @@ ESTIMATORS = {
 }
 """The models a job may name."""
 
-Estimator = Annotated[Union[tuple(map(_section, ESTIMATORS.values()))], Discriminator("name")]  # type: ignore[valid-type]
+if TYPE_CHECKING:
+    Estimator = _Estimator
+else:
+    Estimator = Annotated[Union[tuple(map(_section, ESTIMATORS.values()))], Discriminator("name")]  # noqa: UP007
+
+
+# -- reductions ----------------------------------------------------------------------------
+class TopK(Section):
+    """The k most helpful and most harmful points of each point."""
+
+    name: Literal["TopK"]
+    k: Annotated[int, Field(ge=1)]
+    per: Literal["test", "train"] = "test"
+
+
+class SelfInfluence(Section):
+    """Each training point on itself; the job has no test data."""
+
+    name: Literal["SelfInfluence"]
+
+
+class GroupSum(Section):
+    """Sums over groups of training points, of test points, or of both."""
+
+    name: Literal["GroupSum"]
+    labels: Ids | None = None
+    """Group of each training point: a list, or a ``.npy`` file."""
+    test_labels: Ids | None = None
+
+
+Reduction = Annotated[TopK | SelfInfluence | GroupSum, Discriminator("name")]
 
 
 # -- output and machines -------------------------------------------------------------------
@@ -277,6 +308,8 @@ class Job(Section):
     data: Datasets
     estimator: Estimator
     mode: Literal["up", "perturbation"] = "up"
+    reduce: Reduction | None = None
+    """What is kept of the scores; None keeps all."""
     hessian_regularizations: list[Damping] | None = None
     """Several λ instead of the estimator's own: scores have the dimension ``regularization`` in front."""
     output: Output
@@ -304,13 +337,12 @@ class Job(Section):
 
         Examples
         --------
-        >>> text = "model: mine:net\\nloss: torch.nn:MSELoss\\nestimator: {name: DirectInfluence, rank: 3}"
-        >>> Job.of(Document.parse(text), {})
+        >>> text = "model: mine:net, loss: torch.nn:MSELoss, data: train.zarr, output: {store: a.zarr}"
+        >>> text = text.replace(", ", chr(10)) + chr(10) + "estimator: {name: DirectInfluence, rank: 3}"
+        >>> Job.of(Document.parse(text), {})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        dask_influence.cli.document.JobError: job, line 3: estimator.rank: no such field; this section has \
-hessian_regularization, curvature, block_structure, parameters, device, dtype, chunk_size, certify, name
-        job, line 1: data: is missing
-        job, line 1: output: is missing
+        dask_influence.cli.document.JobError: job, line 3: data: must be a mapping; got 'train.zarr'
+        job, line 5: estimator.rank: no such field; this section has name, hessian_regularization, curvature, ...
         """
         values, secrets = document.resolved(environment)
         try:
@@ -372,17 +404,18 @@ def _described(document: Document, error: ErrorDetails) -> tuple[Key, str]:
     if error["type"] == "unknown":
         return (*key, error["ctx"]["field"]), error["msg"]
     if error["type"] == "union_tag_not_found":
-        return (*key, "name"), f"is missing; it is one of {error['ctx'].get('expected_tags') or _names()}"
+        return (*key, "name"), f"is missing; it is one of {_names(key)}"
     if error["type"] == "union_tag_invalid":
-        return (*key, "name"), f"must be one of {_names()}"
+        return (*key, "name"), f"must be one of {_names(key)}"
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return key, "must be a mapping"
     message = error["msg"].removeprefix("Input ")
     return key, message if message.startswith("must") else message.replace("should", "must", 1)
 
 
-def _names() -> str:
-    return ", ".join(ESTIMATORS)
+def _names(key: Key) -> str:
+    """What the ``name`` of a section may be."""
+    return ", ".join(ESTIMATORS if key == ("estimator",) else ("TopK", "SelfInfluence", "GroupSum"))
 
 
 def _arrived(document: Document, key: Key) -> str:

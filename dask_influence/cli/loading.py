@@ -24,10 +24,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dask_influence.cli.document import JobError, Key
+from dask_influence.cli import job as schema
+from dask_influence.cli.document import JobError
 from dask_influence.cli.job import ESTIMATORS, Data, Job, Npy, Parquet, Weights
 from dask_influence.errors import ConfigurationError, DataError, InfluenceError, StoreError
+from dask_influence.execution.reducer import Reduction
 from dask_influence.influence import InfluenceFunctionModel
+from dask_influence.reductions import GroupSum, SelfInfluence, TopK
 from dask_influence.storage.sources import ArraySource, Source, as_source
 from dask_influence.storage.stores import Location
 
@@ -71,9 +74,10 @@ def named(job: Job, reference: str, *key: str) -> Any:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # noqa: BLE001 - a user's module may raise anything
+    except Exception as error:
         raise job.document.refusal(
-            key, f"cannot import {module_name!r} ({type(error).__name__}: {error}); install it, or put it in {folder}"
+            key,
+            f"cannot import {module_name!r} ({type(error).__name__}: {error}); install it, or put it in {folder}",
         ) from error
     origin = getattr(module, "__file__", None)
     if origin is not None and Path(origin).is_relative_to(folder) and "site-packages" not in origin:
@@ -103,7 +107,7 @@ def called(job: Job, made_by: Any, arguments: Mapping[str, Any], *key: str) -> A
         return made_by(**arguments)
     except InfluenceError:
         raise
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise job.document.refusal(key, f"raised {type(error).__name__}: {error}") from error
 
 
@@ -138,7 +142,9 @@ def _load_weights(job: Job, module: nn.Module, weights: Weights) -> None:
     try:
         module.load_state_dict(held)
     except RuntimeError as error:
-        raise ConfigurationError(f"{place.url} does not fit the model: {' '.join(str(error).split())}") from error
+        raise ConfigurationError(
+            f"{place.url} does not fit the model: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _safetensors(content: bytes, place: Location) -> Any:
@@ -201,7 +207,9 @@ def _of_kind(job: Job, given: Data, side: str) -> Source | Location:
     if given.zarr is not None:
         place = location(job, given.zarr, options)
         if not any(place.exists(key) for key in ("zarr.json", ".zgroup")):
-            raise StoreError(f"no Zarr group is at {place.url}; write one with arrays x and y, or check the path")
+            raise StoreError(
+                f"no Zarr group is at {place.url}; write one with arrays x and y, or check the path"
+            )
         return place
     if given.npy is not None:
         return _npy(job, given.npy, options, side)
@@ -235,7 +243,9 @@ def _parquet(job: Job, given: Parquet, options: Mapping[str, Any], side: str) ->
     try:
         from pyarrow import ArrowException, BufferReader, parquet
     except ImportError as error:
-        raise ConfigurationError("reading Parquet takes pyarrow: pip install 'dask_influence[parquet]'") from error
+        raise ConfigurationError(
+            "reading Parquet takes pyarrow: pip install 'dask_influence[parquet]'"
+        ) from error
     place = location(job, given.path, options)
     wanted = list(dict.fromkeys((*_listed(given.x), *_listed(given.y))))
     try:
@@ -281,6 +291,25 @@ def _content(place: Location) -> bytes:
     """The bytes of the object at ``place``."""
     folder, _, name = place.url.rpartition("/")
     return Location.of(folder, place.storage_options).get(unquote(name) if place.scheme == "file" else name)
+
+
+def reduction(job: Job) -> Reduction | None:
+    """What is kept of the scores."""
+    given = job.reduce
+    with at(job, "reduce"):
+        if isinstance(given, schema.TopK):
+            return TopK(given.k, given.per)
+        if isinstance(given, schema.GroupSum):
+            return GroupSum(
+                _labels(job, given.labels, "labels"),
+                test_labels=_labels(job, given.test_labels, "test_labels"),
+            )
+        return None if given is None else SelfInfluence()
+
+
+def _labels(job: Job, given: Any, field: str) -> Any:
+    with at(job, "reduce", field):
+        return array(location(job, given, job.output.storage_options)) if isinstance(given, str) else given
 
 
 def ids(job: Job, side: str) -> Any:

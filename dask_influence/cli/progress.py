@@ -104,7 +104,12 @@ class Bars:
             self._tasks[name] = self._bars.add_task(name, total=total, rate="", held="")
         shown = "" if rate is None else f"{rate:.1f}/s"
         self._bars.update(
-            self._tasks[name], description=stage, completed=done, total=total, rate=shown, held=self._memory_held()
+            self._tasks[name],
+            description=stage,
+            completed=done,
+            total=total,
+            rate=shown,
+            held=self._memory_held(),
         )
 
     def _memory_held(self) -> str:
@@ -139,7 +144,9 @@ class Metrics:
         try:
             self._server, self._thread = start_http_server(port, registry=registry)
         except OSError as error:
-            raise ConfigurationError(f"--metrics-port {port} cannot be used: {error}; choose another") from error
+            raise ConfigurationError(
+                f"--metrics-port {port} cannot be used: {error}; choose another"
+            ) from error
 
     def progress(self, stage: str, done: int, total: int, rate: float | None) -> None:
         """Set the gauges of the stage."""

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ from dask_influence.errors import (
 
 log = logging.getLogger(__name__)
 
-LOGGERS = ("dask_influence", "distributed", "py.warnings")
+LOGGERS = ("dask_influence", "distributed")
 """What is said here instead of by handlers of their own."""
 
 
@@ -177,14 +178,19 @@ def _logging_to(handler: logging.Handler) -> Iterator[None]:
     before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
-    logging.captureWarnings(True)
+    shown, warnings.showwarning = warnings.showwarning, _warned
     try:
         yield
     finally:
-        logging.captureWarnings(False)
+        warnings.showwarning = shown
         for logger, handlers, propagate, level in before:
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
+
+
+def _warned(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as a line of the log: where it was issued says nothing to whoever runs a job."""
+    log.warning("%s: %s", category.__name__, message)
 
 
 @contextmanager

@@ -139,7 +139,9 @@ class StatusFile:
                 self._status = replace(self._status, updated=_now())
                 self._location.put(STATUS_KEY, json.dumps(asdict(self._status), indent=1).encode())
                 self._written = time.monotonic()
-        except StoreError as error:  # the run itself says better what is wrong with the store, if it is more than this
+        except (
+            StoreError
+        ) as error:  # the run itself says better what is wrong with the store, if it is more than this
             self._written = time.monotonic()
             log.warning("the status could not be written: %s", error)
 

@@ -38,7 +38,8 @@ class Top:
         """The same for programs."""
         sides = {"helpful": self.helpful, "harmful": self.harmful}
         named = {
-            side: [{"train": train, "score": score} for train, score in found] for side, found in sides.items()
+            side: [{"train": train, "score": score} for train, score in found]
+            for side, found in sides.items()
         }
         return {"test": self.test, **named, "missing": self.missing}
 
@@ -140,7 +141,7 @@ def _of_lists(row: xr.Dataset, count: int) -> Top:
     if count > held:
         raise ConfigurationError(f"--count {count} is more than the store holds: TopK({held})")
     row = row.isel(rank=slice(0, count)).load()
-    pairs = [
+    helpful, harmful = (
         [
             (train, float(score))
             for train, score in zip(
@@ -148,6 +149,6 @@ def _of_lists(row: xr.Dataset, count: int) -> Top:
             )
         ]
         for side in ("helpful", "harmful")
-    ]
+    )
     missing = int(np.isnan(row["helpful_score"].values).sum())
-    return Top(row["test"].item(), *pairs, missing)
+    return Top(row["test"].item(), helpful, harmful, missing)
