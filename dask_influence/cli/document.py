@@ -69,13 +69,13 @@ class Document:
 
     @classmethod
     def parse(cls, written: str, name: str = "job", folder: Path = Path()) -> Document:
-        r"""The document of a text.
+        """The document of a text.
 
         Examples
         --------
-        >>> document = Document.parse("loss: a:b\\ncluster:\\n  workers: 2\\n")
+        >>> document = Document.parse("cluster: {workers: 2}")
         >>> document.raw, document.lines[("cluster", "workers")]
-        ({'loss': 'a:b', 'cluster': {'workers': 2}}, 3)
+        ({'cluster': {'workers': 2}}, 1)
         """
         try:
             loader = yaml.SafeLoader(written)

@@ -78,9 +78,12 @@ def _reference(given: str) -> str:
     return given
 
 
-def _short(name: str) -> BeforeValidator:
+def _short(section: Any, name: str) -> BeforeValidator:
     """A section of which a text alone stands for the field ``name``."""
-    return BeforeValidator(lambda given: {name: given} if isinstance(given, str) else given)
+    return BeforeValidator(
+        lambda given: {name: given} if isinstance(given, str) else given,
+        json_schema_input_type=str | section,
+    )
 
 
 Bytes = Annotated[int, Field(gt=0), BeforeValidator(_bytes, json_schema_input_type=int | str)]
@@ -109,7 +112,7 @@ class Model(Section):
     """``module:name`` of what makes it: a class or a function, in the job's folder or installed."""
     arguments: Options
     """Keyword arguments of the factory."""
-    weights: Annotated[Weights, _short("path")] | None = None
+    weights: Annotated[Weights, _short(Weights, "path")] | None = None
     """None: the factory loads them."""
 
 
@@ -169,8 +172,8 @@ class Data(Section):
 class Datasets(Section):
     """Training data; and test data, unless each training point is scored on itself."""
 
-    train: Annotated[Data, _short("zarr")]
-    test: Annotated[Data, _short("zarr")] | None = None
+    train: Annotated[Data, _short(Data, "zarr")]
+    test: Annotated[Data, _short(Data, "zarr")] | None = None
 
 
 # -- estimators: one section each, made from their own arguments ----------------------------
@@ -303,8 +306,8 @@ class Logging(Section):
 class Job(Section):
     """An influence job: what to fit, what to score, where to write."""
 
-    model: Annotated[Model, _short("factory")]
-    loss: Annotated[Loss, _short("function")]
+    model: Annotated[Model, _short(Model, "factory")]
+    loss: Annotated[Loss, _short(Loss, "function")]
     data: Datasets
     estimator: Estimator
     mode: Literal["up", "perturbation"] = "up"
@@ -314,7 +317,7 @@ class Job(Section):
     """Several λ instead of the estimator's own: scores have the dimension ``regularization`` in front."""
     output: Output
     cluster: Cluster = Cluster()
-    artifacts: Annotated[Artifacts, _short("url")] | None = None
+    artifacts: Annotated[Artifacts, _short(Artifacts, "url")] | None = None
     logging: Logging = Logging()
 
     _document: Document = PrivateAttr()
@@ -391,7 +394,7 @@ def _refusal(document: Document, errors: list[ErrorDetails]) -> JobError:
         if message not in found.setdefault(key, []):
             found[key].append(message)
     lines = []
-    for key, messages in found.items():
+    for key, messages in sorted(found.items(), key=lambda one: document.lines[document.place(one[0])]):
         arrived = _arrived(document, key)
         lines.append(str(document.refusal(key, f"{' or '.join(messages)}{arrived}")))
     return JobError("\n".join(lines))
