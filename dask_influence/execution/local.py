@@ -54,6 +54,11 @@ class LocalExecutor(Executor):
         """Evaluate all calls, then add them in the tree that every executor uses."""
         return merge([function(*call) for call in calls])
 
-    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Evaluate lazily, in order."""
+    def map(
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[tuple[Any, ...]],
+        lost: Callable[[tuple[Any, ...]], None] | None = None,
+    ) -> Iterator[Any]:
+        """Evaluate lazily, in order; what crashes this process is not survived."""
         return (function(*call) for call in calls)
