@@ -26,6 +26,7 @@ from dask_influence.errors import DataError, DataWarning, LossError, StoreMismat
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.base import Executor
 from dask_influence.execution.drive import Passes
+from dask_influence.execution.forecast import Speed
 from dask_influence.execution.plan import Plan, Work, arrange
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, StoredFactors, required
@@ -68,6 +69,8 @@ class Fitted:
         Of the fit, for diagnostics.
     behaviour : list of str
         Losses and gradient norms of the first samples, to be told from other fits.
+    speed : Speed
+        Of this machine at this problem, for forecasts; a guess where nothing was timed.
     mixed : Mixed
         The problem of perturbation mode, once it is known.
     """
@@ -80,6 +83,7 @@ class Fitted:
     digest: str
     counts: dict[str, Any]
     behaviour: list[str]
+    speed: Speed = dataclasses.field(default_factory=Speed, repr=False)
     mixed: Mixed = dataclasses.field(default_factory=Mixed, repr=False)
 
     # -- λ ----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from dask_influence.core.estimators.blocks import Regularization, Structure
 from dask_influence.core.objective import Loss
 from dask_influence.errors import ConfigurationError, DataError, NotFittedError, PoisonedSamplesError
 from dask_influence.execution import persistence, tasks
+from dask_influence.execution.forecast import Forecast
 from dask_influence.execution.lazy import (
     lazy_influence_factors,
     lazy_influences,
@@ -37,7 +38,7 @@ from dask_influence.execution.lazy import (
 )
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.memory import factors_in_memory, influences_in_memory, scores_in_memory
-from dask_influence.execution.plan import Plan, arrange
+from dask_influence.execution.plan import arrange
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import StoredFactors
 from dask_influence.fitted import Fitted
@@ -86,7 +87,8 @@ class InfluenceFunctionModel:
     artifacts : str or path, optional
         URL that every worker can read and write, for what is published to them. By default
         (and config ``influence.artifacts.url``) a temporary folder, where all workers share
-        this host's files.
+        this host's files. One that is given also keeps the sums of finished passes, so that
+        a killed fit goes on; delete it when they are no longer wanted.
     certify : bool
         Write ``factor_residual`` even where it takes a pass over the training data.
 
@@ -173,8 +175,11 @@ class InfluenceFunctionModel:
         )
 
     # -- fit --------------------------------------------------------------------------
-    def fit(self, train: Any) -> Self:
+    def fit(self, train: Any, *, progress: bool | Callable[[str, int, int], None] | None = None) -> Self:
         """Estimate the curvature of the mean loss over ``train``; returns self.
+
+        Where ``artifacts`` were given, each pass over the data leaves its sums there: a fit that
+        was killed goes on with the first pass that it had not finished.
 
         Parameters
         ----------
@@ -182,6 +187,8 @@ class InfluenceFunctionModel:
             ``(x, y)`` of tensors, numpy or dask arrays (each may be a tuple or mapping of
             them); a map-style torch Dataset; a DataLoader (order and ``drop_last`` ignored);
             the path or URL of a Zarr group with arrays ``x`` and ``y``.
+        progress : bool or callable, optional
+            True shows bars; a callable gets (pass, done, total).
 
         Raises
         ------
@@ -190,7 +197,8 @@ class InfluenceFunctionModel:
         SingularCurvatureError
             C + λI cannot be inverted.
         """
-        self._fitted = fitting.fit(self._configuration, self._resources, as_source(train, "train"))
+        source = as_source(train, "train")
+        self._fitted = fitting.fit(self._configuration, self._resources, source, progress)
         return self
 
     def with_regularization(self, hessian_regularization: Regularization) -> Self:
@@ -440,22 +448,41 @@ class InfluenceFunctionModel:
         hessian_regularization: Sequence[float] | None = None,
         tile_bytes: int | None = None,
         memory_limit: int | None = None,
-    ) -> Plan:
-        """How :meth:`influences_to_zarr` would cut the work; pure, no task runs.
+        workers: int | None = None,
+        threads_per_worker: int | None = None,
+        worker_memory: int | None = None,
+        bandwidth: float | None = None,
+    ) -> Forecast:
+        """How :meth:`influences_to_zarr` would cut the work, and what that costs; pure, no task runs.
 
-        ``str(plan)`` is a table of tiles, strips, passes, bytes and time;
-        ``plan.validate(memory_limit)`` raises where it does not fit.
+        Parameters
+        ----------
+        test, train, mode, hessian_regularization, tile_bytes, memory_limit
+            As for :meth:`influences_to_zarr`.
+        workers, threads_per_worker, worker_memory : int, optional
+            A cluster to plan for, which need not exist; by default the one of ``client``.
+        bandwidth : float, optional
+            Bytes a second between the store and all workers together.
+
+        Returns
+        -------
+        Plan
+            ``str(plan)`` is a table of tiles, strips, passes, bytes, time (at the speed that was
+            measured after the fit), and of what limits the run first;
+            ``plan.validate(memory_limit)`` raises where it does not fit.
         """
         fitted = self._require_fit().swept(hessian_regularization)
         held = StoredFactors.found(test, None)
-        return fitted.plan(
+        cluster = self._resources.cluster(workers, threads_per_worker, worker_memory, bandwidth)
+        plan = fitted.plan(
             held or as_source(test, "test"),
             as_source(train, "train"),
             mode_of(mode),
             tile_bytes=tile_bytes,
-            memory_limit=memory_limit,
+            memory_limit=memory_limit or (None if worker_memory is None else cluster.memory_limit),
             project=fitted.projects and held is None,
         )
+        return Forecast.of(plan, fitted.speed, cluster)
 
     # -- saving -----------------------------------------------------------------------
     def save(self, url: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:

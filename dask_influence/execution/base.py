@@ -12,6 +12,7 @@ from dask_influence.core.estimators import Inverse
 from dask_influence.core.moments import Moments
 from dask_influence.core.problem import Problem
 from dask_influence.execution.artifacts import Artifact
+from dask_influence.execution.forecast import Cluster
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
 
@@ -48,6 +49,11 @@ class Executor(ABC):
         """Bytes that one task may hold, where that is known."""
         return None
 
+    @property
+    def cluster(self) -> Cluster:
+        """The machines that it has."""
+        return Cluster()
+
     @abstractmethod
     def at(self, location: Location) -> Executor:
         """The same executor, with what it publishes kept at ``location``."""
@@ -77,8 +83,16 @@ class Executor(ABC):
         """``source`` in a form that every task can read, staged once where need be."""
 
     @abstractmethod
-    def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
-        """Σ function(*call), added in a tree whose shape depends on the number of calls alone."""
+    def reduce(
+        self,
+        function: Callable[..., Moments],
+        calls: Sequence[tuple[Any, ...]],
+        report: Callable[[int, int], None] | None = None,
+    ) -> Moments:
+        """Σ function(*call), added in a tree whose shape depends on the number of calls alone.
+
+        ``report`` is told how many calls are done, and how many there are.
+        """
 
     @abstractmethod
     def map(

@@ -24,6 +24,7 @@ from dask_influence.core.problem import Problem
 from dask_influence.errors import ClusterError, ConfigurationError, StoreError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
+from dask_influence.execution.forecast import Cluster
 from dask_influence.execution.shipping import Envelope, ShippedInverse, ShippedModel
 from dask_influence.storage.sources import Source, stage
 from dask_influence.storage.stores import Location
@@ -67,9 +68,15 @@ class DaskExecutor(Executor):
         A worker's own limit is shared by its threads, and a quarter is left to the
         interpreter and its libraries.
         """
+        return self.cluster.memory_limit
+
+    @property
+    def cluster(self) -> Cluster:
+        """The workers, each taken to be as the smallest one."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        shares = [worker["memory_limit"] / worker["nthreads"] for worker in workers if worker["memory_limit"]]
-        return int(0.75 * min(shares)) if shares else None
+        threads = min(worker["nthreads"] for worker in workers)
+        memory = [worker["memory_limit"] * threads // worker["nthreads"] for worker in workers]
+        return Cluster(len(workers), threads, min((m for m in memory if m), default=None))
 
     def at(self, location: Location) -> DaskExecutor:
         """The same cluster, with artifacts in another place."""
@@ -122,16 +129,26 @@ class DaskExecutor(Executor):
         with self.client.as_current():
             return stage(source, self._home.location.child("data"), chunk_size)
 
-    def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
+    def reduce(
+        self,
+        function: Callable[..., Moments],
+        calls: Sequence[tuple[Any, ...]],
+        report: Callable[[int, int], None] | None = None,
+    ) -> Moments:
         """Σ function(*call): partial sums meet on the workers, the total comes through the store."""
         submit = self.client.submit
         level = [submit(function, *call, pure=False, retries=RETRIES) for call in calls]
+        leaves = as_completed(level if report is not None else [])  # lets go of each as it is reported
         while len(level) > 1:
             level = [
                 submit(_merge, level[low : low + FAN_IN], pure=False, retries=RETRIES)
                 for low in range(0, len(level), FAN_IN)
             ]
         total = submit(_deliver, level[0], self.location, pure=False, retries=RETRIES)
+        del level
+        for done, _ in enumerate(leaves, 1):
+            assert report is not None
+            report(done, len(calls))
         answer = self._result(total)
         if isinstance(answer, Moments):
             return answer

@@ -42,13 +42,17 @@ class Passes:
     job: Sealed
     chunks: Chunks
 
-    def __call__(self, request: Round, *, first: bool = False) -> Moments:
-        """Sum ``request.function`` over the chunks, in an order that depends on the chunks alone."""
+    def __call__(
+        self, request: Round, *, first: bool = False, report: Callable[[int, int], None] | None = None
+    ) -> Moments:
+        """Sum ``request.function`` over the chunks, in an order that depends on the chunks alone.
+
+        ``report`` is told how many of the pass's tasks are done, and how many there are.
+        """
         operand = self.executor.publish(request.operand)
         groups = self._groups(self._pieces(request.samples), request.result_bytes)
-        return self.executor.reduce(
-            tasks.sum_group, [(self.job, request.function, operand, group, first) for group in groups]
-        )
+        calls = [(self.job, request.function, operand, group, first) for group in groups]
+        return self.executor.reduce(tasks.sum_group, calls, report)
 
     def _pieces(self, samples: Sequence[range] | None) -> list[range]:
         if samples is None:

@@ -50,9 +50,19 @@ class LocalExecutor(Executor):
         """Every source can be read where it was made."""
         return source
 
-    def reduce(self, function: Callable[..., Moments], calls: Sequence[tuple[Any, ...]]) -> Moments:
+    def reduce(
+        self,
+        function: Callable[..., Moments],
+        calls: Sequence[tuple[Any, ...]],
+        report: Callable[[int, int], None] | None = None,
+    ) -> Moments:
         """Evaluate all calls, then add them in the tree that every executor uses."""
-        return merge([function(*call) for call in calls])
+        parts = []
+        for call in calls:
+            parts.append(function(*call))
+            if report is not None:
+                report(len(parts), len(calls))
+        return merge(parts)
 
     def map(
         self,

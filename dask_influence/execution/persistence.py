@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from dask_influence.core.estimators import INVERSES, Inverse
 from dask_influence.core.objective import Objective
@@ -87,11 +88,10 @@ def check_model(location: Location, record: dict[str, Any], objective: Objective
 
 def model_digest(module: nn.Module) -> str:
     """Digest of all parameters and buffers, by name."""
-    digest = hashlib.blake2b(digest_size=16)
+    # the state_dict lacks buffers that are not persistent
     held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, value in held:  # the state_dict lacks buffers that are not persistent
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digest = hashlib.blake2b(digest_size=16)
+    update_digest(digest, held)
     return digest.hexdigest()
 
 
@@ -99,7 +99,12 @@ def inverse_digest(inverse: Inverse) -> str:
     """Digest of everything scores depend on beside model and data."""
     tensors, values = inverse.state()
     digest = hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16)
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
+    update_digest(digest, sorted(tensors.items()))
     return digest.hexdigest()
+
+
+def update_digest(digest: hashlib.blake2b, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add names, types, shapes and content of ``tensors`` to ``digest``."""
+    for name, value in tensors:
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -39,6 +39,12 @@ _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
 
 
+def training_seconds(parameters: int, samples: int, directions: int, perturbation: bool = False) -> float:
+    """Rough time of one core for the derivatives of ``samples`` along ``directions``."""
+    along = _NS_PER_DIRECTION * directions * (3 if perturbation else 1)
+    return 1e-9 * samples * parameters * (_NS_PER_PARAMETER + along)
+
+
 @dataclass(frozen=True)
 class Work:
     """The sizes of what is asked for.
@@ -208,18 +214,25 @@ class Plan:
         return self.factor_rows * work.parameters * work.copies * (2 * work.itemsize + 3 * 8)
 
     @property
+    def derivative_seconds(self) -> float:
+        """Rough time of one core for all derivatives of the training side."""
+        work = self.work
+        once = training_seconds(work.parameters, work.trains, self.directions, work.width > 1)
+        return self.passes * once
+
+    @property
+    def product_seconds(self) -> float:
+        """Rough time of one core for all products C Eᵀ and for encoding what is written."""
+        work = self.work
+        scores = work.copies * work.tests * work.trains * work.width
+        return 1e-9 * (
+            scores * _NS_PER_SCORE_DIRECTION * self.directions + _NS_PER_BYTE_WRITTEN * self.output_bytes
+        )
+
+    @property
     def seconds(self) -> float:
         """Rough time on one core."""
-        work = self.work
-        columns = (
-            self.passes
-            * work.trains
-            * work.parameters
-            * (_NS_PER_PARAMETER + _NS_PER_DIRECTION * self.directions * (1 if work.width == 1 else 3))
-        )
-        pairs = work.copies * work.tests * work.trains
-        scores = pairs * work.width * _NS_PER_SCORE_DIRECTION * self.directions
-        return 1e-9 * (columns + scores + _NS_PER_BYTE_WRITTEN * self.output_bytes)
+        return self.derivative_seconds + self.product_seconds
 
     def validate(self, memory_limit: int | None) -> Plan:
         """Return the plan, or refuse it before the first task.
@@ -247,7 +260,13 @@ class Plan:
         if max(floor.peak_bytes, floor.factor_bytes) <= memory_limit:
             return f"tile_bytes={floor.tile_bytes} fits ({format_bytes(floor.peak_bytes)})"
         least = max(floor.peak_bytes, floor.factor_bytes)
-        return f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
+        advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
+        work = self.work
+        beside = floor.peak_bytes - floor.directions * work.parameters * work.itemsize
+        if work.rank is not None and least > memory_limit > beside:
+            fitting = (memory_limit - beside) // (work.parameters * work.itemsize)
+            advice += f", or rank={fitting} instead of {work.rank}" if fitting else ""
+        return advice
 
     # -- as data and as text ----------------------------------------------------------
     def to_json(self) -> dict[str, Any]:
@@ -260,11 +279,12 @@ class Plan:
         work = Work(**{**values["work"], "features": tuple(values["work"]["features"])})
         return cls(**{**values, "work": work, "tile": tuple(values["tile"])})
 
-    def __str__(self) -> str:
+    def table(self) -> list[tuple[str, str]]:
+        """What people read: names and values."""
         work = self.work
         swept = () if work.regularizations is None else (work.regularizations,)
         shape = (*swept, work.tests, work.trains, *work.features)
-        rows = [
+        return [
             ("scores", " × ".join(f"{n:,}" for n in shape) + f", {format_bytes(self.output_bytes)}"),
             (
                 "tiles",
@@ -283,6 +303,9 @@ class Plan:
             ("peak bytes per task", format_bytes(max(self.peak_bytes, self.factor_bytes))),
             ("estimated time", f"{format_seconds(self.seconds)} on one core"),
         ]
+
+    def __str__(self) -> str:
+        rows = self.table()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

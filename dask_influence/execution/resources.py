@@ -17,6 +17,7 @@ from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.drive import Passes
+from dask_influence.execution.forecast import Cluster
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.shipping import resolve_device
 from dask_influence.grid import Chunks
@@ -67,6 +68,12 @@ class Resources:
         return {**self.__dict__, "client": None, "_cluster": None}
 
     @property
+    def kept(self) -> Location | None:
+        """The place of artifacts that a user named, which outlives this process."""
+        url = self.artifacts or dask.config.get("influence.artifacts.url", None)
+        return None if url is None else Location.of(url)
+
+    @property
     def torch_device(self) -> torch.device:
         """The device in this process."""
         return resolve_device(self.device)
@@ -76,10 +83,21 @@ class Resources:
         if self.client is None:
             return LocalExecutor()
         if self._cluster is None or self._cluster.client is not self.client:
-            url = self.artifacts or dask.config.get("influence.artifacts.url", None)
-            self._cluster = DaskExecutor(self.client, None if url is None else Location.of(url))
+            self._cluster = DaskExecutor(self.client, self.kept)
         self._cluster.check()
         return self._cluster
+
+    def cluster(
+        self, workers: int | None, threads: int | None, memory: int | None, bandwidth: float | None
+    ) -> Cluster:
+        """The cluster at hand, or the one that is asked about, for forecasts."""
+        there = self.executor().cluster
+        return Cluster(
+            there.workers if workers is None else workers,
+            there.threads if threads is None else threads,
+            there.memory if memory is None and workers is None else memory,
+            bandwidth,
+        )
 
     def passes(self, executor: Executor, problem: Problem, source: Source) -> Passes:
         """What answers rounds over ``source``."""

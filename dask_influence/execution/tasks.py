@@ -167,7 +167,7 @@ def query_gradients(job: Job, start: int, stop: int, batch: int, missing: Missin
         problem, x, y = job.spared(low, min(low + batch, stop), missing)
         parts.append(directional.gradients(problem, x, y).cpu())
     gradients = torch.cat(parts)
-    bad = _non_finite(gradients, job.argument, start, missing)
+    bad = refuse_non_finite(gradients, job.argument, start, missing)
     if len(bad):
         finite = np.setdiff1d(np.arange(len(gradients)), bad)
         healthy = gradients[finite[0]].clone() if len(finite) else 0.0
@@ -289,7 +289,7 @@ def derivatives_of(
         high = min(low + batch, columns.stop)
         problem, x, y = job.spared(low, high, missing)
         derivatives = primitive(problem, x, y, query.directions)
-        _non_finite(derivatives, job.argument, low, missing)
+        refuse_non_finite(derivatives, job.argument, low, missing)
         bad = [sample - low for sample in missing or () if low <= sample < high]
         if bad:
             derivatives = derivatives.clone()
@@ -298,7 +298,7 @@ def derivatives_of(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _non_finite(rows: Tensor, argument: str, start: int, missing: Missing | None) -> np.ndarray:
+def refuse_non_finite(rows: Tensor, argument: str, start: int, missing: Missing | None = None) -> np.ndarray:
     """Places of the samples, counted from ``start``, whose row holds NaN or inf.
 
     They are added to ``missing``; where that is None, the first one is refused by its name.

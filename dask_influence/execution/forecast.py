@@ -1,0 +1,202 @@
+"""Forecast: what a plan costs on a cluster, which may not exist yet, and what limits it first.
+
+A plan is integers; a forecast adds speeds. Work, reading, writing and scheduling go on at the
+same time, so that the slowest of the four sets the time of a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+from dask_influence.core import directional
+from dask_influence.core.checks import check_integer
+from dask_influence.core.estimators.base import Inverse, without_rounds
+from dask_influence.core.objective import Tree, leading_size, sliced
+from dask_influence.core.problem import Problem
+from dask_influence.errors import ConfigurationError
+from dask_influence.execution.plan import Plan, format_bytes, format_seconds, training_seconds
+
+TASKS_PER_SECOND = 350.0
+"""What one scheduler hands out: measured with empty tasks on a two-core machine."""
+
+CALIBRATION_SAMPLES, CALIBRATION_DIRECTIONS = 32, 8
+"""What is timed after a fit."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one core of this machine does.
+
+    Attributes
+    ----------
+    derivatives : float
+        Measured over predicted time of the training side: 2 says that it takes twice what ``plan`` assumes.
+    factor : float or None
+        Seconds that solve one factor; None where that takes passes over the data.
+    """
+
+    derivatives: float = 1.0
+    factor: float | None = None
+
+
+def calibrate(problem: Problem, inverse: Inverse, x: Tree, y: Tree) -> Speed:
+    """Time the hot primitive, and the solving of factors, on a few samples, in this thread."""
+    objective = problem.objective
+    samples = min(leading_size(y), CALIBRATION_SAMPLES)
+    x, y = sliced(x, slice(0, samples)), sliced(y, slice(0, samples))
+    few = (CALIBRATION_DIRECTIONS, objective.size)
+    along = torch.ones(few, dtype=objective.dtype, device=objective.device)
+    seconds = _fastest(lambda: directional.directional_derivatives(problem, x, y, along))
+    relative = seconds / training_seconds(objective.size, samples, CALIBRATION_DIRECTIONS)
+    if inverse.needs_rounds:
+        return Speed(relative)
+    rows = torch.ones(few, dtype=torch.float64)
+    solve = _fastest(lambda: without_rounds(inverse.solve(rows))) / CALIBRATION_DIRECTIONS
+    gradient = _fastest(lambda: directional.gradients(problem, x, y)) / samples
+    return Speed(relative, solve + gradient)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """The shorter of two calls: the first one also warms up."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines that a forecast is for.
+
+    Attributes
+    ----------
+    workers : int
+        Processes, with ``threads`` tasks at once each.
+    memory : int or None
+        Bytes of one worker.
+    bandwidth : float or None
+        Bytes a second between the store and all workers together; None takes it as no limit.
+    """
+
+    workers: int = 1
+    threads: int = 1
+    memory: int | None = None
+    bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("workers", self.workers)
+        check_integer("threads_per_worker", self.threads)
+        if self.memory is not None:
+            check_integer("worker_memory", self.memory)
+        if self.bandwidth is not None and not 0 < self.bandwidth < float("inf"):
+            raise ConfigurationError(
+                f"bandwidth must be a positive number of bytes a second, such as 1e9; got {self.bandwidth!r}"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Tasks that run at once."""
+        return self.workers * self.threads
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that one task may hold: a quarter is left to the interpreter and its libraries."""
+        return None if self.memory is None else int(0.75 * self.memory / self.threads)
+
+
+@dataclass(frozen=True)
+class Forecast(Plan):
+    """A plan with its cost on a cluster."""
+
+    speed: Speed = Speed()
+    cluster: Cluster = Cluster()
+
+    @classmethod
+    def of(cls, plan: Plan, speed: Speed, cluster: Cluster) -> Forecast:
+        """``plan`` on ``cluster``, at the ``speed`` of each of its cores."""
+        own = {field.name: getattr(plan, field.name) for field in fields(plan)}
+        return cls(**own, speed=speed, cluster=cluster)
+
+    # -- what it costs ----------------------------------------------------------------
+    @property
+    def compute_seconds(self) -> float:
+        """Of all cores together, for strips."""
+        return self.speed.derivatives * self.derivative_seconds + self.product_seconds
+
+    @property
+    def factor_seconds(self) -> float:
+        """Of all cores together, for factors; 0 where they take passes, whose number is not known before."""
+        return 0.0 if self.speed.factor is None else self.work.tests * self.speed.factor
+
+    @property
+    def published_bytes(self) -> int:
+        """Weights and directions that one worker loads over the run."""
+        work = self.work
+        return (1 + self.passes * self.directions) * work.parameters * work.itemsize
+
+    @property
+    def moved_bytes(self) -> int:
+        """Between the store and all workers: training samples, tiles, weights and directions."""
+        read = self.passes * self.work.trains * self.work.sample_bytes
+        return read + self.output_bytes + min(self.cluster.slots, self.tasks) * self.published_bytes
+
+    @property
+    def tasks(self) -> int:
+        """Strips and factor tasks."""
+        return self.strips + len(self.factor_chunks)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Seconds that the run would take if each of these were all that limits it."""
+        strips = self.compute_seconds / min(self.cluster.slots, self.strips)
+        factors = self.factor_seconds / min(self.cluster.slots, len(self.factor_chunks))
+        limits = {"computing": strips + factors, "scheduler": self.tasks / TASKS_PER_SECOND}
+        if self.cluster.bandwidth is not None:
+            limits["store"] = self.moved_bytes / self.cluster.bandwidth
+        return limits
+
+    @property
+    def run_seconds(self) -> float:
+        """Of the whole run; factors that are solved by passes over the data come on top."""
+        return max(self.limits.values())
+
+    @property
+    def first_limit(self) -> str:
+        """What sets the time of the run, in a sentence."""
+        limits = self.limits
+        name = max(limits, key=lambda key: limits[key])
+        if name == "scheduler":
+            return (
+                f"the scheduler: {self.tasks:,} tasks at {TASKS_PER_SECOND:.0f} a second; larger strips help"
+            )
+        if name == "store":
+            needed = self.moved_bytes / max(limits["computing"], limits["scheduler"])
+            return (
+                f"the store: {format_bytes(needed)}/s would keep the workers busy, "
+                f"{format_bytes(self.cluster.bandwidth or 0)}/s are there; reduce= writes less"
+            )
+        if self.strips < self.cluster.slots:
+            few = f"{self.strips:,} strips for {self.cluster.slots:,} threads"
+            return f"too few tasks: {few}; smaller tiles (tile_bytes=) make more"
+        work = self.compute_seconds + self.factor_seconds
+        return f"computing: {format_seconds(work)} of work on {self.cluster.slots:,} threads"
+
+    def table(self) -> list[tuple[str, str]]:
+        """The plan's table, and the cluster's."""
+        cluster, limits = self.cluster, self.limits
+        by_passes = ", and the passes that solve factors" if self.speed.factor is None else ""
+        held = "" if cluster.memory is None else f" of {format_bytes(cluster.memory)}"
+        return [
+            *super().table()[:-1],
+            ("workers", f"{cluster.workers:,} of {cluster.threads:,} threads{held}"),
+            ("bytes through the store", format_bytes(self.moved_bytes)),
+            ("tasks", f"{self.tasks:,}, {format_seconds(limits['scheduler'])} of the scheduler's time"),
+            ("estimated time", format_seconds(self.run_seconds) + by_passes),
+            ("limited by", self.first_limit),
+        ]

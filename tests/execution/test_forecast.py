@@ -1,0 +1,103 @@
+"""What a plan costs on a cluster that does not exist, and what limits it first."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from dask_influence.errors import ConfigurationError, MemoryLimitError
+from dask_influence.execution.forecast import TASKS_PER_SECOND, Cluster, Forecast, Speed
+from dask_influence.execution.plan import Plan, Work, arrange
+
+LARGE = Work(
+    tests=1_000,
+    trains=10**9,
+    features=(),
+    parameters=10**7,
+    rank=100,
+    itemsize=4,
+    activations=10**5,
+    sample_bytes=3_072,
+)
+
+
+NORMAL = Speed(1.0, 1e-3)
+
+
+def forecast(work: Work = LARGE, speed: Speed = NORMAL, **cluster: float) -> Forecast:
+    return Forecast.of(arrange(work), speed, Cluster(**cluster))  # type: ignore[arg-type]
+
+
+def test_a_forecast_is_its_plan() -> None:
+    plan = arrange(LARGE)
+    costed = Forecast.of(plan, Speed(), Cluster(7))
+    assert {name: getattr(costed, name) for name in asdict(plan)} == {
+        name: getattr(plan, name) for name in asdict(plan)
+    }
+    assert isinstance(costed, Plan)
+    assert str(costed).splitlines()[:7] == str(plan).splitlines()[:7]
+
+
+def test_twice_the_workers_take_half_the_time_until_something_else_limits() -> None:
+    few, more = forecast(workers=100), forecast(workers=200)
+    assert few.run_seconds == pytest.approx(2 * more.run_seconds)
+    assert "computing" in few.first_limit
+    threads = forecast(workers=100, threads=2)
+    assert threads.run_seconds == pytest.approx(more.run_seconds)
+
+
+def test_slower_machines_take_longer() -> None:
+    slow = forecast(speed=Speed(3.0, 1e-3))
+    assert slow.compute_seconds == pytest.approx(3 * slow.derivative_seconds + slow.product_seconds)
+    assert slow.run_seconds > 2 * forecast().run_seconds
+    solving = forecast(speed=Speed(1.0, 5.0)).run_seconds - forecast(speed=Speed(1.0, 0.0)).run_seconds
+    assert solving == pytest.approx(5.0 * LARGE.tests)
+    assert "passes that solve" in str(forecast(speed=Speed(1.0, None)))
+    assert "passes that solve" not in str(forecast())
+
+
+def test_a_store_that_is_too_slow_is_named_with_what_would_do() -> None:
+    bound = forecast(workers=10_000, bandwidth=1e9)
+    moved = LARGE.trains * LARGE.sample_bytes + bound.output_bytes + 10_000 * 101 * LARGE.parameters * 4
+    assert bound.moved_bytes == moved
+    assert bound.run_seconds == pytest.approx(moved / 1e9)
+    assert "store" in bound.first_limit
+    assert "store" not in forecast(workers=10_000, bandwidth=1e15).first_limit
+
+
+def test_a_scheduler_that_is_too_slow_is_named() -> None:
+    tiny = Work(1, 10**6, (), 10, None, 4, 10, 40)
+    plan = replace(arrange(tiny), tile=(1, 20), strip_columns=20)
+    bound = Forecast.of(plan, Speed(1.0, 0.0), Cluster(1_000))
+    assert bound.tasks == 50_001
+    assert bound.run_seconds == pytest.approx(50_001 / TASKS_PER_SECOND)
+    assert "scheduler" in bound.first_limit
+
+
+def test_more_threads_than_strips_are_told() -> None:
+    work = replace(LARGE, trains=10_000, tests=10)
+    assert "too few tasks" in forecast(work, workers=10_000).first_limit
+
+
+def test_a_sketch_that_fits_no_worker_is_refused_with_the_rank_that_would() -> None:
+    work = replace(LARGE, parameters=10**8, tests=200)
+    limit = Cluster(1_000, memory=16 * 10**9).memory_limit
+    assert limit == 12 * 10**9
+    with pytest.raises(MemoryLimitError, match=r"rank=(\d+) instead of 100") as refusal:
+        arrange(work, memory_limit=limit).validate(limit)
+    rank = int(str(refusal.value).split("rank=")[1].split()[0])
+    assert rank < 100
+    arrange(replace(work, rank=rank), tile_bytes=2**18, memory_limit=limit).validate(limit)
+    with pytest.raises(MemoryLimitError):
+        arrange(replace(work, rank=rank + 1), tile_bytes=2**18, memory_limit=limit).validate(limit)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"workers": 0}, {"threads": 1.5}, {"memory": -1}, {"bandwidth": 0}, {"bandwidth": float("nan")}],
+    ids=str,
+)
+def test_clusters_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+        Cluster(**wrong)  # type: ignore[arg-type]
