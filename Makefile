@@ -17,7 +17,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,11 @@ demo: $(READY) ## train on digits, score on a local Dask cluster, draw what was 
 .PHONY: test
 test: lint ## style, types, layers, doctests and tests: what has to pass before a change lands
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+.PHONY: test-s3
+test-s3: $(READY) ## runs to an S3 server that enforces credentials, goes away and comes back
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/s3/suite.py
 
 .PHONY: lint
 lint: $(READY) ## style, types and layers alone
