@@ -7,17 +7,19 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PEERS := .venv-peers
+KRONFLUENCE := .venv-kronfluence
 BIN := $(VENV)/bin
 # The stamps say which environments are complete; they are redone when what they install changes.
 READY := $(VENV)/.ready
 PEERS_READY := $(PEERS)/.ready
+KRONFLUENCE_READY := $(KRONFLUENCE)/.ready
 # Two processes, a file at a time, so that each real cluster of the tests is started once; one
 # thread each, because torch's threads spin against those of the workers.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +32,13 @@ $(PEERS_READY): tests/benchmarks/peers-requirements.txt tests/benchmarks/peers-c
 	@echo "installing into $(PEERS): minutes the first time"
 	$(PEERS)/bin/python -m pip install -qq --constraint tests/benchmarks/peers-constraints.txt \
 	    --requirement tests/benchmarks/peers-requirements.txt
+	touch $@
+
+$(KRONFLUENCE_READY): tests/benchmarks/kronfluence-requirements.txt tests/benchmarks/kronfluence-constraints.txt
+	test -x $(KRONFLUENCE)/bin/python || $(PYTHON) -m venv $(KRONFLUENCE)
+	@echo "installing into $(KRONFLUENCE): minutes the first time"
+	$(KRONFLUENCE)/bin/python -m pip install -qq --constraint tests/benchmarks/kronfluence-constraints.txt \
+	    --requirement tests/benchmarks/kronfluence-requirements.txt
 	touch $@
 
 .PHONY: demo
@@ -61,6 +70,15 @@ format: $(READY) ## put the code in the house style
 bench: $(READY) $(PEERS_READY) ## time the package beside pyDVL, values compared first
 	$(BIN)/python tests/benchmarks/against_peers.py --peer-python $(PEERS)/bin/python
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/cluster_costs.py
+
+.PHONY: bench-estimators
+bench-estimators: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## time every estimator beside pyDVL and kronfluence (half an hour)
+	$(BIN)/python tests/benchmarks/estimators.py --pydvl-python $(PEERS)/bin/python \
+	    --kronfluence-python $(KRONFLUENCE)/bin/python
+
+.PHONY: accuracy
+accuracy: $(READY) ## compare scores on digits with the effect of training again (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/digits_accuracy.py
 
 .PHONY: clean
 clean: ## remove caches and outputs, not the environments

@@ -66,6 +66,13 @@ class Layer:
         """Parameters in θ."""
         return self.groups * self.rows * self.width
 
+    def homogeneous(self, inputs: Tensor) -> Tensor:
+        """Inputs (…, p) with the 1 of the bias; the 1 alone where only the bias is in θ."""
+        parts = [inputs] if self.weight else []
+        if self.bias:
+            parts.append(torch.ones_like(inputs[..., :1]))
+        return torch.cat(parts, dim=-1)
+
     def restricted(self, names: Sequence[str]) -> Layer | None:
         """The part whose parameters are among ``names``, or None."""
         part = replace(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from dask_influence.core.kernel import Kernel, Part
 from dask_influence.execution import tasks
 from dask_influence.execution.drive import iterated_factors
 from dask_influence.execution.plan import Plan
@@ -14,15 +16,48 @@ from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import Source
 
+FEATURE_BYTES = 64 * 2**20
+"""Bytes that what a kernel needs of a block of samples may take."""
+
 
 def influences_in_memory(
     fit: Fit, test: Source, train: Source, plan: Plan, *, project: bool, perturbation: bool
 ) -> np.ndarray:
-    """Scores (N, M, *features)."""
+    """Scores (N, M, *features), straight from the samples where the inverse has a kernel for that."""
+    if not perturbation and not fit.inverse.needs_rounds:
+        kernel = fit.inverse.kernel(*_job(fit, test).batch(0, 1))
+        if kernel is not None:
+            return scores_by_kernel(fit, kernel, test, train, plan)
     factors = factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
     return scores_in_memory(
         fit, factors, train, train.argument, plan, project=project, perturbation=perturbation
     )
+
+
+def scores_by_kernel(fit: Fit, kernel: Kernel, test: Source, train: Source, plan: Plan) -> np.ndarray:
+    """Scores (N, M): each training sample is differentiated once for each block of test points."""
+    work = plan.work
+    scores = np.empty((work.tests, work.trains), dtype=fit.score_dtype)
+    fitting = FEATURE_BYTES // (work.sample_bytes + 2 * work.itemsize * work.activations)
+    with tasks.torch_threads(fit.threads):
+        for rows in Chunks(work.tests, max(plan.query_rows, fitting)):
+            held = _features(kernel, _job(fit, test), rows)
+            for columns in Chunks(work.trains, max(plan.batch, fitting)):
+                part = kernel.scores(held, _features(kernel, _job(fit, train), columns))
+                tasks.refuse_non_finite(part.mT, train.argument, columns.start)
+                scores[rows.start : rows.stop, columns.start : columns.stop] = tasks.stored(part)
+    return scores
+
+
+def _features(kernel: Kernel, job: tasks.Job, samples: range) -> list[Part]:
+    found = kernel.features(*job.batch(samples.start, samples.stop))
+    for tensor in itertools.chain.from_iterable(found):
+        tasks.refuse_non_finite(tensor, job.argument, samples.start)
+    return found
+
+
+def _job(fit: Fit, source: Source) -> tasks.Job:
+    return tasks.Job(fit.model, source, source.argument, fit.threads)
 
 
 def factors_in_memory(

@@ -120,7 +120,7 @@ def query_gradients(job: Job, start: int, stop: int, batch: int) -> Tensor:
         problem, x, y = job.batch(low, min(low + batch, stop))
         parts.append(directional.gradients(problem, x, y).cpu())
     gradients = torch.cat(parts)
-    _refuse_non_finite(gradients, job.argument, start)
+    refuse_non_finite(gradients, job.argument, start)
     return gradients
 
 
@@ -196,12 +196,12 @@ def derivatives_of(job: Job, query: Query, columns: range, batch: int, perturbat
     for low in range(columns.start, columns.stop, batch):
         problem, x, y = job.batch(low, min(low + batch, columns.stop))
         derivatives = primitive(problem, x, y, query.directions)
-        _refuse_non_finite(derivatives, job.argument, low)
+        refuse_non_finite(derivatives, job.argument, low)
         parts.append(derivatives)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _refuse_non_finite(rows: Tensor, argument: str, start: int) -> None:
+def refuse_non_finite(rows: Tensor, argument: str, start: int) -> None:
     """Name the first sample, counted from ``start``, whose row holds NaN or inf."""
     if rows.sum().isfinite():  # one pass without a temporary; an overflow only sends us on
         return

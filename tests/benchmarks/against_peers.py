@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import problem
+from protocol import Process
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
 AGREEMENT = {"float64": 1e-8, "float32": 1e-3}
 """Largest relative error between the sides, in the norm of the whole result."""
 
@@ -49,49 +48,9 @@ WORKS = (
 )
 
 
-class Process:
-    """A side, running in the environment of its package."""
-
-    def __init__(self, name: str, python: str, script: str, held: Path, folder: Path, threads: int) -> None:
-        self.name, self.folder = name, folder
-        (folder / name).mkdir()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        self.log = (folder / f"{name}.log").open("w")
-        self.process = subprocess.Popen(
-            [python, str(HERE / script), str(held), str(folder / name), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=environment,
-        )
-        self.versions = self._answer()["versions"]
-
-    def run(self, work: str, dtype: str, *, values: bool = False) -> dict[str, Any]:
-        """Ask for one run; with ``values``, what it computed stands in the answer."""
-        path = self.folder / f"{self.name}-{work}-{dtype}.npy" if values else None
-        assert self.process.stdin is not None
-        request = {"work": work, "dtype": dtype, "values": str(path) if path else None}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        return {**answer, "values": np.load(path)} if path else answer
-
-    def close(self) -> None:
-        """Let the process end by itself, with its cluster."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": "the process ended"}
-        if "error" in answer:
-            self.log.flush()
-            tail = Path(self.log.name).read_text()[-3000:]
-            raise SystemExit(f"{self.name}: {answer['error']}\n{tail}")
-        return answer
+def run(process: Process, work: str, dtype: str, *, values: bool = False) -> dict[str, Any]:
+    """Ask for one run; with ``values``, what it computed stands in the answer."""
+    return process.ask(f"{work}-{dtype}", values=values, work=work, dtype=dtype)
 
 
 def compare(ours: Process, peer: Process, works: list[Work]) -> dict[str, dict[str, float]]:
@@ -99,8 +58,8 @@ def compare(ours: Process, peer: Process, works: list[Work]) -> dict[str, dict[s
     errors: dict[str, dict[str, float]] = {}
     for dtype, allowed in AGREEMENT.items():
         for work in (w for w in works if w.has_values):
-            got = ours.run(work.ours, dtype, values=True)["values"].astype(np.float64)
-            expected = peer.run(work.peers, dtype, values=True)["values"].astype(np.float64)
+            got = run(ours, work.ours, dtype, values=True)["values"].astype(np.float64)
+            expected = run(peer, work.peers, dtype, values=True)["values"].astype(np.float64)
             if got.shape != expected.shape:
                 raise SystemExit(f"{work.ours}: shape {got.shape}, the peer has {expected.shape}")
             error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
@@ -117,12 +76,12 @@ def measure(ours: Process, peer: Process, works: list[Work], repeats: int) -> di
     order = sorted(names, key=lambda pair: (pair[1], pair[0].name))
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {ours.name: {}, peer.name: {}}
     for process, work in order:
-        process.run(work, "float32")
+        run(process, work, "float32")
     for number in range(1, repeats + 1):
         for process, work in order:
-            run = process.run(work, "float32")
-            runs[process.name].setdefault(work, []).append(run)
-            print(f"run {number} of {repeats}: {process.name} {work} {run['seconds']:.3f} s", flush=True)
+            measured = run(process, work, "float32")
+            runs[process.name].setdefault(work, []).append(measured)
+            print(f"run {number} of {repeats}: {process.name} {work} {measured['seconds']:.3f} s", flush=True)
     return {
         work.ours: {
             "title": work.title,
@@ -182,8 +141,8 @@ def main() -> None:
         folder = Path(name)
         held = folder / "problem.npz"
         problem.make(held)
-        peer = Process("pydvl", args.peer_python, "side_pydvl.py", held, folder, args.threads)
-        ours = Process("dask_influence", sys.executable, "side_dask_influence.py", held, folder, args.threads)
+        peer = Process("pydvl", args.peer_python, "side_pydvl.py", folder, args.threads, held)
+        ours = Process("dask_influence", sys.executable, "side_dask_influence.py", folder, args.threads, held)
         errors = compare(ours, peer, works)
         console.print("the values of both sides agree; now the times")
         results = measure(ours, peer, works, args.repeats)

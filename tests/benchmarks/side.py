@@ -1,33 +1,21 @@
-"""One side of a comparison: a process that runs a named piece of work whenever it is asked.
-
-The driver keeps one such process per package alive, in the environment of that package, and
-asks them in turn. Requests and answers are one JSON object a line, over standard input and what
-was standard output; anything the packages print goes to standard error.
-"""
+"""One side of a comparison: what it can be asked for, a cluster, and what work on that costs."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import socket
 import struct
 import sys
 import tempfile
-import time
 from abc import ABC, abstractmethod
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import numpy as np
+import protocol
 import psutil
-import torch
 from distributed import Client, LocalCluster
 from problem import Problem
-
-Measured = tuple[float, dict[str, Any]]
-"""Seconds of the timed part, and what came of it."""
+from protocol import Measured
 
 
 class Side(ABC):
@@ -111,42 +99,15 @@ def peak_memory() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def timed(function: Any, *args: Any, **kwargs: Any) -> tuple[float, Any]:
-    """Seconds and result of one call."""
-    start = time.perf_counter()
-    result = function(*args, **kwargs)
-    return time.perf_counter() - start, result
-
-
 def serve(side_class: type[Side]) -> None:
-    """Answer requests until standard input closes.
-
-    ``{"work": name, "dtype": dtype, "values": path or null}`` is answered with ``{"seconds": …}``
-    and what else was measured; the values are written to the path, as .npy.
-    """
-    answers = _claim_standard_output()
-    problem_path, folder, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(threads)
+    """Answer ``{"work": name, "dtype": dtype}`` by what that method of the side measures."""
+    folder, problem_path = (Path(argument) for argument in sys.argv[1:3])
     sides: dict[str, Side] = {}
-    versions = {name: version(name) for name in (*side_class.packages, "torch", "numpy")}
-    print(json.dumps({"versions": versions}), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
+
+    def answer(request: dict[str, Any]) -> Measured:
         dtype = request["dtype"]
-        side = sides.setdefault(dtype, side_class(Problem(problem_path, dtype), folder))
-        try:
-            seconds, outcome = getattr(side, request["work"])()
-        except Exception as error:  # noqa: BLE001 - the driver reports it and stops
-            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
-            continue
-        values = outcome.pop("values", None)
-        if request["values"] and values is not None:
-            np.save(request["values"], values)
-        print(json.dumps({"seconds": seconds, **outcome}), file=answers, flush=True)
+        if dtype not in sides:
+            sides[dtype] = side_class(Problem(problem_path, dtype), folder)
+        return getattr(sides[dtype], request["work"])()
 
-
-def _claim_standard_output() -> TextIO:
-    """Keep standard output for answers alone: whatever else is printed goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return answers
+    protocol.serve(side_class.packages, answer)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import dask.array as da
 from problem import PERTURBED_TEST, PERTURBED_TRAIN, REGULARIZATION, TEST_CHUNK, TRAIN_CHUNK, Problem
-from side import ClusterMeter, Measured, Side, serve, timed
+from protocol import Measured, timed
+from side import ClusterMeter, Side, serve
 
 from dask_influence import DirectInfluence, open_influences
 

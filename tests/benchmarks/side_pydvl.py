@@ -16,10 +16,11 @@ from problem import (
     TRAIN_CHUNK,
     Problem,
 )
+from protocol import Measured, timed
 from pydvl.influence import DaskInfluenceCalculator, InfluenceMode, SequentialInfluenceCalculator
 from pydvl.influence.torch import DirectInfluence
 from pydvl.influence.torch.util import NestedTorchCatAggregator, TorchNumpyConverter
-from side import ClusterMeter, Measured, Side, serve, timed
+from side import ClusterMeter, Side, serve
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dask_influence.core.curvature import product_sums
+from dask_influence.core.kernel import Kernel
 from dask_influence.core.layers import Layout
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree
@@ -173,6 +174,13 @@ class Inverse(ABC):
     def coefficients(self, gradients: Tensor) -> Tensor:
         """C (n, R), so that influence factors are C @ directions."""
         raise NotImplementedError(f"{type(self).__name__} has no directions of its own")
+
+    def kernel(self, problem: Problem, x: Tree, y: Tree) -> Kernel | None:
+        """Scores straight from samples, where that beats factors; else None.
+
+        ``x`` and ``y`` are a sample of the test data.
+        """
+        return None
 
     @abstractmethod
     def with_regularization(self, regularization: float) -> Inverse:

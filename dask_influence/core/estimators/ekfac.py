@@ -38,6 +38,7 @@ from dask_influence.core import directional
 from dask_influence.core.capture import Captured, capture
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
+from dask_influence.core.kernel import Kernel
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree, leading_size
@@ -91,7 +92,9 @@ def correction_sums(
             if layer.indexed:
                 sums[f"{i}.eigenvalues"] += _indexed_squares(layer, seen.inputs, delta)
             else:
-                a = torch.einsum("ntgp,gps->ntgs", _homogeneous(layer, seen.inputs), bases[f"{i}.inputs"])
+                a = torch.einsum(
+                    "ntgp,gps->ntgs", layer.homogeneous(seen.inputs.to(torch.float64)), bases[f"{i}.inputs"]
+                )
                 sums[f"{i}.eigenvalues"] += _squares(a, delta)
     return Moments(sums, leading_size(y))
 
@@ -106,22 +109,13 @@ def _matrix_shape(layer: Layer) -> tuple[int, int, int]:
     return layer.groups, layer.rows, layer.width
 
 
-def _homogeneous(layer: Layer, inputs: Tensor) -> Tensor:
-    """a (n, T, g, p) in float64, with the 1 of the bias; the 1 alone where only the bias is in θ."""
-    wide = inputs.to(torch.float64)
-    parts = [wide] if layer.weight else []
-    if layer.bias:
-        parts.append(torch.ones_like(wide[..., :1]))
-    return torch.cat(parts, dim=-1)
-
-
 def _input_covariance(layer: Layer, inputs: Tensor) -> Tensor:
     """Σ_j (1/T) Σ_t a aᵀ; for an embedding how often each row is picked."""
     positions = inputs.shape[1]
     if layer.indexed:
         counts = torch.bincount(inputs.reshape(-1), minlength=layer.groups + 1)[: layer.groups]
         return counts.to(torch.float64)[:, None, None] / positions
-    a = _homogeneous(layer, inputs)
+    a = layer.homogeneous(inputs.to(torch.float64))
     return torch.einsum("ntgp,ntgs->gps", a, a) / positions
 
 
@@ -152,7 +146,7 @@ def _gradients(layer: Layer, seen: Captured) -> Tensor:
     """Σ_t δ_t a_tᵀ of each sample, (n, g, q, p), for one column."""
     delta = seen.derivatives[:, 0].to(torch.float64)  # (n, T, g, q)
     if not layer.indexed:
-        return torch.einsum("ntgq,ntgp->ngqp", delta, _homogeneous(layer, seen.inputs))
+        return torch.einsum("ntgq,ntgp->ngqp", delta, layer.homogeneous(seen.inputs.to(torch.float64)))
     total = torch.zeros(len(delta), layer.groups + 1, layer.rows, dtype=delta.dtype, device=delta.device)
     index = seen.inputs[..., None].expand(-1, -1, layer.rows)
     return total.scatter_add_(1, index, delta[:, :, 0])[:, : layer.groups, :, None]
@@ -280,6 +274,18 @@ class EkfacInverse(Inverse):
             block.scatter(outputs @ rotated @ inputs.mT, factors)
         return factors
         yield  # no round is needed, but the contract is a generator
+
+    def kernel(self, problem: Problem, x: Tree, y: Tree) -> Kernel | None:
+        """W = 1 / (Λ + λ) in the bases of each layer."""
+        diagonals = [
+            (
+                self.tensors[f"{i}.inputs"],
+                self.tensors[f"{i}.outputs"],
+                1 / (values + self.regularization),
+            )
+            for i, values in enumerate(self._eigenvalues())
+        ]
+        return Kernel.of(problem, x, y, diagonals)
 
     def with_regularization(self, regularization: float) -> EkfacInverse:
         """λ is added to the eigenvalues: nothing is recomputed."""
