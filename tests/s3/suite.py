@@ -169,6 +169,7 @@ def test_a_server_that_stays_away_is_named_and_the_run_resumed(server: Server, t
 
 # zarr's warnings are silenced where they arise, but not in two threads at once
 @pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")
+@pytest.mark.filterwarnings("ignore:Failed to open Zarr store with consolidated:RuntimeWarning")
 def test_two_clients_share_one_run(server: Server, tmp_path: Path) -> None:
     """Tiles are idempotent: both finish, and the store holds the scores once."""
     case = data.mlp_regression()
