@@ -249,9 +249,17 @@ class Output:
             self._refuse_own_factors(self.ledger.read_begun())
         self.location.check_writable()
         # The folder of the run goes last: while it is there, a second overwrite knows whose data these are.
-        for name in dict.fromkeys((*WRITTEN, *templates, *self.ids, RUN_FOLDER)):
+        for name in dict.fromkeys((*WRITTEN, *self._arrays_of_record(), *templates, *self.ids, RUN_FOLDER)):
             self.location.delete(name)
         return True
+
+    def _arrays_of_record(self) -> list[str]:
+        """Arrays whose metadata the record of an earlier run holds, such as those of a reduction."""
+        try:
+            stored = self.ledger.read_run() or {}
+        except CorruptStoreError:
+            return []
+        return [name for name in (key.rpartition("/")[0] for key in stored.get("metadata", {})) if name]
 
     def _refuse_own_factors(self, stored: dict[str, Any] | None) -> None:
         """Scores must not replace the factors that they may be read from."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -72,7 +72,7 @@ class ArrayTemplate:
     shape, tile : tuple of int
         Entries of the array, and of one tile; a tile larger than the array is cut to it.
     dtype : numpy dtype
-        Floats are filled with NaN, signed integers with -1, the rest with zero.
+        Floats are filled with NaN, signed integers with -1, strings with "", the rest with zero.
     coordinate : bool
         Listed as a coordinate that is no index, such as a residual for every test point.
     attrs : mapping
@@ -258,7 +258,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _fill(dtype: np.dtype[Any]) -> Any:
-    return {"f": math.nan, "i": -1}.get(dtype.kind, dtype.type(0))
+    return {"f": math.nan, "i": -1, "T": ""}.get(dtype.kind, dtype.type(0))
 
 
 def _index_array(
@@ -465,10 +465,21 @@ def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None
         )
     with store_errors(location, "open"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)
-        consolidated = None if state in FINAL else False
+        # another client that finishes the same run may be consolidating at this moment
+        warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated", RuntimeWarning)
+        how: dict[str, Any] = {"consolidated": None if state in FINAL else False}
+        dataset = xr.open_zarr(location.zarr(), chunks=None, **how)
         # A lazy array in this process's memory must not be computed by a cluster, which finds nothing there.
-        chunks: Literal["auto"] | None = None if location.in_process else "auto"
-        return xr.open_zarr(location.zarr(), consolidated=consolidated, chunks=chunks)
+        return dataset if location.in_process else _chunked(location, dataset, how)
+
+
+def _chunked(location: Location, dataset: xr.Dataset, how: Mapping[str, Any]) -> xr.Dataset:
+    """The same with dask arrays, of chunks that are multiples of the stored ones."""
+    texts = [name for name, array in dataset.data_vars.items() if array.dtype.hasobject]
+    found = xr.open_zarr(location.zarr(), chunks="auto", drop_variables=texts, **how)
+    if texts:  # dask cannot tell how many bytes a string takes
+        found = found.assign(xr.open_zarr(location.zarr(), chunks={}, **how)[texts].variables)
+    return found
 
 
 def _group_attributes(location: Location) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import zarr
 from distributed import Client, LocalCluster
 from torch import nn
 
-from dask_influence import CgInfluence, DirectInfluence, open_influences, verify
+from dask_influence import CgInfluence, DirectInfluence, SelfInfluence, TopK, open_influences, verify
 from dask_influence.errors import (
     ClusterError,
     ConfigurationError,
@@ -240,6 +240,19 @@ def test_in_memory_scores_still_need_every_sample(client: Client) -> None:
         )
         with pytest.raises(DataError, match=r"\b66\b"):
             infl.fit(problem("train", {})[1]).influences(*test, *train)
+
+
+@pytest.mark.parametrize("kind", [DirectInfluence, CgInfluence])
+@pytest.mark.parametrize("side", ["test", "train"])
+def test_reductions_need_every_sample(tmp_path: Path, side: str, kind: Any) -> None:
+    infl = model(module=Moody(), kind=kind)
+    test, train = problem(side, {66: MARK})
+    with pytest.raises(DataError, match=rf"{side}.*\b66\b.*not finite"):
+        infl.influences_to_zarr(tmp_path / "run", test, train, reduce=TopK(3))
+    with pytest.raises(DataError, match=r"train.*\b66\b.*not finite"):
+        infl.influences_to_zarr(
+            tmp_path / "own", None, problem("train", {66: MARK})[1], reduce=SelfInfluence()
+        )
 
 
 def test_on_missing_is_checked_before_anything_is_written(tmp_path: Path) -> None:
