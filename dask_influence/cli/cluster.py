@@ -18,6 +18,7 @@ from dask_influence.errors import ClusterError, ConfigurationError
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = "30 s"
+"""Until a scheduler that does not answer is given up."""
 
 
 @dataclass(frozen=True)

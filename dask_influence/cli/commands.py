@@ -22,7 +22,7 @@ from dask_influence.cli.job import Job
 from dask_influence.cli.job import schema as job_schema
 from dask_influence.cli.session import Exit, Session, Stopped, exit_code, stoppable
 from dask_influence.cli.status import Report, StatusFile
-from dask_influence.errors import ConfigurationError, InfluenceWarning
+from dask_influence.errors import ConfigurationError, IncompleteRunError, InfluenceWarning
 from dask_influence.execution import verify as verification
 from dask_influence.storage.results import open_influences
 from dask_influence.storage.sources import as_source
@@ -126,6 +126,7 @@ def _carry_out(
         **asked_for,
         **labels,
         overwrite=overwrite or asked.output.overwrite,
+        on_missing=asked.output.on_missing,
         progress=report,
         **how,
     )
@@ -138,7 +139,8 @@ def _ended(status: StatusFile, error: BaseException) -> None:
     elif isinstance(error, KeyboardInterrupt):
         status.end("interrupted", "stopped")
     elif isinstance(error, Exception):
-        status.end("failed", f"{type(error).__name__}: {error}")
+        state = "incomplete" if isinstance(error, IncompleteRunError) else "failed"
+        status.end(state, f"{type(error).__name__}: {error}")
         if exit_code(error) is Exit.REFUSED:
             status.withdraw()
 

@@ -275,6 +275,8 @@ class Output(Section):
     tile_bytes: Bytes | None = None
     memory_limit: Bytes | None = None
     """Bytes that one task may hold."""
+    on_missing: Literal["raise", "warn"] = "raise"
+    """What becomes of a run in which some samples could not be used."""
 
 
 class Cluster(Section):

@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from dask_influence.cli import job as schema
 from dask_influence.cli.document import JobError
 from dask_influence.cli.job import ESTIMATORS, Data, Job, Npy, Parquet, Weights
-from dask_influence.errors import ConfigurationError, DataError, InfluenceError, StoreError
+from dask_influence.errors import (
+    ConfigurationError,
+    DataError,
+    InfluenceError,
+    MissingObjectError,
+    StoreError,
+)
 from dask_influence.execution.reducer import Reduction
 from dask_influence.influence import InfluenceFunctionModel
 from dask_influence.reductions import GroupSum, SelfInfluence, TopK
@@ -42,15 +48,26 @@ def at(job: Job, *key: str) -> Iterator[None]:
         yield
     except JobError:
         raise
+    except MissingObjectError as error:
+        raise job.document.refusal(key, str(error)) from error
     except InfluenceError as error:
         raise type(error)(str(job.document.refusal(key, str(error)))) from error
 
 
 def location(job: Job, path: str, storage_options: Mapping[str, Any]) -> Location:
-    """The place that ``path`` means in the job's folder, or the URL that it is."""
+    """The place that ``path`` means in the job's folder, or the URL that it is.
+
+    Raises
+    ------
+    ConfigurationError
+        It is no URL of a kind that is known.
+    """
     if "://" not in path:
         path = str(job.document.folder / Path(path).expanduser())
-    return Location.of(path, storage_options)
+    try:
+        return Location.of(path, storage_options)
+    except StoreError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def output(job: Job) -> Location:
@@ -207,7 +224,7 @@ def _of_kind(job: Job, given: Data, side: str) -> Source | Location:
     if given.zarr is not None:
         place = location(job, given.zarr, options)
         if not any(place.exists(key) for key in ("zarr.json", ".zgroup")):
-            raise StoreError(
+            raise ConfigurationError(
                 f"no Zarr group is at {place.url}; write one with arrays x and y, or check the path"
             )
         return place
@@ -248,14 +265,16 @@ def _parquet(job: Job, given: Parquet, options: Mapping[str, Any], side: str) ->
         ) from error
     place = location(job, given.path, options)
     wanted = list(dict.fromkeys((*_listed(given.x), *_listed(given.y))))
-    try:
-        tables = [parquet.read_table(BufferReader(content), columns=wanted) for content in _parts(place)]
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{place.url} cannot be read as Parquet: {error}") from error
-    missing = [name for name in wanted if any(name not in table.column_names for table in tables)]
-    if missing:
-        held = ", ".join(parquet.read_schema(BufferReader(next(iter(_parts(place))))).names)
-        raise DataError(f"{place.url} has no column {missing[0]!r}; it has {held}")
+    tables = []
+    for content in _parts(place):
+        try:
+            held = parquet.read_schema(BufferReader(content)).names
+            missing = [name for name in wanted if name not in held]
+            if missing:
+                raise DataError(f"{place.url} has no column {missing[0]!r}; it has {', '.join(held)}")
+            tables.append(parquet.read_table(BufferReader(content), columns=wanted))
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{place.url} cannot be read as Parquet: {error}") from error
 
     def read(names: str | list[str]) -> np.ndarray[Any, Any]:
         columns = [np.concatenate([_column(t[n], n) for t in tables]) for n in _listed(names)]

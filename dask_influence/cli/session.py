@@ -72,11 +72,9 @@ def exit_code(error: BaseException) -> Exit:
     >>> exit_code(ConfigurationError("…")).name, exit_code(CorruptStoreError("…")).name, exit_code(OSError()).name
     ('REFUSED', 'INCOMPLETE', 'FAILED')
     """
-    if isinstance(error, REFUSALS):
-        return Exit.REFUSED
-    if isinstance(error, IncompleteRunError | CorruptStoreError):
+    if isinstance(error, IncompleteRunError | CorruptStoreError):  # some are errors of the data too
         return Exit.INCOMPLETE
-    return Exit.FAILED
+    return Exit.REFUSED if isinstance(error, REFUSALS) else Exit.FAILED
 
 
 class Stopped(KeyboardInterrupt):

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner, Result
+
+from dask_influence.cli import cli
 
 FACTORY = """
 import torch
@@ -31,6 +34,11 @@ def picky(password):
 def no_model():
     return 3
 """
+
+
+def invoke(*arguments: object, **environment: str) -> Result:
+    """The command line in this process."""
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], env=environment)
 
 
 @dataclass

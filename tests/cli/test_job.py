@@ -59,13 +59,33 @@ def test_a_repr_and_hidden_text_show_no_secret() -> None:
 
 
 BAD = {
-    "unknown field": ("  weights:", "  weigths:", 4, "model.weigths: no such field; this section has factory"),
-    "unknown section": ("reduce:", "reduction:", 17, "reduction: no such field; this section has model, loss"),
+    "unknown field": (
+        "  weights:",
+        "  weigths:",
+        4,
+        "model.weigths: no such field; this section has factory",
+    ),
+    "unknown section": (
+        "reduce:",
+        "reduction:",
+        17,
+        "reduction: no such field; this section has model, loss",
+    ),
     "no reference": ("mine:net", "mine.net", 2, "model.factory: must be module:name"),
     "missing": ("  store: s3", "  stores: s3", 14, "output.stores: no such field"),
     "missing section": ("loss: torch.nn.functional:cross_entropy\n", "", 1, "loss: is missing"),
-    "unknown estimator": ("CgInfluence", "CGInfluence", 10, "must be one of DirectInfluence, ArnoldiInfluence"),
-    "no estimator": ("  name: CgInfluence\n", "", 9, "estimator.name: is missing; it is one of DirectInfluence"),
+    "unknown estimator": (
+        "CgInfluence",
+        "CGInfluence",
+        10,
+        "must be one of DirectInfluence, ArnoldiInfluence",
+    ),
+    "no estimator": (
+        "  name: CgInfluence\n",
+        "",
+        9,
+        "estimator.name: is missing; it is one of DirectInfluence",
+    ),
     "argument of another estimator": (
         "preconditioner: jacobi",
         "rank: 3",
@@ -78,7 +98,12 @@ BAD = {
     "no size": ("64 MiB", "64 apples", 15, "output.tile_bytes: must be a number of bytes, such as 64 MiB"),
     "size of 0": ("64 MiB", "0", 15, "output.tile_bytes: must be greater than 0"),
     "no choice": ("reduce:", "mode: upp\nreduce:", 17, "mode: must be 'up' or 'perturbation'; got 'upp'"),
-    "two kinds of data": ("{npy:", "{zarr: a, npy:", 8, "exactly one of zarr, npy, parquet and dataset; has zarr"),
+    "two kinds of data": (
+        "{npy:",
+        "{zarr: a, npy:",
+        8,
+        "exactly one of zarr, npy, parquet and dataset; has zarr",
+    ),
     "no kind of data": ("{npy: {x: x.npy, y: y.npy}}", "{}", 8, "parquet and dataset; has none"),
     "part of an array pair": ("{x: x.npy, y: y.npy}", "{x: x.npy}", 8, "data.test.npy.y: is missing"),
     "no section": ("{npy: {x: x.npy, y: y.npy}}", "[1, 2]", 8, "data.test: must be a mapping"),
@@ -133,7 +158,9 @@ def test_variables_are_replaced_after_parsing_and_can_be_escaped() -> None:
     assert secrets.hide("see {x: 1}  # no YAML and c: d") == "see ${A} and c: d"
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "3", "a: &a [*a]", "? [1]\n: 2", "a: !!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "3", "a: &a [*a]", "? [1]\n: 2", "a: !!python/object:os.system {}"]
+)
 def test_what_is_no_job_at_all_is_refused(text: str) -> None:
     with pytest.raises(JobError):
         read(text)

@@ -16,7 +16,7 @@ import torch
 from dask_influence.cli import loading
 from dask_influence.cli.document import JobError
 from dask_influence.cli.job import Job
-from dask_influence.errors import ConfigurationError, DataError, InfluenceError, StoreError
+from dask_influence.errors import ConfigurationError, DataError, InfluenceError
 from dask_influence.storage.sources import as_source
 from dask_influence.storage.stores import Location
 from tests.cli.jobs import Folder
@@ -66,18 +66,27 @@ def test_a_checkpoint_that_is_more_than_tensors_is_never_unpickled(folder: Folde
         ({"model": "cli_job_model:no_model"}, JobError, "must make a torch.nn.Module; it made a int"),
         ({"model": {"factory": "cli_job_model:net", "arguments": {"a": 1}}}, JobError, "these arguments"),
         ({"model": "torch:pi"}, JobError, "must be a function or a class; float cannot be called"),
-        ({"model": {"factory": "cli_job_model:net", "weights": "none.pt"}}, StoreError, "model.weights"),
+        ({"model": {"factory": "cli_job_model:net", "weights": "none.pt"}}, JobError, "model.weights"),
         (
             {"model": {"factory": "cli_job_model:net", "weights": "x.npy"}},
             ConfigurationError,
             "model.weights: .*weights_only=True",
         ),
         (
-            {"model": {"factory": "cli_job_model:net", "weights": {"path": "weights.safetensors", "key": "a"}}},
+            {
+                "model": {
+                    "factory": "cli_job_model:net",
+                    "weights": {"path": "weights.safetensors", "key": "a"},
+                }
+            },
             ConfigurationError,
             "holds no 'a'; it holds ",
         ),
-        ({"model": {"factory": "torch.nn:Identity", "weights": "weights.safetensors"}}, ConfigurationError, "fit"),
+        (
+            {"model": {"factory": "torch.nn:Identity", "weights": "weights.safetensors"}},
+            ConfigurationError,
+            "fit",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused_at_its_line(
@@ -130,12 +139,16 @@ def test_a_dataset_factory_gets_its_arguments(job: Write) -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ("none.zarr", StoreError, "no Zarr group is at"),
-        ({"npy": {"x": "none.npy", "y": "y.npy"}}, StoreError, "none.npy"),
+        ("none.zarr", ConfigurationError, "no Zarr group is at"),
+        ({"npy": {"x": "none.npy", "y": "y.npy"}}, JobError, "none.npy"),
         ({"npy": {"x": "weights.safetensors", "y": "y.npy"}}, DataError, "is no .npy file"),
         ({"npy": {"x": "objects.npy", "y": "y.npy"}}, DataError, "is no .npy file of numbers"),
         ({"npy": {"x": "x.npy", "y": "x2.npy"}}, DataError, "same number of samples"),
-        ({"parquet": {"path": "t.parquet", "x": ["a", "c"], "y": "b"}}, DataError, "has no column 'c'; it has a, b"),
+        (
+            {"parquet": {"path": "t.parquet", "x": ["a", "c"], "y": "b"}},
+            DataError,
+            "has no column 'c'; it has a, b",
+        ),
         ({"parquet": {"path": "t.parquet", "x": "b", "y": "a"}}, DataError, "column 'b' holds 1 missing"),
         ({"parquet": {"path": "x.npy", "x": "b", "y": "a"}}, DataError, "cannot be read as Parquet"),
         ({"dataset": "cli_job_model:picky", "arguments": {"password": "x"}}, JobError, "raised ValueError"),
