@@ -78,6 +78,7 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")
     @functools.wraps(function)
     def told(verbose: bool, log_level: str | None, log_format: str | None, **arguments: Any) -> None:
+        _command("run")  # with it Dask, whose loggers the session takes over
         from dask_influence.cli.session import session
 
         with session(verbose, log_level, log_format) as opened:

@@ -36,8 +36,8 @@ from dask_influence.errors import (
 
 log = logging.getLogger(__name__)
 
-LOGGERS = ("dask_influence", "distributed")
-"""What is said here instead of by handlers of their own."""
+OURS, DASKS = "dask_influence", "distributed"
+"""Loggers whose records are said here, instead of by handlers of their own."""
 
 
 class Exit(IntEnum):
@@ -104,14 +104,15 @@ class Session:
         self.fields: dict[str, Any] = {}
         self._verbose, self._level, self._form = verbose, level, form
         self.handler = _Handler(self, form or "text")
-        self.settle()
 
     def settle(self, level: str = "info", form: str = "text") -> None:
         """Take level and format of the job file, where the command line says nothing."""
         chosen = "debug" if self._verbose else self._level or level
         self.handler.setLevel(chosen.upper())
         self.handler.form = self._form or form
-        logging.getLogger("dask_influence").setLevel(chosen.upper())
+        logging.getLogger(OURS).setLevel(chosen.upper())
+        # Dask tells of every connection: that is for whoever looks for a fault.
+        logging.getLogger(DASKS).setLevel("INFO" if self._verbose else "WARNING")
 
     def explain(self, error: BaseException) -> None:
         """Say what went wrong, with a traceback where asked for or where nobody foresaw it."""
@@ -155,6 +156,7 @@ def session(verbose: bool = False, level: str | None = None, form: str | None = 
     """A session whose end is the process's exit code."""
     opened = Session(verbose, level, form)
     with _logging_to(opened.handler):
+        opened.settle()
         try:
             yield opened
         except Stopped as stop:
@@ -172,10 +174,12 @@ def session(verbose: bool = False, level: str | None = None, form: str | None = 
 
 @contextmanager
 def _logging_to(handler: logging.Handler) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOGGERS]
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(f"{DASKS}.")]
+    loggers = [logging.getLogger(name) for name in (OURS, DASKS, *names)]
     before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
     for logger in loggers:
-        logger.handlers, logger.propagate = [handler], False
+        top = logger.name in (OURS, DASKS)
+        logger.handlers, logger.propagate = [handler] if top else [], not top
     shown, warnings.showwarning = warnings.showwarning, _warned
     try:
         yield

@@ -239,9 +239,9 @@ def told(stage: str, done: int, total: int, rate: float | None) -> str:
     """One line of progress.
 
     >>> told("strips", 3, 8, 2.0), told("pass 1", 4, 4, None)
-    ('strips 3 of 8, 2.0/s, 2.5 s left', 'pass 1 4 of 4')
+    ('strips: 3 of 8, 2.0/s, 2.5 s left', 'pass 1: 4 of 4')
     """
-    line = f"{stage} {done:,} of {total:,}"
+    line = f"{stage}: {done:,} of {total:,}"
     if rate:
         line += f", {rate:.3g}/s" if rate >= 100 else f", {rate:.1f}/s"
         if done < total:
