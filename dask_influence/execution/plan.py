@@ -41,6 +41,7 @@ _NS_PER_PARAMETER = 2.5
 _NS_PER_DIRECTION = 0.05
 _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
+_NS_PER_TILE = 1e6  # an object of its own, whatever its size
 _NS_PER_SCORE_REDUCED = 3.0
 _NS_PER_SOLVED_NUMBER = 0.2
 _LARGEST_SOLVED = 20_000
@@ -298,7 +299,8 @@ class Plan:
             each = _NS_PER_SOLVED_NUMBER * work.parameters * solved
         elif work.kept is not None:
             each += _NS_PER_SCORE_REDUCED
-        return 1e-9 * (scores * each + _NS_PER_BYTE_WRITTEN * self.output_bytes)
+        written = _NS_PER_BYTE_WRITTEN * self.output_bytes + _NS_PER_TILE * self.tiles
+        return 1e-9 * (scores * each + written)
 
     @property
     def seconds(self) -> float:
