@@ -254,7 +254,8 @@ class Plan:
         held += work.parameters * work.itemsize  # weights
         if work.rank is not None:
             held += self.query_rows * work.copies * work.rank * work.itemsize  # coefficients
-        derivatives = self.tile[1] * directions * work.width * work.itemsize
+            held += 8 * work.rank * work.parameters  # the inverse's own directions
+        derivatives = 2 * self.tile[1] * directions * work.width * work.itemsize  # parts, and then joined
         reading = 2 * self.tile[1] * work.sample_bytes
         if work.diagonal:
             return self.factor_bytes + reading + PRIMITIVE_BYTES
@@ -335,10 +336,11 @@ class Plan:
         least = max(floor.peak_bytes, floor.factor_bytes)
         advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
         work = self.work
-        beside = floor.peak_bytes - floor.directions * work.parameters * work.itemsize
-        if work.rank is not None and least > memory_limit > beside:
-            fitting = (memory_limit - beside) // (work.parameters * work.itemsize)
-            advice += f", or rank={fitting} instead of {work.rank}" if fitting else ""
+        if work.rank is not None and floor.directions == work.rank:
+            each = work.parameters * (work.itemsize + 8)
+            fitting = max(0, (memory_limit - floor.peak_bytes + work.rank * each) // each)
+            if max(fitting * each, floor.factor_bytes) < memory_limit and fitting > 0:
+                advice += f", or rank={fitting} instead of {work.rank}"
         return advice
 
     # -- as data and as text ----------------------------------------------------------
@@ -510,8 +512,8 @@ def _kept_bytes(work: Work, points: int) -> int:
 
 
 def _factor_bytes(work: Work) -> int:
-    """One point's gradient, factors and residuals, in float64 too."""
-    return work.parameters * work.copies * (2 * work.itemsize + 3 * 8)
+    """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries."""
+    return work.parameters * work.copies * (3 * work.itemsize + 6 * 8)
 
 
 def _bytes(name: str, value: object) -> int:
