@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -382,6 +384,24 @@ def test_a_cluster_writes_the_same_bits(
     assert contents(stores[0]) == contents(stores[1])
     assert strips(stores[1]) == strips(stores[0]) > 1
     assert not (stores[1] / "_run" / "partials").exists()
+
+
+def test_a_killed_worker_costs_no_bit(tmp_path: Path, query_blocks: int, client: Client) -> None:
+    """Killed while strips run and merges begin; its tasks run again, some of them for the second time."""
+    killed: list[int] = []
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage == "strips" and done >= total // 2 and not killed:
+            workers = client.run(os.getpid)
+            killed.append(min(workers.values()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    reduce = GroupSum(CLASSES, test_labels=range(N))
+    reduced(fitted(), tmp_path / "local", reduce, tile_bytes=SMALL)
+    reduced(fitted(client=client), tmp_path / "shared", reduce, tile_bytes=SMALL, progress=kill)
+    assert len(killed) == 1
+    assert contents(tmp_path / "local") == contents(tmp_path / "shared")
+    assert not (tmp_path / "shared" / "_run" / "partials").exists()
 
 
 @pytest.mark.parametrize("kind", ["cg", "arnoldi"])
