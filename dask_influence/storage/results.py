@@ -448,6 +448,8 @@ def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None
         )
     with store_errors(location, "open"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)
+        # another client that finishes the same run may be consolidating at this moment
+        warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated", RuntimeWarning)
         how: dict[str, Any] = {"consolidated": None if state == "complete" else False}
         dataset = xr.open_zarr(location.zarr(), chunks=None, **how)
         # A lazy array in this process's memory must not be computed by a cluster, which finds nothing there.
