@@ -42,6 +42,7 @@ from dask_influence.errors import (
     StoreMismatchError,
 )
 from dask_influence.execution import plan, reduce_tasks, tasks
+from dask_influence.execution.work import Kept, Work
 from dask_influence.reductions import largest
 from tests import data, oracles
 
@@ -668,13 +669,13 @@ def test_bytes_of_a_task_do_not_grow_with_the_data() -> None:
     """N·k is kept and a tile is bounded, however many training points there are."""
 
     def peak(trains: int) -> int:
-        kept = plan.Kept("TopK(10)", "test", 1000 * 10 * 2 * 12, False)
-        work = plan.Work(1000, trains, (), 2410, None, 4, 42, 264, kept=kept)
+        kept = Kept("TopK(10)", "test", 1000 * 10 * 2 * 12, False)
+        work = Work(1000, trains, (), 2410, None, 4, 42, 264, kept=kept)
         return plan.arrange(work).peak_bytes
 
     assert peak(16 * 10**6) <= peak(10**6)
-    lists = plan.Kept("TopK(1000)", "test", 10**6 * 1000 * 2 * 12, False)
-    work = plan.Work(10**6, 10**6, (), 2410, 50, 4, 42, 264, kept=lists)
+    lists = Kept("TopK(1000)", "test", 10**6 * 1000 * 2 * 12, False)
+    work = Work(10**6, 10**6, (), 2410, 50, 4, 42, 264, kept=lists)
     assert plan.arrange(work, memory_limit=2**30).peak_bytes < 2**30
 
 
