@@ -28,7 +28,7 @@ from dask_influence.configuration import Configuration, configured, signature
 from dask_influence.core.estimators import Estimator
 from dask_influence.core.estimators.blocks import Regularization, Structure
 from dask_influence.core.objective import Loss
-from dask_influence.errors import DataError, NotFittedError
+from dask_influence.errors import DataError, NotFittedError, PoisonedSamplesError
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.forecast import Forecast
 from dask_influence.execution.lazy import (
@@ -44,6 +44,7 @@ from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import StoredFactors
 from dask_influence.fitted import Fitted
 from dask_influence.reductions import check_reduction
+from dask_influence.storage.results import described
 from dask_influence.storage.sources import DaskSource, Source, as_source
 from dask_influence.storage.stores import Location
 
@@ -331,6 +332,7 @@ class InfluenceFunctionModel:
         resume: bool = True,
         overwrite: bool = False,
         repair: bool = False,
+        on_missing: str = "raise",
         memory_limit: int | None = None,
         tile_bytes: int | None = None,
         progress: bool | Callable[[str, int, int], None] | None = None,
@@ -363,7 +365,11 @@ class InfluenceFunctionModel:
             Delete whatever the store holds first.
         repair : bool
             Of a store that holds this run: read everything again, as :func:`~dask_influence.verify` does,
-            and recompute what is damaged, and just that.
+            and recompute what is damaged, and just that; samples that were missing are tried again.
+        on_missing : str
+            What happens where samples have no finite gradient, or crash the process that works on them. The
+            rest is written, their scores are NaN, and at the end ``"raise"`` raises an error that names
+            them; ``"warn"`` warns and returns the result.
         memory_limit : int, optional
             Bytes that one task may hold; by default what the workers have.
         tile_bytes : int, optional
@@ -386,6 +392,8 @@ class InfluenceFunctionModel:
             The plan does not fit; quotes the bytes needed and allowed.
         DataError, StoreError, ClusterError
             Nothing has been written then.
+        PoisonedSamplesError
+            Some samples are missing from the result; everything else has been written.
         """
         fitted, mode = self._require_fit().swept(hessian_regularization), mode_of(mode)
         reduction = check_reduction(reduce)
@@ -405,7 +413,7 @@ class InfluenceFunctionModel:
             train_ids=train_ids,
             tile_bytes=tile_bytes,
         )
-        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair)
+        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair, on_missing=on_missing)
 
     def influence_factors_to_zarr(
         self,
@@ -416,6 +424,7 @@ class InfluenceFunctionModel:
         resume: bool = True,
         overwrite: bool = False,
         repair: bool = False,
+        on_missing: str = "raise",
         memory_limit: int | None = None,
         progress: bool | Callable[[str, int, int], None] | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -432,7 +441,7 @@ class InfluenceFunctionModel:
         run = runs.factor_run(
             self._target(location, memory_limit, progress), fitted, source, test_ids=test_ids
         )
-        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair)
+        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair, on_missing=on_missing)
 
     def plan(
         self,
@@ -544,5 +553,7 @@ class InfluenceFunctionModel:
         location = scratch.child(f"scores-{secrets.token_hex(8)}")
         try:
             return np.asarray(self.influences_to_zarr(location, test, train, mode=mode)["influence"])
+        except PoisonedSamplesError as error:
+            raise DataError(f"scores need every sample: {described(error.missing)}; leave them out") from None
         finally:
             location.delete()

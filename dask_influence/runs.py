@@ -20,6 +20,7 @@ from dask_influence.arguments import InfluenceMode
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
+from dask_influence.execution.missing import check_on_missing
 from dask_influence.execution.plan import Plan, factor_names, score_names
 from dask_influence.execution.progress import Report
 from dask_influence.execution.reduce import Reduced, write_reduced
@@ -123,8 +124,9 @@ class Run:
     pieces: Callable[[Plan], set[str]]
     write: Callable[[Executor, Fit, Plan], None]
 
-    def carry_out(self, *, resume: bool, overwrite: bool, repair: bool) -> xr.Dataset:
+    def carry_out(self, *, resume: bool, overwrite: bool, repair: bool, on_missing: str) -> xr.Dataset:
         """Begin or continue the store, do what is missing (and with ``repair`` what is damaged) and open it."""
+        check_on_missing(on_missing)
         self.target.executor.check_reach(self.target.location)
         plan, complete = self.output.prepare(
             self.plan,
@@ -137,6 +139,8 @@ class Run:
         if not complete:
             executor = self.target.executor.at(self.output.artifacts)
             self.write(executor, self.fitted.shipped(self.target.resources, executor, self.problem), plan)
+        if on_missing == "raise":
+            self.output.missing.refuse(self.target.location)
         return open_influences(self.target.location)
 
 

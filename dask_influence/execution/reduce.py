@@ -10,7 +10,9 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from dask_influence.errors import DataError
 from dask_influence.execution import tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
@@ -38,7 +40,7 @@ from dask_influence.execution.run import (
 )
 from dask_influence.execution.tree import Node, Tree
 from dask_influence.execution.work import Kept
-from dask_influence.storage.results import ArrayTemplate, ShardRecord
+from dask_influence.storage.results import ArrayTemplate, ShardRecord, described
 from dask_influence.storage.sources import Source
 
 
@@ -183,6 +185,7 @@ def write_reduced(
     """Factors, strips, merges and metadata into a prepared store; what the ledger lists is not done again."""
     with reporting(progress) as report:
         factors = _factors(executor, fit, test, output, plan, project, report)
+        _refuse_missing("test", output.missing.as_json())
         schedule = Schedule(plan.tree, _held(output, plan))
         if schedule:
             solver = fit.solver if project or plan.work.diagonal else None
@@ -201,6 +204,12 @@ def write_reduced(
             run.solve_diagonal() if plan.work.diagonal and fit.inverse.needs_rounds else run.map()
     output.location.delete(PARTIALS)  # left by whoever was killed between an entry and its tidying up
     output.complete()
+
+
+def _refuse_missing(argument: str, missing: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Refuse samples without results, which a reduction would mix into what it keeps of the others."""
+    if any(missing.values()):
+        raise DataError(f"{argument}: a reduction needs every sample; {described(missing)}. Leave them out")
 
 
 def _factors(
@@ -255,7 +264,8 @@ class _Run:
         for node, _ in self.schedule.ready():
             strip = plan.strip(plan.tree.strip(node))
             call = (job, strip.columns.start, strip.columns.stop, plan.batch, scratch)
-            ((_, gradients),) = self.executor.map(tasks.gradient_task, [call])
+            ((_, gradients, missing),) = self.executor.map(tasks.gradient_task, [call])
+            _refuse_missing("train", {"train": tasks.listed(missing, {j: j for j in missing})})
             scores = self._self_scores(gradients)
             part = self.reducing.reducer.partial(scores, strip.rows, strip.columns, {})
             self.schedule.finished(node, self.reducing.emit(node, part, entry_of(strip)))

@@ -19,15 +19,12 @@ from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.ledger import Ledger, entry_key
 from dask_influence.execution.plan import Plan, factor_names, format_bytes, score_names
-from dask_influence.storage.results import GROUP_KEY, RUN_KEY, ShardRecord, damage, unfinished
+from dask_influence.storage.results import FINAL, GROUP_KEY, RUN_KEY, ShardRecord, damage, unfinished
 from dask_influence.storage.stores import Location
 
 ARTIFACTS = "_run/artifacts"
 DAMAGED = "damaged"
 """State of a run from which damaged pieces were withdrawn; readers are warned, and the same call again mends it."""
-
-FINAL = ("complete", "incomplete")
-"""States of a run that has written all it can."""
 
 THREADS = 16
 """Readers of this process."""
