@@ -49,6 +49,11 @@ demo: $(READY) ## train on digits, score on a local Dask cluster, draw what was 
 test: lint ## style, types, layers, doctests and tests: what has to pass before a change lands
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
+.PHONY: test-s3
+test-s3: $(READY) ## runs to an S3 server that enforces credentials, goes away and comes back
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/s3/suite.py
+
 .PHONY: lint
 lint: $(READY) ## style, types and layers alone
 	$(BIN)/ruff check .

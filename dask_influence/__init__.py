@@ -20,6 +20,7 @@ from dask_influence.models import (
     LissaInfluence,
     NystroemSketchInfluence,
 )
+from dask_influence.reductions import GroupSum, SelfInfluence, TopK
 from dask_influence.storage.results import open_influences
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "DirectInfluence",
     "EkfacInfluence",
     "GradientDotInfluence",
+    "GroupSum",
     "InfluenceFunctionModel",
     "InfluenceMode",
     "InverseHarmonicMeanInfluence",
@@ -37,6 +39,8 @@ __all__ = [
     "LissaInfluence",
     "NystroemPreconditioner",
     "NystroemSketchInfluence",
+    "SelfInfluence",
+    "TopK",
     "open_influences",
     "verify",
 ]

@@ -58,7 +58,7 @@ def ids(given: Any, source: Any, argument: str) -> np.ndarray[Any, Any]:
     """
     if given is None:
         return np.arange(len(source))
-    chosen = _labels(given, argument)
+    chosen = labels_of(given, argument)
     if chosen.shape != (len(source),):
         raise DataError(f"{argument} must hold one id per sample, shape ({len(source)},); got {chosen.shape}")
     values, counts = np.unique(chosen, return_counts=True)
@@ -67,7 +67,7 @@ def ids(given: Any, source: Any, argument: str) -> np.ndarray[Any, Any]:
     return chosen
 
 
-def _labels(given: Any, argument: str) -> np.ndarray[Any, Any]:
+def labels_of(given: Any, argument: str) -> np.ndarray[Any, Any]:
     """``given`` as an array of numbers or of strings, the kinds that a store keeps as coordinates."""
     advice = "pass a 1-D array or list of integers, floats or strings, all of one kind"
     try:
@@ -91,14 +91,17 @@ def _labels(given: Any, argument: str) -> np.ndarray[Any, Any]:
 
 def id_digests(ids: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:
     """Entries of a fingerprint that tell one set of ids from another, 1 from "1" among them."""
-    return {f"{name}_ids": _id_digest(values) for name, values in ids.items()}
+    return {f"{name}_ids": digest_of(values) for name, values in ids.items()}
 
 
-def _id_digest(values: np.ndarray[Any, Any]) -> str:
+def digest_of(values: np.ndarray[Any, Any]) -> str:
+    """Digest of ids or labels that is the same whatever array held them."""
     # Strings come back from a store under another dtype than they were given in.
     kind = "U" if values.dtype.kind in "UTO" else values.dtype.kind
-    content = json.dumps([kind, values.tolist()])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f"{kind}{values.shape}".encode(), digest_size=16)
+    for low in range(0, len(values), 2**16):  # Python's own numbers take ten times the memory
+        digest.update(json.dumps(values[low : low + 2**16].tolist()).encode())
+    return digest.hexdigest()
 
 
 def described(loss: Any) -> str:

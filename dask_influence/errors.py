@@ -6,6 +6,9 @@ already catches ``ValueError`` or ``MemoryError`` keeps working.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class InfluenceError(Exception):
     """Base of all errors raised by dask_influence on purpose."""
@@ -69,6 +72,20 @@ class ClusterError(InfluenceError, RuntimeError):
 
 class IncompleteRunError(InfluenceError, RuntimeError):
     """Some strips failed for good; names what is missing from the store."""
+
+
+class PoisonedSamplesError(IncompleteRunError, DataError):
+    """Some samples have no finite gradient, or crash the process; names them, and the rest is written.
+
+    Attributes
+    ----------
+    missing : dict
+        ``{"train": [{"sample": position, "id": id, "reason": why}], "test": […]}``.
+    """
+
+    def __init__(self, message: str, missing: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.missing = dict(missing or {})
 
 
 class InfluenceWarning(UserWarning):

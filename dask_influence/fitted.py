@@ -27,7 +27,7 @@ from dask_influence.execution import persistence, tasks
 from dask_influence.execution.base import Executor
 from dask_influence.execution.drive import Passes
 from dask_influence.execution.forecast import Speed
-from dask_influence.execution.plan import Plan, Work, arrange
+from dask_influence.execution.plan import Kept, Plan, Work, arrange
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, StoredFactors, required
 from dask_influence.storage.sources import Source, check_finite
@@ -243,13 +243,19 @@ class Fitted:
 
     def plan(
         self,
-        test: Source | StoredFactors,
+        test: Source | StoredFactors | None,
         train: Source,
         mode: InfluenceMode,
         *,
         project: bool | None = None,
+        kept: Kept | None = None,
         **limits: Any,
     ) -> Plan:
-        """How scores of ``test`` and ``train`` are cut; ``project`` wherever the inverse allows it, by default."""
-        work = self.work(len(test), train, mode, project=self.projects if project is None else project)
+        """How scores of ``test`` and ``train`` are cut; ``project`` wherever the inverse allows it, by default.
+
+        Without test data (None), training points are scored on themselves.
+        """
+        tests = 1 if test is None else len(test)
+        work = self.work(tests, train, mode, project=self.projects if project is None else project)
+        work = dataclasses.replace(work, kept=kept)
         return arrange(work, spread=not self.inverse.needs_rounds, **limits)

@@ -28,7 +28,7 @@ from dask_influence.configuration import Configuration, configured, signature
 from dask_influence.core.estimators import Estimator
 from dask_influence.core.estimators.blocks import Regularization, Structure
 from dask_influence.core.objective import Loss
-from dask_influence.errors import ConfigurationError, DataError, NotFittedError
+from dask_influence.errors import DataError, NotFittedError, PoisonedSamplesError
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.forecast import Forecast
 from dask_influence.execution.lazy import (
@@ -39,9 +39,12 @@ from dask_influence.execution.lazy import (
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.memory import factors_in_memory, influences_in_memory, scores_in_memory
 from dask_influence.execution.plan import arrange
+from dask_influence.execution.reducer import Reduction
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import StoredFactors
 from dask_influence.fitted import Fitted
+from dask_influence.reductions import check_reduction
+from dask_influence.storage.results import described
 from dask_influence.storage.sources import DaskSource, Source, as_source
 from dask_influence.storage.stores import Location
 
@@ -322,13 +325,14 @@ class InfluenceFunctionModel:
         train: Any,
         *,
         mode: InfluenceMode | str = InfluenceMode.Up,
-        reduce: None = None,
+        reduce: Reduction | None = None,
         hessian_regularization: Sequence[float] | None = None,
         test_ids: Any = None,
         train_ids: Any = None,
         resume: bool = True,
         overwrite: bool = False,
         repair: bool = False,
+        on_missing: str = "raise",
         memory_limit: int | None = None,
         tile_bytes: int | None = None,
         progress: bool | Callable[[str, int, int], None] | None = None,
@@ -342,11 +346,14 @@ class InfluenceFunctionModel:
             Path or URL (``file``, ``s3``, ``gs``, ``az``, ``memory``).
         test : data, or path
             As for :meth:`fit`; or the path of a store of factors that
-            :meth:`influence_factors_to_zarr` wrote.
+            :meth:`influence_factors_to_zarr` wrote; None with ``reduce=SelfInfluence()``.
         train : data
             As for :meth:`fit`.
         mode : InfluenceMode or str
             ``"up"`` or ``"perturbation"``.
+        reduce : TopK, SelfInfluence or GroupSum, optional
+            Keep this of the scores instead of all of them; they are then never stored, and tiles only
+            bound what a task computes at once.
         hessian_regularization : sequence of float, optional
             Several λ instead of the model's own: the result has one more dimension in front,
             ``regularization``, and the training data are differentiated for all of them at once.
@@ -358,7 +365,11 @@ class InfluenceFunctionModel:
             Delete whatever the store holds first.
         repair : bool
             Of a store that holds this run: read everything again, as :func:`~dask_influence.verify` does,
-            and recompute what is damaged, and just that.
+            and recompute what is damaged, and just that; samples that were missing are tried again.
+        on_missing : str
+            What happens where samples have no finite gradient, or crash the process that works on them. The
+            rest is written, their scores are NaN, and at the end ``"raise"`` raises an error that names
+            them; ``"warn"`` warns and returns the result.
         memory_limit : int, optional
             Bytes that one task may hold; by default what the workers have.
         tile_bytes : int, optional
@@ -381,26 +392,28 @@ class InfluenceFunctionModel:
             The plan does not fit; quotes the bytes needed and allowed.
         DataError, StoreError, ClusterError
             Nothing has been written then.
+        PoisonedSamplesError
+            Some samples are missing from the result; everything else has been written.
         """
         fitted, mode = self._require_fit().swept(hessian_regularization), mode_of(mode)
-        if reduce is not None:
-            raise ConfigurationError(f"reduce must be None (keep every score); got {reduce!r}")
+        reduction = check_reduction(reduce)
         location = Location.of(store, storage_options)
         train_source = as_source(train, "train", storage_options)
-        held = StoredFactors.found(test, storage_options)
-        if held is None:
+        test_side = runs.test_side(test, train_source, reduction, storage_options)
+        if not isinstance(test_side, StoredFactors):
             fitted.check_solvable()
         run = runs.score_run(
             self._target(location, memory_limit, progress),
             fitted,
-            held or as_source(test, "test", storage_options),
+            test_side,
             train_source,
             mode,
+            reduction,
             test_ids=test_ids,
             train_ids=train_ids,
             tile_bytes=tile_bytes,
         )
-        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair)
+        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair, on_missing=on_missing)
 
     def influence_factors_to_zarr(
         self,
@@ -411,6 +424,7 @@ class InfluenceFunctionModel:
         resume: bool = True,
         overwrite: bool = False,
         repair: bool = False,
+        on_missing: str = "raise",
         memory_limit: int | None = None,
         progress: bool | Callable[[str, int, int], None] | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -427,14 +441,14 @@ class InfluenceFunctionModel:
         run = runs.factor_run(
             self._target(location, memory_limit, progress), fitted, source, test_ids=test_ids
         )
-        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair)
+        return run.carry_out(resume=resume, overwrite=overwrite, repair=repair, on_missing=on_missing)
 
     def plan(
         self,
         test: Any,
         train: Any,
         mode: InfluenceMode | str = InfluenceMode.Up,
-        reduce: None = None,
+        reduce: Reduction | None = None,
         *,
         hessian_regularization: Sequence[float] | None = None,
         tile_bytes: int | None = None,
@@ -463,15 +477,16 @@ class InfluenceFunctionModel:
             ``plan.validate(memory_limit)`` raises where it does not fit.
         """
         fitted = self._require_fit().swept(hessian_regularization)
-        held = StoredFactors.found(test, None)
+        reduction, train_source = check_reduction(reduce), as_source(train, "train")
         cluster = self._resources.cluster(workers, threads_per_worker, worker_memory, bandwidth)
-        plan = fitted.plan(
-            held or as_source(test, "test"),
-            as_source(train, "train"),
+        plan = runs.score_plan(
+            fitted,
+            runs.test_side(test, train_source, reduction, None),
+            train_source,
             mode_of(mode),
+            reduction,
             tile_bytes=tile_bytes,
             memory_limit=memory_limit or (None if worker_memory is None else cluster.memory_limit),
-            project=fitted.projects and held is None,
         )
         return Forecast.of(plan, fitted.speed, cluster)
 
@@ -538,5 +553,7 @@ class InfluenceFunctionModel:
         location = scratch.child(f"scores-{secrets.token_hex(8)}")
         try:
             return np.asarray(self.influences_to_zarr(location, test, train, mode=mode)["influence"])
+        except PoisonedSamplesError as error:
+            raise DataError(f"scores need every sample: {described(error.missing)}; leave them out") from None
         finally:
             location.delete()

@@ -6,8 +6,10 @@ pieces (ledger entries), and how. All else (resuming, refusing, publishing) is t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,11 @@ from dask_influence.arguments import InfluenceMode
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
-from dask_influence.execution.plan import Plan, factor_names, strip_names
+from dask_influence.execution.missing import check_on_missing
+from dask_influence.execution.plan import Plan, factor_names, score_names
 from dask_influence.execution.progress import Report
+from dask_influence.execution.reduce import Reduced, write_reduced
+from dask_influence.execution.reducer import Reduction, Scores
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import (
     Fit,
@@ -32,7 +37,7 @@ from dask_influence.execution.run import (
 )
 from dask_influence.fitted import Fitted
 from dask_influence.storage.results import ArrayTemplate, open_influences
-from dask_influence.storage.sources import Source
+from dask_influence.storage.sources import Source, as_source
 from dask_influence.storage.stores import Location
 
 Progress = bool | Report | None
@@ -119,8 +124,9 @@ class Run:
     pieces: Callable[[Plan], set[str]]
     write: Callable[[Executor, Fit, Plan], None]
 
-    def carry_out(self, *, resume: bool, overwrite: bool, repair: bool) -> xr.Dataset:
+    def carry_out(self, *, resume: bool, overwrite: bool, repair: bool, on_missing: str) -> xr.Dataset:
         """Begin or continue the store, do what is missing (and with ``repair`` what is damaged) and open it."""
+        check_on_missing(on_missing)
         self.target.executor.check_reach(self.target.location)
         plan, complete = self.output.prepare(
             self.plan,
@@ -133,68 +139,135 @@ class Run:
         if not complete:
             executor = self.target.executor.at(self.output.artifacts)
             self.write(executor, self.fitted.shipped(self.target.resources, executor, self.problem), plan)
+        if on_missing == "raise":
+            self.output.missing.refuse(self.target.location)
         return open_influences(self.target.location)
 
 
 def score_run(
     target: Target,
     fitted: Fitted,
-    test: Source | StoredFactors,
+    test: Source | StoredFactors | None,
     train: Source,
     mode: InfluenceMode,
+    reduction: Reduction | None,
     *,
     test_ids: Any = None,
     train_ids: Any = None,
     tile_bytes: int | None = None,
 ) -> Run:
-    """Scores (N, M, *features), from test data or from factors in a store."""
-    held = test if isinstance(test, StoredFactors) else None
-    project = fitted.projects and held is None
-    plan = target.fitting(
-        fitted.plan(
-            test, train, mode, project=project, tile_bytes=tile_bytes, memory_limit=target.memory_limit
-        )
-    )
-    ids = {
-        "test": arguments.ids(test_ids, test, "test_ids"),
-        "train": arguments.ids(train_ids, train, "train_ids"),
-    }
-    if fitted.sweep is not None:
-        ids["regularization"] = np.array(fitted.sweep)
-    if held is not None:
-        _check_held(held, fitted)
-        if test_ids is None:
-            ids["test"] = held.ids
-    digests = {"test": test.digest(), "train": train.digest()}
-    output = target.output(fitted, "scores", ids, digests, mode=mode.value)
-    features = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
+    """Scores (N, M, *features) or what ``reduction`` keeps of them, from test data or from factors in a store."""
+    ids = _ids(fitted, test, train, test_ids, train_ids)
+    reduced = _reduced(fitted, test, train, mode, reduction, ids)
+    limits = {"tile_bytes": tile_bytes, "memory_limit": target.memory_limit}
+    plan = target.fitting(_plan(fitted, test, train, mode, reduced, **limits))
+    digests = {"train": train.digest()} if test is None else {"test": test.digest(), "train": train.digest()}
+    asked = {} if reduction is None else {"reduce": reduction.identity()}
+    output = target.output(fitted, "scores", ids, digests, mode=mode.value, **asked)
     if isinstance(test, Source):
         fitted.check_query(test, "test")
     fitted.check_query(train, "train")
+    if reduced is None:
+        features = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
+        templates = score_templates(plan, fitted.score_dtype, features)
+    else:
+        templates = reduced.templates(plan)
+        output = dataclasses.replace(output, ids=_used({**ids, **reduced.coordinates}, templates))
 
     def write(executor: Executor, fit: Fit, plan: Plan) -> None:
-        write_scores(
+        _writer(reduced)(
             executor,
             fit,
             test,
             train,
             output,
             plan,
-            project=project,
+            project=_projects(fitted, test),
             perturbation=mode is InfluenceMode.Perturbation,
             progress=target.progress,
         )
 
-    return Run(
-        target,
-        output,
-        fitted,
-        fitted.problem_of(mode, train),
-        plan,
-        score_templates(plan, fitted.score_dtype, features),
-        strip_names,
-        write,
+    return Run(target, output, fitted, fitted.problem_of(mode, train), plan, templates, score_names, write)
+
+
+def score_plan(
+    fitted: Fitted,
+    test: Source | StoredFactors | None,
+    train: Source,
+    mode: InfluenceMode,
+    reduction: Reduction | None,
+    **limits: int | None,
+) -> Plan:
+    """How :func:`score_run` would cut the work."""
+    ids = _ids(fitted, test, train, None, None)
+    return _plan(fitted, test, train, mode, _reduced(fitted, test, train, mode, reduction, ids), **limits)
+
+
+def test_side(
+    test: Any, train: Source, reduction: Reduction | None, storage_options: Mapping[str, Any] | None
+) -> Source | StoredFactors | None:
+    """Test data or factors in a store; None where the training points are scored on themselves.
+
+    Raises
+    ------
+    ConfigurationError
+        There are test data where none are used.
+    """
+    if reduction is None or not reduction.diagonal:
+        return StoredFactors.found(test, storage_options) or as_source(test, "test", storage_options)
+    if test is None or as_source(test, "test", storage_options).digest() == train.digest():
+        return None
+    raise ConfigurationError(
+        f"reduce={reduction!r} scores each training point on itself, and test holds other data; give test=None"
     )
+
+
+def _projects(fitted: Fitted, test: Source | StoredFactors | None) -> bool:
+    """Whether the test side is coefficients of the inverse's own directions, rather than factors."""
+    return fitted.projects and not isinstance(test, StoredFactors)
+
+
+def _plan(
+    fitted: Fitted,
+    test: Source | StoredFactors | None,
+    train: Source,
+    mode: InfluenceMode,
+    reduced: Reduced | None,
+    **limits: int | None,
+) -> Plan:
+    kept = None if reduced is None else reduced.kept
+    return fitted.plan(test, train, mode, project=_projects(fitted, test), kept=kept, **limits)
+
+
+def _reduced(
+    fitted: Fitted,
+    test: Source | StoredFactors | None,
+    train: Source,
+    mode: InfluenceMode,
+    reduction: Reduction | None,
+    ids: Mapping[str, np.ndarray[Any, Any]],
+) -> Reduced | None:
+    """The reduction bound to these scores, or its refusal."""
+    if reduction is None:
+        return None
+    perturbation = mode is InfluenceMode.Perturbation
+    features = arguments.features(train) if perturbation else ()
+    tests = 0 if test is None else len(test)
+    scores = Scores(tests, len(train), features, perturbation, fitted.score_dtype, ids)
+    return Reduced.of(reduction, scores)
+
+
+def _writer(reduced: Reduced | None) -> Callable[..., None]:
+    """What writes scores, or what is kept of them."""
+    return write_scores if reduced is None else partial(write_reduced, reduced)
+
+
+def _used(
+    ids: Mapping[str, np.ndarray[Any, Any]], templates: Mapping[str, ArrayTemplate]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Coordinates of dimensions that some array has."""
+    dims = {dim for template in templates.values() for dim in template.dims}
+    return {name: values for name, values in ids.items() if name in dims}
 
 
 def factor_run(target: Target, fitted: Fitted, test: Source, *, test_ids: Any = None) -> Run:
@@ -219,6 +292,25 @@ def factor_run(target: Target, fitted: Fitted, test: Source, *, test_ids: Any = 
         factor_names,
         write,
     )
+
+
+def _ids(
+    fitted: Fitted, test: Source | StoredFactors | None, train: Source, test_ids: Any, train_ids: Any
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Coordinates by dimension: those given, those of factors in a store, or positions."""
+    ids = {}
+    if test is not None:
+        ids["test"] = arguments.ids(test_ids, test, "test_ids")
+    elif test_ids is not None:
+        raise ConfigurationError("test_ids names points that are not scored; leave it out")
+    ids["train"] = arguments.ids(train_ids, train, "train_ids")
+    if fitted.sweep is not None:
+        ids["regularization"] = np.array(fitted.sweep)
+    if isinstance(test, StoredFactors):
+        _check_held(test, fitted)
+        if test_ids is None:
+            ids["test"] = test.ids
+    return ids
 
 
 def _check_held(held: StoredFactors, fitted: Fitted) -> None:

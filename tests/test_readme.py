@@ -43,7 +43,7 @@ def test_python_blocks_print_what_the_readme_shows(tmp_path: Path, monkeypatch: 
     torch.set_num_threads(1)
     names: dict[str, object] = {"__name__": "__main__"}
     examples = shown_after(README.read_text())
-    assert len(examples) == 2
+    assert len(examples) == 3
     try:
         for body, shown in examples:
             printed = StringIO()

@@ -95,5 +95,13 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Results of function(*call) as they complete, in any order."""
+    def map(
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[tuple[Any, ...]],
+        lost: Callable[[tuple[Any, ...]], None] | None = None,
+    ) -> Iterator[Any]:
+        """Results of function(*call) as they complete, in any order.
+
+        Calls of which the workers died are handed to ``lost``, where it is given, and the rest goes on.
+        """

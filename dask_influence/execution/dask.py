@@ -155,18 +155,35 @@ class DaskExecutor(Executor):
         artifact, count = answer
         return Moments(artifact.read(), count)
 
-    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    def map(
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[tuple[Any, ...]],
+        lost: Callable[[tuple[Any, ...]], None] | None = None,
+    ) -> Iterator[Any]:
         """Submit through a window and release each future as it completes."""
         pending = iter(calls)
         running = as_completed()
+        asked: dict[Any, tuple[Any, ...]] = {}  # by key of the future
+
+        def submit(count: int) -> None:
+            for call in _first(pending, count):
+                future = self.client.submit(function, *call, pure=False, retries=RETRIES)
+                asked[future.key] = call
+                running.add(future)
+
         try:
-            for call in _first(pending, self._window()):
-                running.add(self.client.submit(function, *call, pure=False, retries=RETRIES))
+            submit(self._window())
             for future in running:
+                call = asked.pop(future.key)
+                if lost is not None and _killed_its_worker(future):
+                    future.release()
+                    lost(call)
+                    submit(1)
+                    continue
                 result = self._result(future)
                 future.release()
-                for call in _first(pending, 1):
-                    running.add(self.client.submit(function, *call, pure=False, retries=RETRIES))
+                submit(1)
                 yield result
         finally:
             running.clear()
@@ -246,6 +263,10 @@ class DaskExecutor(Executor):
 def versions() -> dict[str, str]:
     """What client and workers must agree on."""
     return {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)}
+
+
+def _killed_its_worker(future: Any) -> bool:
+    return future.status == "error" and isinstance(future.exception(), KilledWorker)
 
 
 def _process() -> tuple[str, int]:

@@ -127,12 +127,16 @@ class Forecast(Plan):
     @property
     def compute_seconds(self) -> float:
         """Of all cores together, for strips."""
-        return self.speed.derivatives * self.derivative_seconds + self.product_seconds
+        derivatives = self.speed.derivatives * self.derivative_seconds
+        if self.work.diagonal and self.speed.factor is not None:
+            return derivatives + self.work.trains * self.speed.factor
+        return derivatives + self.product_seconds
 
     @property
     def factor_seconds(self) -> float:
         """Of all cores together, for factors; 0 where they take passes, whose number is not known before."""
-        return 0.0 if self.speed.factor is None else self.work.tests * self.speed.factor
+        solved_in_strips = self.work.diagonal
+        return 0.0 if self.speed.factor is None or solved_in_strips else self.work.tests * self.speed.factor
 
     @property
     def published_bytes(self) -> int:
@@ -142,14 +146,16 @@ class Forecast(Plan):
 
     @property
     def moved_bytes(self) -> int:
-        """Between the store and all workers: training samples, tiles, weights and directions."""
+        """Between the store and all workers: training samples, tiles or parts, weights and directions."""
         read = self.passes * self.work.trains * self.work.sample_bytes
+        if self.merges:  # a part is written and read once
+            read += 2 * self.strips * self.part_bytes
         return read + self.output_bytes + min(self.cluster.slots, self.tasks) * self.published_bytes
 
     @property
     def tasks(self) -> int:
-        """Strips and factor tasks."""
-        return self.strips + len(self.factor_chunks)
+        """Strips, what joins them, and factor tasks."""
+        return self.strips + self.merges + (0 if self.work.diagonal else len(self.factor_chunks))
 
     @property
     def limits(self) -> dict[str, float]:

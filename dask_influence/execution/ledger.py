@@ -113,6 +113,14 @@ class Ledger:
         fetched = self.location.get_many(listed.values())
         return {name: self._decode(key, fetched[key]) for name, key in listed.items() if key in fetched}
 
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The entry of one piece of work that was done, or None."""
+        key = entry_key(name)
+        try:
+            return self._decode(key, self.location.get(key))
+        except MissingObjectError:
+            return None
+
     def survey(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """Entries that can be read, by name; and of those that cannot, what is wrong, by their key."""
         read: dict[str, dict[str, Any]] = {}

@@ -64,6 +64,11 @@ class LocalExecutor(Executor):
                 report(len(parts), len(calls))
         return merge(parts)
 
-    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Evaluate lazily, in order."""
+    def map(
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[tuple[Any, ...]],
+        lost: Callable[[tuple[Any, ...]], None] | None = None,
+    ) -> Iterator[Any]:
+        """Evaluate lazily, in order; what crashes this process is not survived."""
         return (function(*call) for call in calls)

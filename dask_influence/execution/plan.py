@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dask_influence.core.checks import check_integer
 from dask_influence.errors import ConfigurationError, MemoryLimitError
+from dask_influence.execution.tree import Axis, Tree, strip_name
 from dask_influence.grid import Chunks, balanced
 
 DIRECTION_BYTES = 512 * 2**20
 """Bytes of directions that one query block may hold, unless a memory limit says less."""
 
 LARGEST_TILE = 64 * 2**20
+LARGEST_REDUCED_TILE = (
+    8 * 2**20
+)  # never written: as large as the product needs, and near the processor's caches
 SMALLEST_TILE = 2**18
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
@@ -37,6 +41,32 @@ _NS_PER_PARAMETER = 2.5
 _NS_PER_DIRECTION = 0.05
 _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
+_NS_PER_SCORE_REDUCED = 3.0
+_NS_PER_SOLVED_NUMBER = 0.2
+_LARGEST_SOLVED = 20_000
+"""P up to which a factor may cost a dense product with P × P numbers."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a reduction leaves of the scores.
+
+    Attributes
+    ----------
+    text : str
+        The reduction, for people.
+    axis : "test", "train" or None
+        Whose points are kept.
+    nbytes : int
+        Bytes of all arrays that it writes, at one λ.
+    diagonal : bool
+        Whether the scores are those of each training point on itself; there are no test points then.
+    """
+
+    text: str
+    axis: Axis
+    nbytes: int
+    diagonal: bool
 
 
 def training_seconds(parameters: int, samples: int, directions: int, perturbation: bool = False) -> float:
@@ -67,6 +97,8 @@ class Work:
         Bytes of one training sample as it is read.
     regularizations : int, optional
         L, where scores are asked for at several λ; None is the one of the model.
+    kept : Kept, optional
+        What a reduction leaves of the scores; None keeps them all.
     """
 
     tests: int
@@ -78,6 +110,12 @@ class Work:
     activations: int
     sample_bytes: int
     regularizations: int | None = None
+    kept: Kept | None = None
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether each training point is scored on itself alone."""
+        return self.kept is not None and self.kept.diagonal
 
     @property
     def copies(self) -> int:
@@ -102,7 +140,7 @@ class Strip:
     @property
     def name(self) -> str:
         """Name of its ledger entry."""
-        return f"strip-{self.index:06d}"
+        return strip_name(self.index)
 
 
 @dataclass(frozen=True)
@@ -171,6 +209,17 @@ class Plan:
         """Test points of the strip's tiles."""
         return Chunks(self.work.tests, self.tile[0]).within(strip.rows.start, strip.rows.stop)
 
+    @property
+    def tree(self) -> Tree:
+        """In which order the parts of a reduction meet."""
+        assert self.work.kept is not None
+        return Tree(len(self.query_blocks), len(self._runs), self.work.kept.axis)
+
+    @property
+    def merges(self) -> int:
+        """Tasks that join what strips of a reduction keep."""
+        return 0 if self.work.kept is None else self.tree.nodes - self.strips
+
     # -- cost -------------------------------------------------------------------------
     @property
     def directions(self) -> int:
@@ -185,8 +234,10 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the scores before compression."""
+        """Bytes of what is written before compression."""
         work = self.work
+        if work.kept is not None:
+            return work.copies * work.kept.nbytes
         return work.copies * work.tests * work.trains * work.width * work.itemsize
 
     @property
@@ -204,30 +255,50 @@ class Plan:
             held += self.query_rows * work.copies * work.rank * work.itemsize  # coefficients
         derivatives = self.tile[1] * directions * work.width * work.itemsize
         reading = 2 * self.tile[1] * work.sample_bytes
-        # the tile, its bytes on their way through the codecs, and the product that made it
-        return held + derivatives + reading + 3 * work.copies * self.tile_bytes + PRIMITIVE_BYTES
+        if work.diagonal:
+            return self.factor_bytes + reading + PRIMITIVE_BYTES
+        # the tile, its bytes on their way through the codecs, and the product that made it; of a reduction the
+        # tile, its copy in another order, and the product
+        tiles = 3 * work.copies * self.tile_bytes
+        return held + derivatives + reading + tiles + 3 * self.part_bytes + PRIMITIVE_BYTES
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of what a reduction keeps of one strip; joining takes two parts and their union."""
+        work = self.work
+        if work.kept is None:
+            return 0
+        extent, total = {
+            "test": (self.query_rows, work.tests),
+            "train": (self.strip_columns, work.trains),
+            None: (1, 1),
+        }[work.kept.axis]
+        return -(-work.copies * work.kept.nbytes * min(extent, total) // total)
 
     @property
     def factor_bytes(self) -> int:
         """Bytes that one factor task holds at once: gradients, factors, residuals in float64."""
-        work = self.work
-        return self.factor_rows * work.parameters * work.copies * (2 * work.itemsize + 3 * 8)
+        return self.factor_rows * _factor_bytes(self.work)
 
     @property
     def derivative_seconds(self) -> float:
         """Rough time of one core for all derivatives of the training side."""
         work = self.work
-        once = training_seconds(work.parameters, work.trains, self.directions, work.width > 1)
-        return self.passes * once
+        directions = 0 if work.diagonal else self.directions
+        return self.passes * training_seconds(work.parameters, work.trains, directions, work.width > 1)
 
     @property
     def product_seconds(self) -> float:
-        """Rough time of one core for all products C Eᵀ and for encoding what is written."""
+        """Rough time of one core for all products C Eᵀ, or factors of a diagonal, and for encoding what is written."""
         work = self.work
         scores = work.copies * work.tests * work.trains * work.width
-        return 1e-9 * (
-            scores * _NS_PER_SCORE_DIRECTION * self.directions + _NS_PER_BYTE_WRITTEN * self.output_bytes
-        )
+        each = _NS_PER_SCORE_DIRECTION * self.directions
+        if work.diagonal:
+            solved = min(work.parameters, _LARGEST_SOLVED) if work.rank is None else work.rank
+            each = _NS_PER_SOLVED_NUMBER * work.parameters * solved
+        elif work.kept is not None:
+            each += _NS_PER_SCORE_REDUCED
+        return 1e-9 * (scores * each + _NS_PER_BYTE_WRITTEN * self.output_bytes)
 
     @property
     def seconds(self) -> float:
@@ -276,29 +347,25 @@ class Plan:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """Inverse of :meth:`to_json`."""
-        work = Work(**{**values["work"], "features": tuple(values["work"]["features"])})
+        kept = values["work"].get("kept")
+        own = {
+            "features": tuple(values["work"]["features"]),
+            "kept": None if kept is None else Kept(**kept),
+        }
+        work = Work(**{**values["work"], **own})
         return cls(**{**values, "work": work, "tile": tuple(values["tile"])})
 
     def table(self) -> list[tuple[str, str]]:
         """What people read: names and values."""
         work = self.work
-        swept = () if work.regularizations is None else (work.regularizations,)
-        shape = (*swept, work.tests, work.trains, *work.features)
         return [
-            ("scores", " × ".join(f"{n:,}" for n in shape) + f", {format_bytes(self.output_bytes)}"),
-            (
-                "tiles",
-                f"{self.tiles:,} of {self.tile[0]:,} × {self.tile[1]:,}, {format_bytes(self.tile_bytes)} each",
-            ),
+            *self._scores_text(),
             (
                 "strips (tasks)",
-                f"{self.strips:,} of {min(self.strip_columns, work.trains):,} training samples",
+                f"{self.strips:,} of {min(self.strip_columns, work.trains):,} training samples"
+                + (f", {self.merges:,} to join them" if self.merges else ""),
             ),
-            (
-                "factor tasks",
-                f"{len(self.factor_chunks):,} of {min(self.factor_rows, work.tests):,} test points",
-            ),
-            ("directions", f"{self.directions:,} of P = {work.parameters:,}"),
+            *self._factors_text(),
             ("passes over training data", f"{self.passes:,}"),
             ("peak bytes per task", format_bytes(max(self.peak_bytes, self.factor_bytes))),
             ("estimated time", f"{format_seconds(self.seconds)} on one core"),
@@ -309,6 +376,26 @@ class Plan:
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
+    def _scores_text(self) -> list[tuple[str, str]]:
+        work, written = self.work, format_bytes(self.output_bytes)
+        swept = () if work.regularizations is None else (work.regularizations,)
+        shape = (*swept, work.trains) if work.diagonal else (*swept, work.tests, work.trains, *work.features)
+        scores = " × ".join(f"{n:,}" for n in shape)
+        tile = f"{self.tile[0]:,} × {self.tile[1]:,}, {format_bytes(self.tile_bytes)} each"
+        if work.kept is None:
+            return [("scores", f"{scores}, {written}"), ("tiles", f"{self.tiles:,} of {tile}")]
+        lines = [("scores", f"{scores}, of which is kept"), ("kept", f"{work.kept.text}, {written}")]
+        return lines if work.diagonal else [*lines, ("tiles", f"{self.tiles:,} of {tile}, not written")]
+
+    def _factors_text(self) -> list[tuple[str, str]]:
+        work, chunks = self.work, self.factor_chunks
+        if work.diagonal:
+            return [("factors", f"of {self.tile[1]:,} training samples at a time")]
+        return [
+            ("factor tasks", f"{len(chunks):,} of {min(self.factor_rows, work.tests):,} test points"),
+            ("directions", f"{self.directions:,} of P = {work.parameters:,}"),
+        ]
+
 
 FACTORS = "factors-"
 """Prefix of the ledger entries of factor tasks."""
@@ -317,9 +404,12 @@ RESIDUAL = "residual"
 """Ledger entry of the residuals of all factors."""
 
 
-def strip_names(plan: Plan) -> set[str]:
-    """Ledger entries that make a run of scores complete."""
-    return {RESIDUAL, *(plan.strip(index).name for index in range(plan.strips))}
+def score_names(plan: Plan) -> set[str]:
+    """Ledger entries that make a run of scores complete: strips, or of a reduction the last node of each cell."""
+    if plan.work.kept is None:
+        return {RESIDUAL, *(plan.strip(index).name for index in range(plan.strips))}
+    residual = set() if plan.work.diagonal else {RESIDUAL}
+    return {*residual, *(plan.tree.name(root) for root in plan.tree.roots())}
 
 
 def factor_names(plan: Plan) -> set[str]:
@@ -368,14 +458,19 @@ def arrange(
         tile_bytes = _bytes("tile_bytes", tile_bytes)
     if memory_limit is not None:
         memory_limit = _bytes("memory_limit", memory_limit)
+    if work.diagonal:
+        return _arrange_diagonal(work, tile_bytes, memory_limit, spread=spread)
     score_bytes = work.width * work.itemsize
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
     per_row = work.itemsize * work.copies * (work.parameters if work.rank is None else work.rank)
+    if work.kept is not None and work.kept.axis == "test":  # lists of a query block are held at once
+        per_row = max(per_row, _kept_bytes(work, work.tests))
     query_rows = min(work.tests, max(1, share // per_row))
     output = work.copies * work.tests * work.trains * score_bytes
     if alone:
         tile_bytes = LARGEST_TILE
-    target = tile_bytes or min(LARGEST_TILE, max(SMALLEST_TILE, output // 64))
+    largest = LARGEST_TILE if work.kept is None else LARGEST_REDUCED_TILE
+    target = tile_bytes or min(largest, max(SMALLEST_TILE, output // 64))
     per_tile = max(1, target // score_bytes)  # scores of one tile
     columns = min(work.trains, FEWEST_COLUMNS)
     rows = min(query_rows, max(math.isqrt(per_tile), per_tile // work.trains, 1))
@@ -385,12 +480,36 @@ def arrange(
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
         query_rows = max(rows, query_rows // rows * rows)  # no tile straddles two query blocks
     factor_share = min(DIRECTION_BYTES, share)
-    per_factor = work.parameters * work.copies * (2 * work.itemsize + 24)
-    factor_rows = min(work.tests, max(1, factor_share // per_factor))
+    factor_rows = min(work.tests, max(1, factor_share // _factor_bytes(work)))
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
     strip_columns = tile[1] if alone else _strip_columns(plan)
+    if work.kept is not None and work.kept.axis == "train":
+        most = share // _kept_bytes(work, work.trains)
+        strip_columns = min(strip_columns, max(1, most // tile[1]) * tile[1])
     return Plan(work, query_rows, tile, strip_columns, plan.batch, rows_of_factors)
+
+
+def _arrange_diagonal(work: Work, tile_bytes: int | None, memory_limit: int | None, *, spread: bool) -> Plan:
+    """Cut training points alone: factors of ``tile[1]`` of them are held at once."""
+    share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
+    share = min(share, tile_bytes or (LARGEST_TILE if spread else share))
+    columns = balanced(work.trains, min(work.trains, max(1, share // _factor_bytes(work)))).size
+    if spread:
+        columns = _spread(columns, work.trains)
+    plan = Plan(work, 1, (1, columns), columns, _batch(work), columns)
+    return replace(plan, strip_columns=_strip_columns(plan) if spread else columns)
+
+
+def _kept_bytes(work: Work, points: int) -> int:
+    """What is kept of one of ``points``, and of its parts while they are joined."""
+    assert work.kept is not None
+    return 3 * -(-work.copies * work.kept.nbytes // points)
+
+
+def _factor_bytes(work: Work) -> int:
+    """One point's gradient, factors and residuals, in float64 too."""
+    return work.parameters * work.copies * (2 * work.itemsize + 3 * 8)
 
 
 def _bytes(name: str, value: object) -> int:

@@ -7,6 +7,7 @@ that is called again lists the ledger and does the rest.
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,17 +18,25 @@ import numpy as np
 import torch
 
 from dask_influence.core.estimators.base import Inverse, System
-from dask_influence.errors import CorruptStoreError, NotFittedError, StoreError, StoreMismatchError
-from dask_influence.execution import tasks
+from dask_influence.errors import (
+    CorruptStoreError,
+    InfluenceWarning,
+    NotFittedError,
+    StoreError,
+    StoreMismatchError,
+)
+from dask_influence.execution import quarantine, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.base import Executor, Model, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
 from dask_influence.execution.ledger import Ledger, compare_fingerprints
+from dask_influence.execution.missing import MissingSamples, forget_missing
 from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan, Work, factor_name
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.execution.verify import same_metadata, verify_with
 from dask_influence.grid import Chunks
 from dask_influence.storage.results import (
+    FINAL,
     GROUP_KEY,
     ArrayTemplate,
     ShardRecord,
@@ -35,6 +44,7 @@ from dask_influence.storage.results import (
     create,
     finish,
     open_influences,
+    unfinished,
     write_region,
 )
 from dask_influence.storage.sources import Source
@@ -129,9 +139,11 @@ class Output:
     attributes: dict[str, Any]
     ids: dict[str, np.ndarray[Any, Any]]
     ledger: Ledger = field(init=False)
+    missing: MissingSamples = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ledger", Ledger(self.location))
+        object.__setattr__(self, "missing", MissingSamples(self.ids))
 
     @property
     def artifacts(self) -> Location:
@@ -153,7 +165,8 @@ class Output:
         A store of the same fingerprint is continued under the plan that it was begun with. It
         is complete when it says so, the ledger lists all ``pieces`` of that plan and their
         shards are there; with ``repair``, whose workers then read everything, when they are also
-        what was written. Lost metadata and coordinates are written again.
+        what was written, and samples that were missing are tried again. Lost metadata and
+        coordinates are written again.
 
         Raises
         ------
@@ -175,8 +188,11 @@ class Output:
                 if repair is not None:
                     verify_with(self.location, repair, repair=True)
                     stored = self.ledger.read_begun() or stored
-                self.ledger.forget_damaged()
-                complete = stored["state"] == "complete" and pieces(begun) <= self.ledger.done()
+                entries = self.ledger.forget_damaged()
+                if repair is not None:
+                    forget_missing(self.ledger, begun, entries)
+                self.missing.add_entries(entries)
+                complete = stored["state"] in FINAL and pieces(begun) <= self.ledger.done()
                 if not complete:  # also where it was: readers are to be warned until it is again
                     self.ledger.write_run({**stored, "state": "running"})
                 self._restore(stored, empty)
@@ -233,9 +249,17 @@ class Output:
             self._refuse_own_factors(self.ledger.read_begun())
         self.location.check_writable()
         # The folder of the run goes last: while it is there, a second overwrite knows whose data these are.
-        for name in dict.fromkeys((*WRITTEN, *templates, *self.ids, RUN_FOLDER)):
+        for name in dict.fromkeys((*WRITTEN, *self._arrays_of_record(), *templates, *self.ids, RUN_FOLDER)):
             self.location.delete(name)
         return True
+
+    def _arrays_of_record(self) -> list[str]:
+        """Arrays whose metadata the record of an earlier run holds, such as those of a reduction."""
+        try:
+            stored = self.ledger.read_run() or {}
+        except CorruptStoreError:
+            return []
+        return [name for name in (key.rpartition("/")[0] for key in stored.get("metadata", {})) if name]
 
     def _refuse_own_factors(self, stored: dict[str, Any] | None) -> None:
         """Scores must not replace the factors that they may be read from."""
@@ -265,14 +289,21 @@ class Output:
         return Plan.from_json(stored["plan"])
 
     def complete(self) -> None:
-        """Consolidate metadata, then say that the run is complete."""
-        finish(self.location, {**self.attributes, "state": "complete"})
+        """Consolidate metadata, then say that the run is complete, or which samples it lacks."""
+        missing = self.missing.as_json()
+        state = "incomplete" if missing else "complete"
+        lacking = {side: [one["id"] for one in ones] for side, ones in missing.items()}
+        said = {"state": state, "missing": lacking} if missing else {"state": state}
+        self.location.put(
+            GROUP_KEY, unfinished(self.location.get(GROUP_KEY))
+        )  # what was missing once may be there
+        finish(self.location, {**self.attributes, **said})
         run = self.ledger.read_run()
         if run is None:
             raise StoreError(f"{self.location.url}: _run/run.json vanished while the run was going on")
         group = self.location.get(GROUP_KEY).decode()
         metadata = {**run.get("metadata", {}), GROUP_KEY: group}
-        self.ledger.write_run({**run, "metadata": metadata, "state": "complete"})
+        self.ledger.write_run({**run, "metadata": metadata, "missing": missing, "state": state})
 
 
 def _recorded(objects: Mapping[str, bytes]) -> dict[str, Any]:
@@ -346,18 +377,22 @@ def solve_factors(
     known = _held_factors(output)
     missing = [index for index in range(len(chunks)) if factor_name(index) not in known]
     job = executor.seal(tasks.Job(fit.model, executor.reachable(source, chunks.size), "test", fit.threads))
-    calls = [
+    calls: list[tuple[Any, ...]] = [
         (job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing
     ]
     if fit.needs_rounds:
         solved = _by_rounds(executor, fit, calls, output.artifacts)
     else:
-        solved = executor.map(tasks.factor_task, [(*call, fit.solver, project) for call in calls])
+        calls = [(*call, fit.solver, project) for call in calls]
+        solved = surviving(executor, tasks.factor_task, quarantine.isolated_factors, calls)
     done = len(chunks) - len(missing)
     progress("factors", done, len(chunks))
-    for start, artifact, residual in solved:
+    for start, artifact, residual, bad in solved:
         index = start // chunks.size
         entry = {"digest": artifact.digest, "nbytes": artifact.nbytes, "residual": list(residual)}
+        if bad:
+            output.missing.add("test", bad)
+            entry["missing"] = output.missing.listed("test", start, chunks[index].stop)
         output.ledger.record(factor_name(index), entry)
         known[factor_name(index)] = entry
         done += 1
@@ -374,7 +409,9 @@ def solve_factors(
 def write_residuals(output: Output, residuals: np.ndarray[Any, Any]) -> None:
     """The residuals of all test points, and their ledger entry."""
     records = write_region(output.location, "factor_residual", (0,) * residuals.ndim, residuals)
-    output.ledger.record(RESIDUAL, {"shards": as_json(records)})
+    entry: dict[str, Any] = {"shards": as_json(records)}
+    lacking = output.missing.listed("test", 0, residuals.shape[-1])
+    output.ledger.record(RESIDUAL, {**entry, "missing": lacking} if lacking else entry)
 
 
 def as_json(records: Iterable[ShardRecord]) -> list[list[Any]]:
@@ -398,14 +435,30 @@ def _held_factors(output: Output) -> dict[str, dict[str, Any]]:
 
 def _by_rounds(
     executor: Executor, fit: Fit, calls: list[tuple[Any, ...]], location: Location
-) -> Iterator[tuple[int, Artifact, list[float]]]:
+) -> Iterator[tuple[int, Artifact, list[float], tasks.Missing]]:
     """Where solving or certifying takes passes: gradients by tasks, rounds driven from here."""
     answer = fit.answer()
-    for start, gradients in executor.map(tasks.gradient_task, calls):
+    for start, gradients, missing in surviving(
+        executor, tasks.gradient_task, quarantine.isolated_gradients, calls
+    ):
         # torch's own memory: aligned the same wherever the rows came from, hence the same bits
         rows = gradients.read()["rows"].clone()
-        factors = iterated_factors(fit.inverse, fit.system, answer, rows, certify=fit.certify)
-        yield start, Artifacts(location).publish({"rows": factors.rows}), factors.residual.tolist()
+        solved = iterated_factors(fit.inverse, fit.system, answer, rows, certify=fit.certify)
+        factors = solved.without(missing, start, start + len(rows))
+        artifact = Artifacts(location).publish({"rows": factors.rows})
+        yield start, artifact, factors.residual.tolist(), missing
+
+
+def surviving(
+    executor: Executor,
+    task: Callable[..., Any],
+    isolated: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+) -> Iterator[Any]:
+    """Results of ``task(*call)``; calls that lost their workers are made again by ``isolated``, at the end."""
+    suspects: list[tuple[Any, ...]] = []
+    yield from executor.map(task, calls, suspects.append)
+    yield from executor.map(isolated, suspects)
 
 
 # -- scores ----------------------------------------------------------------------------
@@ -429,10 +482,19 @@ def score_strips(
         return
     job = executor.seal(tasks.Job(fit.model, executor.reachable(source, plan.tile[1]), "train", fit.threads))
     scoring = executor.seal(
-        tasks.Scoring(plan, factors, fit.solver if project else None, perturbation, output.location)
+        tasks.Scoring(
+            plan,
+            factors,
+            fit.solver if project else None,
+            perturbation,
+            output.location,
+            output.missing.positions("test"),
+        )
     )
     finished = total - len(missing)
-    for _ in executor.map(tasks.score_strip, ((job, scoring, index) for index in missing)):
+    calls = ((job, scoring, index) for index in missing)
+    for bad in surviving(executor, tasks.score_strip, quarantine.isolated_strip, calls):
+        output.missing.add("train", bad)
         finished += 1
         progress("strips", finished, total)
 
@@ -486,6 +548,7 @@ class StoredFactors:
     location: Location
     fingerprint: dict[str, Any]
     ids: np.ndarray[Any, Any]
+    missing: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def found(cls, test: Any, storage_options: Mapping[str, Any] | None) -> StoredFactors | None:
@@ -502,11 +565,14 @@ class StoredFactors:
         run = Ledger(location).read_begun()
         if run is None or run["fingerprint"].get("kind") != "factors":
             return None
-        if run["state"] != "complete":
+        if run["state"] not in FINAL:
             raise StoreError(
                 f"{location.url} holds factors of a run that is {run['state']}; call influence_factors_to_zarr again"
             )
-        return cls(location, run["fingerprint"], np.asarray(open_influences(location)["test"]))
+        with warnings.catch_warnings():  # the run that uses them says what they lack
+            warnings.simplefilter("ignore", InfluenceWarning)
+            ids = np.asarray(open_influences(location)["test"])
+        return cls(location, run["fingerprint"], ids, run.get("missing", {}).get("test", []))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -529,8 +595,11 @@ class StoredFactors:
 
 def import_factors(stored: StoredFactors, output: Output, chunks: Chunks) -> tuple[Artifact, ...]:
     """Factors of an earlier run as artifacts of this one, with their residuals."""
-    dataset = open_influences(stored.location)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InfluenceWarning)
+        dataset = open_influences(stored.location)
     artifacts = Artifacts(output.artifacts)
+    output.missing.add("test", {one["sample"]: one["reason"] for one in stored.missing})
     write_residuals(output, np.asarray(dataset["factor_residual"]))
     return tuple(
         artifacts.publish({"rows": torch.from_numpy(np.asarray(dataset["factors"][rows.start : rows.stop]))})

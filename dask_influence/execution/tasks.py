@@ -10,9 +10,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,12 @@ from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.ledger import Ledger
 from dask_influence.execution.plan import Plan, Strip
-from dask_influence.storage.results import ShardRecord, write_region
-from dask_influence.storage.sources import Source, check_finite
+from dask_influence.storage.results import ShardRecord, read_index, write_region
+from dask_influence.storage.sources import Source, check_finite, non_finite
 from dask_influence.storage.stores import Location
+
+Missing = dict[int, str]
+"""Samples that have no result, by position, and why."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,15 @@ class Job:
         Name of those data in the call, for errors.
     threads : int
         torch threads per task; part of the job, because the bits may depend on it.
+    poison : dict of int to str
+        Samples that are known to crash a process, and how.
     """
 
     model: Model
     source: Source
     argument: str
     threads: int
+    poison: Mapping[int, str] = field(default_factory=dict)
 
     def batch(self, start: int, stop: int) -> tuple[Problem, Tree, Tree]:
         """The problem, and samples ``start`` to ``stop`` as tensors in its dtype, on its device."""
@@ -63,6 +69,33 @@ class Job:
         check_finite(batch, self.argument, start)
         x, y = to_tensors(batch, problem.objective)
         return problem, x, y
+
+    def spared(self, start: int, stop: int, missing: Missing | None) -> tuple[Problem, Tree, Tree]:
+        """:meth:`batch`, with a healthy neighbour in place of each sample that cannot be used.
+
+        Those samples are added to ``missing``, where None refuses them instead. The shapes stay, and so do
+        the bits of all the others.
+        """
+        if missing is None:
+            return self.batch(start, stop)
+        batch = self.source.read(start, stop)
+        bad = {place: f"its {name} holds NaN or inf" for place, name in non_finite(batch).items()}
+        bad |= {sample - start: why for sample, why in self.poison.items() if start <= sample < stop}
+        missing |= {start + place: why for place, why in bad.items()}
+        problem = self.model.problem()
+        x, y = to_tensors(_replaced(batch, bad, stop - start), problem.objective)
+        return problem, x, y
+
+
+def _replaced(batch: Any, bad: Mapping[int, str], count: int) -> Any:
+    """``batch`` with its first healthy sample in the places of the ``bad`` ones, or zeros if none is."""
+    if not bad:
+        return batch
+    healthy = next((place for place in range(count) if place not in bad), None)
+    if healthy is None:
+        return optree.tree_map(np.zeros_like, batch)
+    order = [healthy if place in bad else place for place in range(count)]
+    return optree.tree_map(lambda leaf: leaf[order], batch)
 
 
 def to_tensors(batch: Any, objective: Objective) -> Any:
@@ -112,48 +145,88 @@ class Factors:
     rows: Tensor
     residual: np.ndarray
 
+    def without(self, missing: Mapping[int, str], start: int, stop: int) -> Factors:
+        """NaN for the ``missing`` ones of test points ``start`` to ``stop``."""
+        if not missing:
+            return self
+        copies = len(self.rows) // (stop - start)
+        bad = np.isin(np.repeat(np.arange(start, stop), copies), list(missing))
+        rows, residual = self.rows.clone(), self.residual.copy()
+        rows[bad], residual[bad] = torch.nan, np.nan
+        return Factors(rows, residual)
 
-def query_gradients(job: Job, start: int, stop: int, batch: int) -> Tensor:
-    """∇θ ℓ of test points, (n, P), on CPU; NaN and inf are refused by sample."""
+
+def query_gradients(job: Job, start: int, stop: int, batch: int, missing: Missing | None = None) -> Tensor:
+    """∇θ ℓ of test points, (n, P), on CPU.
+
+    What has no finite gradient is refused, or added to ``missing`` and given the gradient of
+    another test point, so that solvers see numbers only.
+    """
     parts = []
     for low in range(start, stop, batch):
-        problem, x, y = job.batch(low, min(low + batch, stop))
+        problem, x, y = job.spared(low, min(low + batch, stop), missing)
         parts.append(directional.gradients(problem, x, y).cpu())
     gradients = torch.cat(parts)
-    refuse_non_finite(gradients, job.argument, start)
+    bad = refuse_non_finite(gradients, job.argument, start, missing)
+    if len(bad):
+        finite = np.setdiff1d(np.arange(len(gradients)), bad)
+        healthy = gradients[finite[0]].clone() if len(finite) else 0.0
+        gradients = gradients.clone()
+        gradients[bad] = healthy
     return gradients
 
 
 def closed_factors(
-    job: Job, inverse: Solver, start: int, stop: int, batch: int, *, project: bool, certify: bool
+    job: Job,
+    inverse: Solver,
+    start: int,
+    stop: int,
+    batch: int,
+    *,
+    project: bool,
+    certify: bool,
+    missing: Missing | None = None,
 ) -> Factors:
     """Factors of test points where the inverse needs no pass over the data."""
     with torch_threads(job.threads):
         solver = inverse.inverse()
-        gradients = query_gradients(job, start, stop, batch)
+        gradients = query_gradients(job, start, stop, batch, missing)
         wide = gradients.to(torch.float64)
         factors = without_rounds(solver.solve(wide)) if certify or not project else None
         residual = solver.residuals(wide, factors) if certify and factors is not None else None
         rows = solver.coefficients(wide) if project or factors is None else factors
     measured = torch.full((len(rows),), torch.nan, dtype=torch.float64) if residual is None else residual
-    return Factors(rows.to(gradients.dtype), measured.numpy())
+    return Factors(rows.to(gradients.dtype), measured.numpy()).without(missing or {}, start, stop)
 
 
 def factor_task(
     job: Sealed, start: int, stop: int, batch: int, location: Location, inverse: Solver, project: bool
-) -> tuple[int, Artifact, list[float]]:
+) -> tuple[int, Artifact, list[float], Missing]:
     """:func:`closed_factors`, published."""
-    factors = closed_factors(job.open(), inverse, start, stop, batch, project=project, certify=True)
+    missing: Missing = {}
+    factors = closed_factors(
+        job.open(), inverse, start, stop, batch, project=project, certify=True, missing=missing
+    )
     artifact = Artifacts(location).publish({"rows": factors.rows})
-    return start, artifact, factors.residual.tolist()
+    return start, artifact, factors.residual.tolist(), missing
 
 
-def gradient_task(job: Sealed, start: int, stop: int, batch: int, location: Location) -> tuple[int, Artifact]:
+def gradient_task(
+    job: Sealed, start: int, stop: int, batch: int, location: Location
+) -> tuple[int, Artifact, Missing]:
     """:func:`query_gradients`, published: for inverses that need passes, which the client drives."""
     opened: Job = job.open()
+    missing: Missing = {}
     with torch_threads(opened.threads):
-        gradients = query_gradients(opened, start, stop, batch)
-    return start, Artifacts(location).publish({"rows": gradients})
+        gradients = query_gradients(opened, start, stop, batch, missing)
+    return start, Artifacts(location).publish({"rows": gradients}), missing
+
+
+def probe_gradient(sample: int, job: Sealed, *_: Any) -> None:
+    """The gradient of one test point alone, of a call of :func:`factor_task` or :func:`gradient_task`."""
+    opened: Job = job.open()
+    with torch_threads(opened.threads):
+        query_gradients(opened, sample, sample + 1, 1, {})
 
 
 # -- scores ----------------------------------------------------------------------------
@@ -167,50 +240,81 @@ class Query:
         (D, P).
     coefficients : Tensor or None
         (rows, D); None stands for the identity.
+    missing : numpy array or None
+        Which rows have no factors, so that their scores are NaN.
     """
 
     directions: Tensor
     coefficients: Tensor | None
+    missing: np.ndarray | None = None
 
     @classmethod
-    def of(cls, rows: Tensor, own: Tensor | None, problem: Problem) -> Query:
+    def of(
+        cls, rows: Tensor, own: Tensor | None, problem: Problem, missing: np.ndarray | None = None
+    ) -> Query:
         """From factors (``own`` None), or from coefficients of the inverse's ``own`` directions.
 
-        With fewer test points than directions their factors are the cheaper directions.
+        With fewer test points than directions their factors are the cheaper directions. Rows that
+        are ``missing`` are taken for zero.
         """
         objective = problem.objective
+        if missing is not None:
+            rows = rows.clone()
+            rows[missing] = 0.0
         if not rows.isfinite().all():  # not the training samples' fault
             raise DataError("factors hold NaN or inf; compute them again")
         if own is not None and len(rows) < len(own):
             rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None
         if own is None:
-            return cls(rows.to(objective.device, objective.dtype), None)
+            return cls(rows.to(objective.device, objective.dtype), None, missing)
         directions = own.to(objective.device, objective.dtype)
-        return cls(directions, rows.to(objective.device, objective.dtype))
+        return cls(directions, rows.to(objective.device, objective.dtype), missing)
 
 
-def derivatives_of(job: Job, query: Query, columns: range, batch: int, perturbation: bool) -> Tensor:
-    """E of training samples ``columns``: (n, D) or (n, D, *features)."""
+def derivatives_of(
+    job: Job,
+    query: Query,
+    columns: range,
+    batch: int,
+    perturbation: bool,
+    missing: Missing | None = None,
+) -> Tensor:
+    """E of training samples ``columns``: (n, D) or (n, D, *features).
+
+    Samples without finite derivatives are refused, or added to ``missing`` and NaN.
+    """
     primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
     parts = []
     for low in range(columns.start, columns.stop, batch):
-        problem, x, y = job.batch(low, min(low + batch, columns.stop))
+        high = min(low + batch, columns.stop)
+        problem, x, y = job.spared(low, high, missing)
         derivatives = primitive(problem, x, y, query.directions)
-        refuse_non_finite(derivatives, job.argument, low)
+        refuse_non_finite(derivatives, job.argument, low, missing)
+        bad = [sample - low for sample in missing or () if low <= sample < high]
+        if bad:
+            derivatives = derivatives.clone()
+            derivatives[bad] = torch.nan
         parts.append(derivatives)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def refuse_non_finite(rows: Tensor, argument: str, start: int) -> None:
-    """Name the first sample, counted from ``start``, whose row holds NaN or inf."""
+def refuse_non_finite(rows: Tensor, argument: str, start: int, missing: Missing | None = None) -> np.ndarray:
+    """Places of the samples, counted from ``start``, whose row holds NaN or inf.
+
+    They are added to ``missing``; where that is None, the first one is refused by its name.
+    """
     if rows.sum().isfinite():  # one pass without a temporary; an overflow only sends us on
-        return
-    bad = ~rows.isfinite().flatten(1).all(dim=1)
-    if bad.any():
+        return np.empty(0, int)
+    bad = np.flatnonzero((~rows.isfinite().flatten(1).all(dim=1)).cpu().numpy())
+    if len(bad) and missing is None:
         raise DataError(
-            f"{argument}: the gradient of sample {start + int(bad.nonzero()[0])} is not finite; "
+            f"{argument}: the gradient of sample {start + int(bad[0])} is not finite; "
             "look at its loss, or leave the sample out"
         )
+    for place in bad.tolist():
+        assert missing is not None
+        missing.setdefault(start + place, "its gradient is not finite")
+    return bad
 
 
 def tile_of(query: Query, derivatives: Tensor, rows: slice) -> np.ndarray:
@@ -219,6 +323,9 @@ def tile_of(query: Query, derivatives: Tensor, rows: slice) -> np.ndarray:
         tile = derivatives[:, rows].transpose(0, 1)
     else:
         tile = torch.einsum("rd,nd...->rn...", query.coefficients[rows], derivatives)
+    if query.missing is not None and query.missing[rows].any():
+        tile = tile.clone()
+        tile[query.missing[rows]] = torch.nan
     return stored(tile)
 
 
@@ -249,6 +356,8 @@ class Scoring:
         Mode.
     location : Location
         The output store.
+    missing : tuple of int
+        Test points without factors.
     """
 
     plan: Plan
@@ -256,6 +365,7 @@ class Scoring:
     inverse: Solver | None
     perturbation: bool
     location: Location
+    missing: tuple[int, ...] = ()
 
     def query(self, rows: range, problem: Problem) -> Query:
         """The query of test points ``rows``, from the chunks that hold them."""
@@ -267,7 +377,10 @@ class Scoring:
             offset = chunks[index].start
             held = slice((part.start - offset) * copies, (part.stop - offset) * copies)
             parts.append(self.factors[index].load()["rows"][held])
-        return Query.of(torch.cat(parts), own, problem)
+        bad = None
+        if self.missing:
+            bad = np.isin(np.repeat(np.arange(rows.start, rows.stop), copies), self.missing)
+        return Query.of(torch.cat(parts), own, problem, bad)
 
     def write(
         self, query: Query, derivatives: Tensor, strip: Strip, rows: range, columns: range
@@ -283,28 +396,48 @@ class Scoring:
         return write_region(self.location, "influence", origin, tile)
 
 
-def score_strip(job: Sealed, scoring: Sealed, index: int) -> str:
-    """Differentiate the strip's training samples once, write its tiles, then its ledger entry."""
+def score_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
+    """Differentiate the strip's training samples once, write its tiles, then its ledger entry.
+
+    Columns of samples that cannot be used are NaN; they are in the entry, and returned.
+    """
     opened: Job = job.open()
     run: Scoring = scoring.open()
     began = time.perf_counter()
     strip = run.plan.strip(index)
-    records = []
+    records, missing = [], Missing()
     with torch_threads(opened.threads):
         query = run.query(strip.rows, opened.model.problem())
         for columns in run.plan.columns(strip):
-            derivatives = derivatives_of(opened, query, columns, run.plan.batch, run.perturbation)
+            derivatives = derivatives_of(opened, query, columns, run.plan.batch, run.perturbation, missing)
             for rows in run.plan.rows(strip):
                 records += run.write(query, derivatives, strip, rows, columns)
-    entry = {
+    entry: dict[str, Any] = {
         "rows": [strip.rows.start, strip.rows.stop],
         "columns": [strip.columns.start, strip.columns.stop],
         "shards": [[record.key, record.nbytes, record.checksum] for record in records],
         "seconds": round(time.perf_counter() - began, 6),
         "worker": f"{socket.gethostname()}:{os.getpid()}",
     }
+    if missing:
+        ids = read_index(run.location, "train", sorted(missing))
+        entry["missing"] = listed(missing, ids)
     Ledger(run.location).record(strip.name, entry)
-    return strip.name
+    return missing
+
+
+def listed(missing: Missing, ids: Mapping[int, Any]) -> list[dict[str, Any]]:
+    """Missing samples as the ledger holds them: position, id and reason."""
+    return [{"sample": j, "id": ids[j], "reason": missing[j]} for j in sorted(missing)]
+
+
+def probe_column(sample: int, job: Sealed, scoring: Sealed, index: int) -> None:
+    """The derivatives of one training sample alone, of a call of :func:`score_strip`."""
+    opened: Job = job.open()
+    run: Scoring = scoring.open()
+    with torch_threads(opened.threads):
+        query = run.query(run.plan.strip(index).rows, opened.model.problem())
+        derivatives_of(opened, query, range(sample, sample + 1), 1, run.perturbation, {})
 
 
 # -- torch's threads -------------------------------------------------------------------

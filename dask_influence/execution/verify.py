@@ -18,16 +18,13 @@ from dask_influence.execution.artifacts import damaged_artifact
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.ledger import Ledger, entry_key
-from dask_influence.execution.plan import Plan, factor_names, format_bytes, strip_names
-from dask_influence.storage.results import GROUP_KEY, RUN_KEY, ShardRecord, damage, unfinished
+from dask_influence.execution.plan import Plan, factor_names, format_bytes, score_names
+from dask_influence.storage.results import FINAL, GROUP_KEY, RUN_KEY, ShardRecord, damage, unfinished
 from dask_influence.storage.stores import Location
 
 ARTIFACTS = "_run/artifacts"
 DAMAGED = "damaged"
 """State of a run from which damaged pieces were withdrawn; readers are warned, and the same call again mends it."""
-
-FINAL = ("complete", "incomplete")
-"""States of a run that has written all it can."""
 
 THREADS = 16
 """Readers of this process."""
@@ -277,7 +274,7 @@ class _Survey:
 def expected_pieces(run: Mapping[str, Any]) -> set[str]:
     """Ledger entries that make a run complete."""
     plan = Plan.from_json(run["plan"])
-    return factor_names(plan) if run["fingerprint"].get("kind") == "factors" else strip_names(plan)
+    return factor_names(plan) if run["fingerprint"].get("kind") == "factors" else score_names(plan)
 
 
 def same_metadata(run: Mapping[str, Any], key: str, stored: bytes) -> bool:

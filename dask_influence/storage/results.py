@@ -12,11 +12,11 @@ import json
 import math
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -46,7 +46,10 @@ GROUP_KEY = "zarr.json"
 RUN_KEY = "_run/run.json"
 """State and fingerprint of the run that writes, or wrote, the arrays beside it."""
 
-FINISHED = ("state",)
+FINAL = ("complete", "incomplete")
+"""States of a run that has written all it can; incomplete is one that lacks the scores of some samples."""
+
+FINISHED = ("state", "missing")
 """Attributes of the group that a run adds when everything else is written."""
 
 LARGEST_CHUNK = 16 * 2**20
@@ -69,7 +72,7 @@ class ArrayTemplate:
     shape, tile : tuple of int
         Entries of the array, and of one tile; a tile larger than the array is cut to it.
     dtype : numpy dtype
-        Floats are filled with NaN, signed integers with -1, the rest with zero.
+        Floats are filled with NaN, signed integers with -1, strings with "", the rest with zero.
     coordinate : bool
         Listed as a coordinate that is no index, such as a residual for every test point.
     attrs : mapping
@@ -255,7 +258,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _fill(dtype: np.dtype[Any]) -> Any:
-    return {"f": math.nan, "i": -1}.get(dtype.kind, dtype.type(0))
+    return {"f": math.nan, "i": -1, "T": ""}.get(dtype.kind, dtype.type(0))
 
 
 def _index_array(
@@ -340,6 +343,13 @@ def write_region(
             f"{len(recorder.records)} of {tiles} tiles of {array}{list(start)} reached {location.url}"
         )
     return sorted(recorder.records, key=lambda record: record.key)
+
+
+def read_index(location: Location, name: str, positions: Iterable[int]) -> dict[int, Any]:
+    """Ids at some positions of an index array, as Python numbers or strings."""
+    with store_errors(location, f"read {name!r} from"):
+        ids = np.asarray(zarr.open_array(location.zarr(), path=name, mode="r")[:]).tolist()
+    return {position: ids[position] for position in positions}
 
 
 @lru_cache(maxsize=64)
@@ -438,8 +448,15 @@ def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None
         raise StoreError(
             f"{location.url} is a Zarr group that dask_influence did not write; open it with xarray.open_zarr"
         )
-    state = _run_state(location, attributes)
-    if state != "complete":
+    run = _run_record(location, attributes)
+    state = run.get("state")
+    if state == "incomplete":
+        warnings.warn(
+            f"{location.url} lacks {described(run.get('missing', {}))}; what belongs to them reads as NaN",
+            InfluenceWarning,
+            stacklevel=2,
+        )
+    elif state != "complete":
         warnings.warn(
             f"{location.url} is not complete (state {state!r}): missing tiles read as NaN. "
             "Run the same call again to resume it",
@@ -448,10 +465,21 @@ def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None
         )
     with store_errors(location, "open"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)
-        consolidated = None if state == "complete" else False
+        # another client that finishes the same run may be consolidating at this moment
+        warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated", RuntimeWarning)
+        how: dict[str, Any] = {"consolidated": None if state in FINAL else False}
+        dataset = xr.open_zarr(location.zarr(), chunks=None, **how)
         # A lazy array in this process's memory must not be computed by a cluster, which finds nothing there.
-        chunks: Literal["auto"] | None = None if location.in_process else "auto"
-        return xr.open_zarr(location.zarr(), consolidated=consolidated, chunks=chunks)
+        return dataset if location.in_process else _chunked(location, dataset, how)
+
+
+def _chunked(location: Location, dataset: xr.Dataset, how: Mapping[str, Any]) -> xr.Dataset:
+    """The same with dask arrays, of chunks that are multiples of the stored ones."""
+    texts = [name for name, array in dataset.data_vars.items() if array.dtype.hasobject]
+    found = xr.open_zarr(location.zarr(), chunks="auto", drop_variables=texts, **how)
+    if texts:  # dask cannot tell how many bytes a string takes
+        found = found.assign(xr.open_zarr(location.zarr(), chunks={}, **how)[texts].variables)
+    return found
 
 
 def _group_attributes(location: Location) -> dict[str, Any]:
@@ -465,10 +493,29 @@ def _group_attributes(location: Location) -> dict[str, Any]:
         raise CorruptStoreError(f"zarr.json of {location.url} is not JSON: {error}") from None
 
 
-def _run_state(location: Location, attributes: Mapping[str, Any]) -> str | None:
+def _run_record(location: Location, attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
-        return dict(json.loads(location.get(RUN_KEY))).get("state")
+        return dict(json.loads(location.get(RUN_KEY)))
     except MissingObjectError:
-        return attributes.get("state")
+        return attributes
     except (ValueError, TypeError):
         raise CorruptStoreError(f"{RUN_KEY!r} of {location.url} is not a JSON object") from None
+
+
+def described(missing: Mapping[str, Sequence[Mapping[str, Any]]], most: int = 10) -> str:
+    """Samples without results, for people: at most so many by name.
+
+    >>> described({"train": [{"sample": 3, "id": "image 3", "reason": "its x holds NaN or inf"}], "test": []})
+    "train sample 3 (id 'image 3'): its x holds NaN or inf"
+    """
+    lines = [
+        f"{side} sample {one['sample']}" + _id_of(one) + f": {one['reason']}"
+        for side, ones in missing.items()
+        for one in ones
+    ]
+    more = f"; and {len(lines) - most:,} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + more
+
+
+def _id_of(one: Mapping[str, Any]) -> str:
+    return "" if one["id"] == one["sample"] else f" (id {one['id']!r})"

@@ -314,15 +314,26 @@ def check_finite(tree: Pair, argument: str, start: int = 0) -> None:
     Traceback (most recent call last):
     dask_influence.errors.DataError: train: x of sample 11 holds NaN or inf; clean or drop that sample
     """
+    for sample, name in non_finite(tree).items():
+        raise DataError(
+            f"{argument}: {name} of sample {start + sample} holds NaN or inf; clean or drop that sample"
+        )
+
+
+def non_finite(tree: Pair) -> dict[int, str]:
+    """Positions of the samples that hold NaN or inf, and the array that does.
+
+    Examples
+    --------
+    >>> non_finite((np.array([0.0, np.nan, 1.0]), np.array([1, 2, 3])))
+    {1: 'x'}
+    """
+    found: dict[int, str] = {}
     for path, leaf in zip(optree.tree_paths(tree), optree.tree_leaves(tree), strict=True):
         if leaf.dtype.kind == "f" and not _surely_finite(leaf):
             finite = np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
-            if not finite.all():
-                sample = start + int(np.argmin(finite))
-                raise DataError(
-                    f"{argument}: {leaf_name(path)} of sample {sample} holds NaN or inf; "
-                    "clean or drop that sample"
-                )
+            found = {int(sample): leaf_name(path) for sample in np.flatnonzero(~finite)} | found
+    return found
 
 
 def _surely_finite(leaf: np.ndarray[Any, Any]) -> bool:

@@ -37,6 +37,7 @@ from dask_influence.storage.samples import (
     checked_digest,
     leaf_name,
     native,
+    non_finite,
     regular_size,
     spec_of,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "ZarrSource",
     "as_source",
     "check_finite",
+    "non_finite",
     "stage",
 ]
 

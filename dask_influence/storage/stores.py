@@ -53,6 +53,16 @@ _SPELLINGS: dict[str, dict[str, str]] = {
 }
 """What s3fs, gcsfs and adlfs call an option, and what obstore calls it."""
 
+_PATIENCE: dict[str, Any] = {
+    "max_retries": 100,
+    "retry_timeout": timedelta(minutes=3),
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
+}
+"""A store that is away for up to three minutes delays a run; obstore's own ten retries take five seconds."""
+
+_VARIABLES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+"""Beginning of the names of environment variables."""
+
 _OPTIONS_TO_SHOW = {"endpoint", "region", "base_url", "account_name"}
 _FETCH_THREADS = 32
 _PIECE_BYTES = 4 * 2**20
@@ -387,7 +397,18 @@ def _new_client(location: Location, patient: bool) -> Any:
     if not patient:  # a check should not spend obstore's ten retries on a wrong endpoint
         settings.setdefault("retry_config", {"max_retries": 2, "retry_timeout": timedelta(seconds=10)})
         http = {"connect_timeout": "5s", "timeout": "15s"} | http
-    return _CLIENTS[location.scheme](bucket, prefix=prefix or None, client_options=http or None, **settings)
+    settings.setdefault("retry_config", _PATIENCE)
+    if http and os.environ.get(f"{_VARIABLES[location.scheme]}_ALLOW_HTTP", "").lower() in {"1", "true"}:
+        http.setdefault("allow_http", True)  # obstore reads the variable only where no options are given
+    try:
+        return _CLIENTS[location.scheme](
+            bucket, prefix=prefix or None, client_options=http or None, **settings
+        )
+    except TypeError as error:
+        text = _scrubbed(str(error), location.storage_options)
+        raise StoreError(
+            f"storage_options of {location.url} hold a value of the wrong kind: {text}"
+        ) from None
 
 
 def _memory_store(url: str) -> MemoryStore:

@@ -261,3 +261,23 @@ def test_deleting_a_link_keeps_what_it_points_to(tmp_path: Path) -> None:
     Location.of(tmp_path).delete("link")
     assert (tmp_path / "kept" / "data").read_bytes() == b"1"
     assert not (tmp_path / "link").exists()
+
+
+def test_options_of_the_wrong_kind_are_refused_without_their_values() -> None:
+    wrong = Location.of("s3://bucket/run", {"secret": SECRET, "retry_config": {"retry_timeout": 1}})
+    with pytest.raises(StoreError, match=r"storage_options of s3://bucket/run.*wrong kind") as refusal:
+        wrong.check_writable()
+    assert SECRET not in str(refusal.value)
+
+
+def test_plain_http_may_be_allowed_by_the_environment(s3: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {name: value for name, value in s3.storage_options.items() if name != "endpoint"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", str(s3.storage_options["endpoint"]))
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    allowed = Location.of(f"{s3.url}-allowed", options)
+    allowed.check_writable()
+    allowed.put("key", b"1")
+    assert allowed.list() == ["key"]
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(StoreError, match="cannot write"):
+        Location.of(f"{s3.url}-refused", options).check_writable()

@@ -1,0 +1,105 @@
+"""Missing samples: those that a run could not use, which its store names and its caller is told of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dask_influence.errors import ConfigurationError, PoisonedSamplesError
+from dask_influence.execution.ledger import Ledger
+from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan
+from dask_influence.storage.results import described
+from dask_influence.storage.stores import Location
+
+CHOICES = ("raise", "warn")
+
+
+class MissingSamples:
+    """Test points and training samples of one run that have no result.
+
+    Parameters
+    ----------
+    ids : mapping
+        Coordinates by dimension name.
+
+    Examples
+    --------
+    >>> missing = MissingSamples({"train": np.array(["a", "b"])})
+    >>> missing.add("train", {1: "its gradient is not finite"})
+    >>> missing.as_json()
+    {'train': [{'sample': 1, 'id': 'b', 'reason': 'its gradient is not finite'}]}
+    """
+
+    def __init__(self, ids: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        self._ids = ids
+        self._reasons: dict[str, dict[int, str]] = {"test": {}, "train": {}}
+
+    def add(self, side: str, reasons: Mapping[int, str]) -> None:
+        """Samples of one side, by position."""
+        self._reasons[side].update(reasons)
+
+    def add_entries(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """What ledger entries say is missing from them."""
+        for name, entry in entries.items():
+            self.add(_side(name), {one["sample"]: one["reason"] for one in entry.get("missing", ())})
+
+    def positions(self, side: str) -> tuple[int, ...]:
+        """Positions of the missing samples of one side."""
+        return tuple(sorted(self._reasons[side]))
+
+    def listed(self, side: str, start: int, stop: int) -> list[dict[str, Any]]:
+        """Position, id and reason of those from ``start`` to ``stop``."""
+        reasons, ids = self._reasons[side], self._ids.get(side)
+        return [
+            {"sample": j, "id": j if ids is None else np.asarray(ids[j]).item(), "reason": reasons[j]}
+            for j in sorted(reasons)
+            if start <= j < stop
+        ]
+
+    def as_json(self) -> dict[str, list[dict[str, Any]]]:
+        """All of them by side; empty where nothing is missing."""
+        return {
+            side: self.listed(side, 0, max(reasons) + 1) for side, reasons in self._reasons.items() if reasons
+        }
+
+    def refuse(self, location: Location) -> None:
+        """Raise where anything is missing.
+
+        Raises
+        ------
+        PoisonedSamplesError
+            Names the samples, and why.
+        """
+        missing = self.as_json()
+        if missing:
+            raise PoisonedSamplesError(
+                f"{location.url} was written without {described(missing)}. Everything else is there, and what "
+                "belongs to these samples is NaN: leave them out or mend them, take the store as it is with "
+                'on_missing="warn", or try them again with repair=True',
+                missing,
+            )
+
+
+def check_on_missing(value: object) -> None:
+    """Refuse anything but ``"raise"`` and ``"warn"``."""
+    if value not in CHOICES:
+        raise ConfigurationError(f'on_missing must be "raise" or "warn"; got {value!r}')
+
+
+def forget_missing(ledger: Ledger, plan: Plan, entries: dict[str, dict[str, Any]]) -> None:
+    """Forget the pieces that lack samples, so that these are tried again."""
+    without = {name for name, entry in entries.items() if entry.get("missing")}
+    tests = [one["sample"] for name in without if _side(name) == "test" for one in entries[name]["missing"]]
+    for index in range(plan.strips if tests else 0):
+        strip = plan.strip(index)
+        if strip.name in entries and any(test in strip.rows for test in tests):
+            without.add(strip.name)
+    for name in without:
+        ledger.forget(name)
+        del entries[name]
+
+
+def _side(name: str) -> str:
+    return "test" if name == RESIDUAL or name.startswith(FACTORS) else "train"

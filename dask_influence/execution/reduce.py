@@ -1,0 +1,277 @@
+"""A run that keeps a reduction: strips and merges as their parts become ready, then the metadata.
+
+Merges run while strips do, so few parts wait at a time. A resume asks each cell for its last node and
+descends only where something is missing: what a merge took up is not made again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dask_influence.errors import DataError
+from dask_influence.execution import tasks
+from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.base import Executor
+from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.plan import Kept, Plan
+from dask_influence.execution.progress import Report, reporting
+from dask_influence.execution.reduce_tasks import (
+    PARTIALS,
+    Reducing,
+    Table,
+    entry_of,
+    part_of,
+    products,
+    reduce_node,
+)
+from dask_influence.execution.reducer import Array, Reducer, Reduction, Scores
+from dask_influence.execution.run import (
+    Fit,
+    Output,
+    StoredFactors,
+    import_factors,
+    residual_template,
+    solve_factors,
+    swept_dims,
+)
+from dask_influence.execution.tree import Node, Tree
+from dask_influence.storage.results import ArrayTemplate, ShardRecord, described
+from dask_influence.storage.sources import Source
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A reduction as a run needs it: bound to its scores, with what it looks things up in.
+
+    Attributes
+    ----------
+    reducer : Reducer
+        What tasks carry.
+    tables, coordinates : mapping of str to array
+        What they look things up in, and index arrays of the result.
+    kept : Kept
+        What a plan has to know.
+    """
+
+    reducer: Reducer
+    tables: Mapping[str, Array]
+    coordinates: Mapping[str, Array]
+    kept: Kept
+
+    @classmethod
+    def of(cls, reduction: Reduction, scores: Scores) -> Reduced:
+        """``reduction`` bound to ``scores``, or its refusal."""
+        reducer = reduction.bind(scores)
+        nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in reducer.arrays.values())
+        kept = Kept(repr(reduction), reducer.axis, nbytes, reduction.diagonal)
+        return cls(reducer, reduction.tables(scores), reduction.coordinates(), kept)
+
+    def templates(self, plan: Plan) -> dict[str, ArrayTemplate]:
+        """Arrays of a store of this reduction: one tile for each cell."""
+        work = plan.work
+        swept = () if work.regularizations is None else (work.regularizations,)
+        size = {"test": plan.query_rows, "train": plan.strip_columns, None: 0}[self.reducer.axis]
+        found = {
+            name: replace(
+                array,
+                dims=(*swept_dims(work), *array.dims),
+                shape=(*swept, *array.shape),
+                tile=(
+                    *swept,
+                    *(
+                        size if dim == self.reducer.axis else extent
+                        for dim, extent in zip(array.dims, array.shape, strict=True)
+                    ),
+                ),
+            )
+            for name, array in self.reducer.arrays.items()
+        }
+        return found if work.diagonal else {**found, "factor_residual": residual_template(work)}
+
+
+# -- what is left to do ------------------------------------------------------------------
+class Schedule:
+    """Nodes that are still to be done, in an order in which few parts wait.
+
+    Parameters
+    ----------
+    tree : Tree
+        All nodes.
+    held : mapping of str to ShardRecord or None
+        By ledger entry: parts that are there, None for arrays that are written.
+    """
+
+    def __init__(self, tree: Tree, held: Mapping[str, ShardRecord | None]) -> None:
+        self._tree = tree
+        self._parts: dict[Node, ShardRecord | None] = {}
+        self._strips: deque[Node] = deque()
+        self._ready: deque[Node] = deque()
+        self._waiting: dict[Node, int] = {}  # of merges, parts that are not there
+        for root in tree.roots():
+            self._descend(root, held)
+        self.left = len(self._strips)
+
+    def _descend(self, node: Node, held: Mapping[str, ShardRecord | None]) -> bool:
+        """Whether ``node`` is done; what it lacks is scheduled."""
+        name = self._tree.name(node)
+        if name in held:
+            self._parts[node] = held[name]
+            return True
+        children = self._tree.children(node)
+        lacking = sum(not self._descend(child, held) for child in children)
+        if not children:
+            self._strips.append(node)
+        elif lacking:
+            self._waiting[node] = lacking
+        else:
+            self._ready.append(node)
+        return False
+
+    def __bool__(self) -> bool:
+        return bool(self._strips or self._ready)
+
+    def ready(self) -> Iterator[tuple[Node, list[ShardRecord]]]:
+        """Nodes that can be done now, with their parts; merges first, since they make room."""
+        while self:
+            node = self._ready.popleft() if self._ready else self._strips.popleft()
+            parts = [self._parts.pop(child) for child in self._tree.children(node)]
+            yield node, [part for part in parts if part is not None]
+
+    def finished(self, node: Node, part: ShardRecord | None) -> None:
+        """Note that ``node`` is done, which may make its parent ready."""
+        self.left -= node.level == 0
+        if part is None:  # the last of its cell
+            return
+        self._parts[node] = part
+        parent = self._tree.parent(node)
+        self._waiting[parent] -= 1
+        if not self._waiting[parent]:
+            del self._waiting[parent]
+            self._ready.append(parent)
+
+
+def _held(output: Output, plan: Plan) -> dict[str, ShardRecord | None]:
+    """Nodes that the ledger lists and whose part, if they left one, is there in its length."""
+    sizes = output.location.stat(PARTIALS)
+    found = {}
+    for prefix in ("strip-", "merge-"):
+        for name, entry in output.ledger.entries(prefix).items():
+            part = part_of(entry)
+            whole = part is None or sizes.get(part.key, (-1, ""))[0] == part.nbytes
+            if whole and "error" not in entry:
+                found[name] = part
+    return found
+
+
+# -- the run -----------------------------------------------------------------------------
+def write_reduced(
+    reduced: Reduced,
+    executor: Executor,
+    fit: Fit,
+    test: Source | StoredFactors | None,
+    train: Source,
+    output: Output,
+    plan: Plan,
+    *,
+    project: bool,
+    perturbation: bool,
+    progress: bool | Report | None,
+) -> None:
+    """Factors, strips, merges and metadata into a prepared store; what the ledger lists is not done again."""
+    with reporting(progress) as report:
+        factors = _factors(executor, fit, test, output, plan, project, report)
+        _refuse_missing("test", output.missing.as_json())
+        schedule = Schedule(plan.tree, _held(output, plan))
+        if schedule:
+            solver = fit.solver if project or plan.work.diagonal else None
+            scoring = tasks.Scoring(plan, factors, solver, perturbation, output.location)
+            artifacts = Artifacts(output.artifacts)
+            tables = {name: Table.publish(artifacts, array) for name, array in reduced.tables.items()}
+            source = executor.reachable(train, plan.tile[1])
+            run = _Run(
+                executor,
+                fit,
+                tasks.Job(fit.model, source, "train", fit.threads),
+                Reducing(scoring, reduced.reducer, tables),
+                schedule,
+                report,
+            )
+            run.solve_diagonal() if plan.work.diagonal and fit.inverse.needs_rounds else run.map()
+    output.location.delete(PARTIALS)  # left by whoever was killed between an entry and its tidying up
+    output.complete()
+
+
+def _refuse_missing(argument: str, missing: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Refuse samples without results, which a reduction would mix into what it keeps of the others."""
+    if any(missing.values()):
+        raise DataError(f"{argument}: a reduction needs every sample; {described(missing)}. Leave them out")
+
+
+def _factors(
+    executor: Executor,
+    fit: Fit,
+    test: Source | StoredFactors | None,
+    output: Output,
+    plan: Plan,
+    project: bool,
+    report: Report,
+) -> tuple[Artifact, ...]:
+    if test is None:
+        return ()
+    if isinstance(test, StoredFactors):
+        return import_factors(test, output, plan.factor_chunks)
+    return solve_factors(executor, fit, test, output, plan, project, report)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run's nodes on their way."""
+
+    executor: Executor
+    fit: Fit
+    job: tasks.Job
+    reducing: Reducing
+    schedule: Schedule
+    report: Report
+
+    @property
+    def _plan(self) -> Plan:
+        return self.reducing.scoring.plan
+
+    def _tell(self) -> None:
+        self.report("strips", self._plan.strips - self.schedule.left, self._plan.strips)
+
+    def map(self) -> None:
+        """Every node by a task."""
+        job, reducing = self.executor.seal(self.job), self.executor.seal(self.reducing)
+        self._tell()
+        while self.schedule:  # more than once: the last strips of a map make merges ready
+            calls = ((job, reducing, node, parts) for node, parts in self.schedule.ready())
+            for node, part in self.executor.map(reduce_node, calls):
+                self.schedule.finished(node, part)
+                self._tell()
+
+    def solve_diagonal(self) -> None:
+        """Where a factor takes passes, which are driven from here: strip by strip, gradients by a task."""
+        plan, job = self._plan, self.executor.seal(self.job)
+        scratch = self.reducing.location.child(PARTIALS)
+        self._tell()
+        for node, _ in self.schedule.ready():
+            strip = plan.strip(plan.tree.strip(node))
+            call = (job, strip.columns.start, strip.columns.stop, plan.batch, scratch)
+            ((_, gradients, missing),) = self.executor.map(tasks.gradient_task, [call])
+            _refuse_missing("train", {"train": tasks.listed(missing, {j: j for j in missing})})
+            scores = self._self_scores(gradients)
+            part = self.reducing.reducer.partial(scores, strip.rows, strip.columns, {})
+            self.schedule.finished(node, self.reducing.emit(node, part, entry_of(strip)))
+            scratch.delete(gradients.key)
+            self._tell()
+
+    def _self_scores(self, gradients: Artifact) -> Array:
+        rows, fit = gradients.read()["rows"], self.fit
+        factors = iterated_factors(fit.inverse, fit.system, fit.answer(), rows, certify=False)
+        return products(factors.rows, rows, self._plan.work.copies)

@@ -1,0 +1,262 @@
+"""Tasks of a reduction: score a strip and keep little of it, or join the parts that others kept.
+
+A task that is not the last of its cell leaves its part as one object under ``_run/partials``; the
+last one writes the arrays. Either way the ledger entry comes after the data, and the parts that
+a merge has taken up go only when its own entry is there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import Tensor
+
+from dask_influence.core.estimators import Inverse
+from dask_influence.core.estimators.base import without_rounds
+from dask_influence.errors import CorruptStoreError, DataError, MissingObjectError
+from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.base import Sealed
+from dask_influence.execution.ledger import Ledger
+from dask_influence.execution.plan import Strip
+from dask_influence.execution.reducer import Array, Part, Reducer
+from dask_influence.execution.tasks import (
+    Job,
+    Scoring,
+    derivatives_of,
+    query_gradients,
+    stored,
+    tile_of,
+    torch_threads,
+)
+from dask_influence.execution.tree import Node
+from dask_influence.storage.results import ShardRecord, checksum, write_region
+from dask_influence.storage.stores import Location
+
+PARTIALS = "_run/partials"
+"""Where parts wait for the merge that takes them up."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """An array that every task can look things up in, published as bytes: of strings too."""
+
+    artifact: Artifact
+    dtype: str
+
+    @classmethod
+    def publish(cls, artifacts: Artifacts, array: Array) -> Table:
+        """Publish a 1-D array."""
+        flat = np.ascontiguousarray(array if array.dtype.kind in "iuf" else np.array(array.tolist()))
+        octets = torch.from_numpy(np.frombuffer(flat.tobytes(), dtype=np.uint8).copy())
+        return cls(artifacts.publish({"bytes": octets}), flat.dtype.str)
+
+    def load(self) -> Array:
+        """The array, one per process."""
+        return self.artifact.load()["bytes"].numpy().view(self.dtype)
+
+
+@dataclass(frozen=True)
+class Reducing:
+    """What the tasks of one reduction share.
+
+    Attributes
+    ----------
+    scoring : Scoring
+        Plan, factors and the store.
+    reducer : Reducer
+        What is kept.
+    tables : mapping of str to Table
+        What it looks things up in.
+    """
+
+    scoring: Scoring
+    reducer: Reducer
+    tables: Mapping[str, Table]
+
+    @property
+    def location(self) -> Location:
+        """The output store."""
+        return self.scoring.location
+
+    def loaded(self) -> dict[str, Array]:
+        """The tables, in this process."""
+        return {name: table.load() for name, table in self.tables.items()}
+
+    def emit(self, node: Node, part: Part, entry: Mapping[str, Any]) -> ShardRecord | None:
+        """Store the part of ``node``, or the arrays where it is the last of its cell, then its ledger entry.
+
+        Returns the record of the part, None where the arrays were written.
+        """
+        tree = self.scoring.plan.tree
+        last = node == tree.root(node.cell)
+        records = self._write(node, part) if last else [self._keep(node, part)]
+        written = [[record.key, record.nbytes, record.checksum] for record in records]
+        own: dict[str, Any] = {"shards": written} if last else {"part": written[0]}
+        own["worker"] = f"{socket.gethostname()}:{os.getpid()}"
+        Ledger(self.location).record(tree.name(node), {**entry, **own})
+        return None if last else records[0]
+
+    def _keep(self, node: Node, part: Part) -> ShardRecord:
+        data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in part.items()})
+        key = f"{PARTIALS}/{self.scoring.plan.tree.name(node)}.safetensors"
+        self.location.put(key, data)
+        return ShardRecord(key, len(data), checksum(data))
+
+    def _write(self, node: Node, part: Part) -> list[ShardRecord]:
+        plan, axis = self.scoring.plan, self.reducer.axis
+        size = {"test": plan.query_rows, "train": plan.strip_columns, None: 0}[axis]
+        records = []
+        for name, array in self.reducer.finish(part, self.loaded()).items():
+            origin = tuple(node.cell * size if dim == axis else 0 for dim in self.reducer.arrays[name].dims)
+            if plan.work.regularizations is None:
+                records += write_region(self.location, name, origin, array[0])
+            else:
+                records += write_region(self.location, name, (0, *origin), array)
+        return records
+
+    def read(self, record: ShardRecord) -> Part:
+        """A part that another task kept.
+
+        Raises
+        ------
+        CorruptStoreError
+            It is not what was written; it is removed then, so that a resume makes it again.
+        MissingObjectError
+            It is gone.
+        """
+        data = self.location.get(record.key)
+        if (len(data), checksum(data)) != (record.nbytes, record.checksum):
+            self.location.delete(record.key)
+            raise CorruptStoreError(
+                f"{record.key!r} of {self.location.url} is damaged and was removed; run the same call again, "
+                "which computes it anew"
+            )
+        return safetensors.numpy.load(data)
+
+
+# -- a strip -----------------------------------------------------------------------------
+def reduce_node(
+    job: Sealed, reducing: Sealed, node: Node, parts: Sequence[ShardRecord]
+) -> tuple[Node, ShardRecord | None]:
+    """Do the work of one node of the tree: score a strip, or join ``parts``."""
+    run: Reducing = reducing.open()
+    began = time.perf_counter()
+    if node.level == 0:
+        strip = run.scoring.plan.strip(run.scoring.plan.tree.strip(node))
+        part, entry = _scored(job.open(), run, strip), entry_of(strip)
+    else:
+        try:
+            part = _joined(run, parts)
+        except MissingObjectError as missing:
+            return node, _joined_before(run, node, missing)
+        entry = {"merged": [run.scoring.plan.tree.name(n) for n in run.scoring.plan.tree.children(node)]}
+    record = run.emit(node, part, {**entry, "seconds": round(time.perf_counter() - began, 6)})
+    for taken_up in parts:
+        run.location.delete(taken_up.key)
+    return node, record
+
+
+def _scored(job: Job, run: Reducing, strip: Strip) -> Part:
+    """What is kept of a strip, tile by tile."""
+    axis, tables = run.reducer.axis, run.loaded()
+    kept: dict[int, Part] = {}  # by the first kept point, in order
+    with torch_threads(job.threads):
+        blocks = _diagonal(job, run, strip) if run.scoring.plan.work.diagonal else _tiles(job, run, strip)
+        for rows, columns, scores in blocks:
+            _refuse_nan(scores, rows, columns)
+            part = run.reducer.partial(scores, rows, columns, tables)
+            at = {"test": rows.start, "train": columns.start, None: 0}[axis]
+            kept[at] = run.reducer.merge(kept[at], part) if at in kept else part
+    names = next(iter(kept.values()))
+    return {name: np.concatenate([part[name] for part in kept.values()], axis=1) for name in names}
+
+
+def entry_of(strip: Strip) -> dict[str, Any]:
+    """What the ledger says of a strip beside its data."""
+    return {
+        "rows": [strip.rows.start, strip.rows.stop],
+        "columns": [strip.columns.start, strip.columns.stop],
+    }
+
+
+def _tiles(job: Job, run: Reducing, strip: Strip) -> Iterator[tuple[range, range, Array]]:
+    """Tiles (λ, rows, columns, *features) of a strip, whose training samples are differentiated once."""
+    scoring, copies = run.scoring, run.scoring.plan.work.copies
+    query = scoring.query(strip.rows, job.model.problem())
+    for columns in scoring.plan.columns(strip):
+        derivatives = derivatives_of(job, query, columns, scoring.plan.batch, scoring.perturbation)
+        for rows in scoring.plan.rows(strip):
+            low, high = ((end - strip.rows.start) * copies for end in (rows.start, rows.stop))
+            tile = tile_of(query, derivatives, slice(low, high))
+            yield rows, columns, tile.reshape(len(rows), copies, *tile.shape[1:]).swapaxes(0, 1)
+
+
+def _diagonal(job: Job, run: Reducing, strip: Strip) -> Iterator[tuple[range, range, Array]]:
+    """Scores (λ, n) of the strip's training points on themselves."""
+    plan, solver = run.scoring.plan, run.scoring.inverse
+    assert solver is not None
+    inverse = solver.inverse()
+    for columns in plan.columns(strip):
+        gradients = query_gradients(job, columns.start, columns.stop, plan.batch)
+        yield strip.rows, columns, self_scores(inverse, gradients, plan.work.copies)
+
+
+def self_scores(inverse: Inverse, gradients: Tensor, copies: int) -> Array:
+    """gⱼᵀ (C + λI)⁻¹ gⱼ for gradients (n, P) at L = ``copies`` λ: (L, n)."""
+    wide = gradients.to(torch.float64)
+    if inverse.directions is None:
+        return products(without_rounds(inverse.solve(wide)), gradients, copies)
+    along = wide @ inverse.directions.to(torch.float64).mT  # (n, R)
+    return products(inverse.coefficients(wide), along, copies, gradients.dtype)
+
+
+def products(rows: Tensor, others: Tensor, copies: int, dtype: torch.dtype | None = None) -> Array:
+    """⟨row, other⟩ for rows (n·L, d), sample by sample, and others (n, d): (L, n)."""
+    own = rows.to(torch.float64).reshape(len(others), copies, -1)
+    scores = torch.einsum("nld,nd->ln", own, others.to(torch.float64))
+    return stored(scores.to(dtype or others.dtype))
+
+
+def _refuse_nan(scores: Array, rows: range, columns: range) -> None:
+    if np.isfinite(scores.sum()):  # one pass without a temporary; an overflow only sends us on
+        return
+    bad = np.argwhere(np.isnan(scores))
+    if len(bad):
+        row = f"test point {rows.start + bad[0][1]} and " if scores.ndim > 2 else ""
+        column = columns.start + bad[0][2 if scores.ndim > 2 else 1]
+        raise DataError(
+            f"the score of {row}training point {column} is NaN, as where infinities cancel; look at their gradients, "
+            "or compute in dtype=torch.float64"
+        )
+
+
+# -- a merge -----------------------------------------------------------------------------
+def _joined(run: Reducing, parts: Sequence[ShardRecord]) -> Part:
+    """The parts as one, taken up in their order."""
+    total = run.read(parts[0])
+    for record in parts[1:]:
+        total = run.reducer.merge(total, run.read(record))
+    return total
+
+
+def _joined_before(run: Reducing, node: Node, missing: MissingObjectError) -> ShardRecord | None:
+    """The record of a merge that ran before, its parts being gone: a task may run twice."""
+    entry = Ledger(run.location).read(run.scoring.plan.tree.name(node))
+    if entry is None:
+        raise CorruptStoreError(
+            f"{missing}: a part of the reduction; run the same call again, which computes it anew"
+        ) from None
+    return part_of(entry)
+
+
+def part_of(entry: Mapping[str, Any]) -> ShardRecord | None:
+    """The record of the part that a ledger entry stands for, None where its task wrote arrays."""
+    return ShardRecord(*entry["part"]) if "part" in entry else None

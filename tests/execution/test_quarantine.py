@@ -1,0 +1,333 @@
+"""Poison: a sample that yields NaN, or kills whoever works on it, is missing from the store, and it alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+import torch
+import zarr
+from distributed import Client, LocalCluster
+from torch import nn
+
+from dask_influence import CgInfluence, DirectInfluence, SelfInfluence, TopK, open_influences, verify
+from dask_influence.errors import (
+    ClusterError,
+    ConfigurationError,
+    DataError,
+    IncompleteRunError,
+    InfluenceWarning,
+    PoisonedSamplesError,
+)
+from dask_influence.execution import quarantine
+from dask_influence.execution.shipping import Held
+from dask_influence.execution.tasks import Job
+from dask_influence.storage.results import described
+from tests import data
+
+N, M = 71, 97
+"""More than the samples that are looked at before a run."""
+TILE = 12_000
+MARK = 1234.5
+"""In the first feature: the sample that kills."""
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Two workers that may die, of a scheduler that soon suspects a task."""
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="2GiB"
+        ) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
+
+
+def deadly() -> nn.Module:
+    """The network of mlp_regression; in another process than this one it dies of a marked sample."""
+    home, mark = os.getpid(), MARK
+
+    class Deadly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(data.mlp_regression().model)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            plain, functorch = x.detach(), torch._C._functorch
+            while functorch.is_functorch_wrapped_tensor(plain):
+                plain = functorch.get_unwrapped(plain)
+            if os.getpid() != home and bool((plain == mark).any()):
+                os._exit(7)
+            return self.inner(torch.where(x == mark, torch.zeros_like(x), x))
+
+    return Deadly()
+
+
+class Moody(nn.Module):
+    """The network of mlp_regression, whose output for a marked sample is infinite."""
+
+    factor = float("inf")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = copy.deepcopy(data.mlp_regression().model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        marked = x[..., :1] == MARK
+        factor = torch.where(marked, self.factor, 1.0).to(x.dtype)
+        return self.inner(torch.where(marked, 1e-3 * x, x)) * factor
+
+
+def stored(folder: Path, pairs: tuple[data.Pair, data.Pair]) -> tuple[str, str]:
+    """Both in Zarr groups, of which no value is read before the tasks do."""
+    for name, (x, y) in zip(("test", "train"), pairs, strict=True):
+        group = zarr.open_group(folder / f"{name}.zarr", mode="w")
+        group.create_array("x", data=x.numpy(), chunks=(20, 3))
+        group.create_array("y", data=y.numpy(), chunks=(20, 1))
+    return str(folder / "test.zarr"), str(folder / "train.zarr")
+
+
+def problem(side: str, samples: dict[int, float]) -> tuple[data.Pair, data.Pair]:
+    """Test and training data, the first feature of some samples of one side set to a value."""
+    pairs = {
+        "test": (data.normal(51, N, 3), data.normal(52, N, 1)),
+        "train": (data.normal(53, M, 3), data.normal(54, M, 1)),
+    }
+    for sample, value in samples.items():
+        pairs[side][0][sample, 0] = value
+    return pairs["test"], pairs["train"]
+
+
+def model(client: Client | None = None, module: nn.Module | None = None, kind: Any = DirectInfluence) -> Any:
+    case = data.mlp_regression()
+    fitted = kind(module or case.model, case.loss, case.regularization, client=client, chunk_size=20)
+    return fitted.fit(case.train)
+
+
+IDS = {"test_ids": [f"query {i}" for i in range(N)], "train_ids": [f"image {j}" for j in range(M)]}
+
+
+def expected(side: str, scores: np.ndarray, samples: list[int]) -> np.ndarray:
+    scores = scores.copy()
+    scores[(samples, ...) if side == "test" else (slice(None), samples)] = np.nan
+    return scores
+
+
+def entries(store: Path) -> dict[str, Any]:
+    folder = store / "_run" / "ledger"
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("mode", ["up", "perturbation"])
+@pytest.mark.parametrize("side", ["test", "train"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(float("nan"), "its x holds NaN or inf"), (MARK, "its gradient is not finite")],
+    ids=["input", "gradient"],
+)
+def test_samples_that_yield_nan(tmp_path: Path, side: str, value: float, reason: str, mode: str) -> None:
+    infl = model(module=Moody())
+    sound = infl.influences_to_zarr(tmp_path / "sound", *problem(side, {}), mode=mode, tile_bytes=TILE)
+    test, train = stored(tmp_path, problem(side, {66: value, 70: value}))
+    with pytest.raises(PoisonedSamplesError, match=rf"{side} sample 66.*{reason}.*sample 70") as caught:
+        infl.influences_to_zarr(tmp_path / "run", test, train, mode=mode, tile_bytes=TILE, **IDS)
+    assert isinstance(caught.value, (DataError, IncompleteRunError))
+    ids = IDS[f"{side}_ids"]
+    listed = [{"sample": j, "id": ids[j], "reason": reason} for j in (66, 70)]
+    assert caught.value.missing == {side: listed}
+    with pytest.warns(InfluenceWarning, match=rf"lacks {side} sample 66 \(id '{ids[66]}'\): {reason}"):
+        written = open_influences(tmp_path / "run")
+    assert written.attrs["state"] == "incomplete"
+    assert written.attrs["missing"] == {side: [ids[66], ids[70]]}
+    np.testing.assert_array_equal(written.influence.values, expected(side, sound.influence.values, [66, 70]))
+    residual = written.factor_residual.values
+    assert np.isnan(residual[[66, 70]]).all() == (side == "test")
+    assert np.isfinite(np.delete(residual, [66, 70])).all()
+    found = [one for name, entry in entries(tmp_path / "run").items() if name != "residual"
+             for one in entry.get("missing", ())]  # fmt: skip
+    assert sorted(found, key=lambda one: one["sample"]) == listed
+    assert verify(tmp_path / "run")
+
+
+def test_what_is_missing_is_told_again_and_tried_again_on_request(tmp_path: Path) -> None:
+    infl = model(module=Moody())
+    test, train = problem("train", {70: MARK})
+    with pytest.warns(InfluenceWarning, match="train sample 70"):
+        infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE, on_missing="warn")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(PoisonedSamplesError, match="train sample 70"):
+        infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE)
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    with pytest.raises(PoisonedSamplesError, match="train sample 70"):
+        infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE, repair=True)
+    redone = {p.stem for p, time in times.items() if p.stat().st_mtime_ns != time and "ledger" in str(p)}
+    assert redone == {name for name, entry in entries(tmp_path / "run").items() if "missing" in entry}
+    assert len(redone) == 1
+
+
+def test_a_test_point_that_is_mended_by_trying_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All strips of its query block are redone, and the store is complete then."""
+    infl = model(module=Moody())
+    test, train = problem("test", {68: MARK})
+    with pytest.raises(PoisonedSamplesError, match="test sample 68"):
+        infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE)
+    monkeypatch.setattr(Moody, "factor", 1.0)
+    infl = model(module=Moody())
+    written = infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE, repair=True)
+    assert written.attrs["state"] == "complete"
+    assert "missing" not in written.attrs
+    sound = infl.influences_to_zarr(tmp_path / "sound", test, train, tile_bytes=TILE)
+    np.testing.assert_array_equal(written.influence.values, sound.influence.values)
+    np.testing.assert_array_equal(written.factor_residual.values, sound.factor_residual.values)
+
+
+def test_factors_in_a_store_of_their_own(tmp_path: Path) -> None:
+    infl = model(module=Moody())
+    sound = infl.influences_to_zarr(tmp_path / "sound", *problem("test", {}), tile_bytes=TILE)
+    test, train = problem("test", {65: MARK})
+    with pytest.raises(PoisonedSamplesError, match="test sample 65"):
+        infl.influence_factors_to_zarr(tmp_path / "factors", test)
+    with pytest.warns(InfluenceWarning, match="lacks test sample 65"):
+        factors = open_influences(tmp_path / "factors")
+    assert np.isnan(factors.factors.values[65]).all()
+    assert np.isfinite(np.delete(factors.factors.values, 65, axis=0)).all()
+    for _ in range(2):  # written, and resumed
+        with pytest.raises(PoisonedSamplesError, match="test sample 65"):
+            infl.influences_to_zarr(tmp_path / "run", tmp_path / "factors", train, tile_bytes=TILE)
+    with pytest.warns(InfluenceWarning, match="lacks test sample 65"):
+        written = open_influences(tmp_path / "run")
+    np.testing.assert_array_equal(written.influence.values, expected("test", sound.influence.values, [65]))
+
+
+def test_factors_solved_by_passes(tmp_path: Path) -> None:
+    infl = model(module=Moody(), kind=CgInfluence)
+    sound = infl.influences_to_zarr(tmp_path / "sound", *problem("test", {}), tile_bytes=TILE)
+    with pytest.warns(InfluenceWarning, match="lacks test sample 65"):
+        written = infl.influences_to_zarr(
+            tmp_path / "run", *problem("test", {65: MARK}), tile_bytes=TILE, on_missing="warn"
+        )
+    np.testing.assert_allclose(
+        written.influence.values, expected("test", sound.influence.values, [65]), rtol=1e-4, atol=1e-8
+    )
+    assert np.isnan(written.factor_residual.values[65])
+
+
+def test_a_whole_batch_of_nan(tmp_path: Path) -> None:
+    infl = model()
+    test, train = stored(tmp_path, problem("train", dict.fromkeys(range(64, M), float("nan"))))
+    with pytest.raises(PoisonedSamplesError, match="and 23 more"):
+        infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE)
+    with pytest.warns(InfluenceWarning):
+        scores = open_influences(tmp_path / "run").influence.values
+    assert np.isnan(scores[:, 64:]).all()
+    assert np.isfinite(scores[:, :64]).all()
+
+
+def test_in_memory_scores_still_need_every_sample(client: Client) -> None:
+    test, train = problem("train", {66: 1e200})
+    for where in (None, client):
+        infl = DirectInfluence(
+            nn.Linear(3, 1, dtype=torch.float64), nn.functional.mse_loss, 0.05, client=where
+        )
+        with pytest.raises(DataError, match=r"\b66\b"):
+            infl.fit(problem("train", {})[1]).influences(*test, *train)
+
+
+@pytest.mark.parametrize("kind", [DirectInfluence, CgInfluence])
+@pytest.mark.parametrize("side", ["test", "train"])
+def test_reductions_need_every_sample(tmp_path: Path, side: str, kind: Any) -> None:
+    infl = model(module=Moody(), kind=kind)
+    test, train = problem(side, {66: MARK})
+    with pytest.raises(DataError, match=rf"{side}.*\b66\b.*not finite"):
+        infl.influences_to_zarr(tmp_path / "run", test, train, reduce=TopK(3))
+    with pytest.raises(DataError, match=r"train.*\b66\b.*not finite"):
+        infl.influences_to_zarr(
+            tmp_path / "own", None, problem("train", {66: MARK})[1], reduce=SelfInfluence()
+        )
+
+
+def test_on_missing_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match='on_missing must be "raise" or "warn"'):
+        model().influences_to_zarr(tmp_path / "run", *problem("train", {}), on_missing="ignore")
+    assert not (tmp_path / "run").exists()
+
+
+# -- crashes --------------------------------------------------------------------------------------
+def test_samples_that_kill_their_worker(tmp_path: Path, client: Client) -> None:
+    """Found one by one in child processes; the bits of all others are those of an undisturbed run."""
+    infl = model(client, deadly())
+    sound = infl.influences_to_zarr(tmp_path / "sound", *problem("train", {}), tile_bytes=TILE)
+    test, train = problem("test", {70: MARK})[0], problem("train", {66: MARK, 69: MARK})[1]
+    reason = r"it ended its process \(exit code 7\)"
+    told = rf"test sample 70: {reason}; train sample 66: {reason}; train sample 69: {reason}"
+    with pytest.raises(PoisonedSamplesError, match=told):
+        infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE)
+    with pytest.warns(InfluenceWarning, match=told):
+        again = infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE, on_missing="warn")
+    assert again.attrs["missing"] == {"test": [70], "train": [66, 69]}
+    scores = expected("train", expected("test", sound.influence.values, [70]), [66, 69])
+    np.testing.assert_array_equal(again.influence.values, scores)
+    assert verify(tmp_path / "run")
+
+
+JOB = Held(Job(None, None, "train", 1))  # type: ignore[arg-type]
+
+
+def _kills(sample: int, job: Any, *rest: Any) -> None:
+    if sample in (3, 5):
+        os.kill(os.getpid(), 9)
+
+
+def _dies(job: Any, *rest: Any) -> None:
+    os._exit(3)
+
+
+def _dies_unless_spared(job: Any, needed: list[int]) -> Any:
+    if sorted(job.open().poison) != needed:
+        os._exit(3)
+    return job.open().poison
+
+
+def test_signals_are_named_and_the_search_goes_on() -> None:
+    found = quarantine._isolated(_dies_unless_spared, _kills, range(1, 7), JOB, ([3, 5],))
+    assert found == dict.fromkeys((3, 5), "it ended its process (SIGKILL)")
+
+
+def test_samples_that_only_together_kill_are_not_blamed() -> None:
+    with pytest.raises(ClusterError, match=r"samples 0 to 2 together ended.*exit code 3.*tile_bytes"):
+        quarantine._isolated(_dies, _kills, range(3), JOB, ())
+
+
+def _always(sample: int, job: Any, *rest: Any) -> None:
+    os._exit(3)
+
+
+def test_samples_are_not_blamed_for_a_machine_that_kills_everything() -> None:
+    with pytest.raises(ClusterError, match=r"more than 64 samples.*first of them 5.*not the samples"):
+        quarantine._isolated(_dies, _always, range(5, 99), JOB, ())
+
+
+def _raises(job: Any, *rest: Any) -> None:
+    raise DataError("what the child raised")
+
+
+def test_exceptions_of_the_child_are_raised_here() -> None:
+    with pytest.raises(DataError, match="what the child raised"):
+        quarantine._isolated(_raises, _kills, range(2), JOB, ())
+
+
+def test_described() -> None:
+    one = {"sample": 3, "id": 3, "reason": "why"}
+    assert described({"test": [one], "train": [{**one, "id": "c"}]}) == (
+        "test sample 3: why; train sample 3 (id 'c'): why"
+    )
+    assert described({"train": [one] * 12}).endswith("; and 2 more")
