@@ -18,7 +18,8 @@ from typing import Any
 
 from dask_influence.core.checks import check_integer
 from dask_influence.errors import ConfigurationError, MemoryLimitError
-from dask_influence.execution.tree import Axis, Tree, strip_name
+from dask_influence.execution.tree import Tree, strip_name
+from dask_influence.execution.work import Kept, Work
 from dask_influence.grid import Chunks, balanced
 
 DIRECTION_BYTES = 512 * 2**20
@@ -48,85 +49,10 @@ _LARGEST_SOLVED = 20_000
 """P up to which a factor may cost a dense product with P × P numbers."""
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a reduction leaves of the scores.
-
-    Attributes
-    ----------
-    text : str
-        The reduction, for people.
-    axis : "test", "train" or None
-        Whose points are kept.
-    nbytes : int
-        Bytes of all arrays that it writes, at one λ.
-    diagonal : bool
-        Whether the scores are those of each training point on itself; there are no test points then.
-    """
-
-    text: str
-    axis: Axis
-    nbytes: int
-    diagonal: bool
-
-
 def training_seconds(parameters: int, samples: int, directions: int, perturbation: bool = False) -> float:
     """Rough time of one core for the derivatives of ``samples`` along ``directions``."""
     along = _NS_PER_DIRECTION * directions * (3 if perturbation else 1)
     return 1e-9 * samples * parameters * (_NS_PER_PARAMETER + along)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The sizes of what is asked for.
-
-    Attributes
-    ----------
-    tests, trains : int
-        N and M.
-    features : tuple of int
-        Shape of one input in perturbation mode, () otherwise.
-    parameters : int
-        P.
-    rank : int or None
-        R, where the inverse has directions of its own.
-    itemsize : int
-        Bytes of a score and of a parameter.
-    activations : int
-        Elements one forward pass keeps for a sample.
-    sample_bytes : int
-        Bytes of one training sample as it is read.
-    regularizations : int, optional
-        L, where scores are asked for at several λ; None is the one of the model.
-    kept : Kept, optional
-        What a reduction leaves of the scores; None keeps them all.
-    """
-
-    tests: int
-    trains: int
-    features: tuple[int, ...]
-    parameters: int
-    rank: int | None
-    itemsize: int
-    activations: int
-    sample_bytes: int
-    regularizations: int | None = None
-    kept: Kept | None = None
-
-    @property
-    def diagonal(self) -> bool:
-        """Whether each training point is scored on itself alone."""
-        return self.kept is not None and self.kept.diagonal
-
-    @property
-    def copies(self) -> int:
-        """L, or 1: scores of a pair of points."""
-        return self.regularizations or 1
-
-    @property
-    def width(self) -> int:
-        """F in perturbation mode, 1 otherwise: numbers per score."""
-        return math.prod(self.features)
 
 
 @dataclass(frozen=True)
