@@ -126,7 +126,8 @@ def sum_group(
             if first:
                 check_losses(problem, x, y, opened.argument, chunk.start)
             part = function(problem, x, y, operand.load())
-            if not all(value.isfinite().all() for value in part.total.values()):
+            # a sum takes one pass without a temporary; where that overflows, each entry counts
+            if not all(value.sum().isfinite() or value.isfinite().all() for value in part.total.values()):
                 check_gradients(problem.objective, x, y, opened.argument, chunk.start)
             total = part if total is None else total + part
     assert total is not None
