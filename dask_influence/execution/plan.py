@@ -399,12 +399,14 @@ def arrange(
     output = work.copies * work.tests * work.trains * score_bytes
     if alone:
         tile_bytes = LARGEST_TILE
-    largest = LARGEST_TILE if work.kept is None else LARGEST_REDUCED_TILE
-    target = tile_bytes or min(largest, max(SMALLEST_TILE, output // 64))
+    largest, share_of_output = (LARGEST_TILE, 64) if work.kept is None else (LARGEST_REDUCED_TILE, 16)
+    target = tile_bytes or min(largest, max(SMALLEST_TILE, output // share_of_output))
     per_tile = max(1, target // score_bytes)  # scores of one tile
     columns = min(work.trains, FEWEST_COLUMNS)
     rows = min(query_rows, max(math.isqrt(per_tile), per_tile // work.trains, 1))
-    if query_rows * columns <= per_tile:
+    if work.kept is not None:  # nothing is written: long rows and long columns are cheaper to reduce
+        rows = balanced(query_rows, max(1, math.isqrt(per_tile))).size
+    elif query_rows * columns <= per_tile:
         rows = query_rows
     tile = (rows, balanced(work.trains, min(work.trains, max(1, per_tile // rows))).size)
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
