@@ -42,6 +42,7 @@ _NS_PER_PARAMETER = 2.5
 _NS_PER_DIRECTION = 0.05
 _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
+_NS_PER_TILE = 1e6  # an object of its own, whatever its size
 _NS_PER_SCORE_REDUCED = 3.0
 _NS_PER_SOLVED_NUMBER = 0.2
 _LARGEST_SOLVED = 20_000
@@ -179,7 +180,8 @@ class Plan:
         held += work.parameters * work.itemsize  # weights
         if work.rank is not None:
             held += self.query_rows * work.copies * work.rank * work.itemsize  # coefficients
-        derivatives = self.tile[1] * directions * work.width * work.itemsize
+            held += 8 * work.rank * work.parameters  # the inverse's own directions
+        derivatives = 2 * self.tile[1] * directions * work.width * work.itemsize  # parts, and then joined
         reading = 2 * self.tile[1] * work.sample_bytes
         if work.diagonal:
             return self.factor_bytes + reading + PRIMITIVE_BYTES
@@ -224,7 +226,8 @@ class Plan:
             each = _NS_PER_SOLVED_NUMBER * work.parameters * solved
         elif work.kept is not None:
             each += _NS_PER_SCORE_REDUCED
-        return 1e-9 * (scores * each + _NS_PER_BYTE_WRITTEN * self.output_bytes)
+        written = _NS_PER_BYTE_WRITTEN * self.output_bytes + _NS_PER_TILE * self.tiles
+        return 1e-9 * (scores * each + written)
 
     @property
     def seconds(self) -> float:
@@ -259,10 +262,11 @@ class Plan:
         least = max(floor.peak_bytes, floor.factor_bytes)
         advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
         work = self.work
-        beside = floor.peak_bytes - floor.directions * work.parameters * work.itemsize
-        if work.rank is not None and least > memory_limit > beside:
-            fitting = (memory_limit - beside) // (work.parameters * work.itemsize)
-            advice += f", or rank={fitting} instead of {work.rank}" if fitting else ""
+        if work.rank is not None and floor.directions == work.rank:
+            each = work.parameters * (work.itemsize + 8)
+            fitting = max(0, (memory_limit - floor.peak_bytes + work.rank * each) // each)
+            if max(fitting * each, floor.factor_bytes) < memory_limit and fitting > 0:
+                advice += f", or rank={fitting} instead of {work.rank}"
         return advice
 
     # -- as data and as text ----------------------------------------------------------
@@ -436,8 +440,8 @@ def _kept_bytes(work: Work, points: int) -> int:
 
 
 def _factor_bytes(work: Work) -> int:
-    """One point's gradient, factors and residuals, in float64 too."""
-    return work.parameters * work.copies * (2 * work.itemsize + 3 * 8)
+    """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries."""
+    return work.parameters * work.copies * (3 * work.itemsize + 6 * 8)
 
 
 def _bytes(name: str, value: object) -> int:
