@@ -62,6 +62,7 @@ def plan(
             threads_per_worker=threads_per_worker,
             worker_memory=memory,
             bandwidth=_nbytes("--bandwidth", bandwidth),
+            before_fit=True,
         )
         click.echo(forecast)
 
