@@ -69,11 +69,7 @@ class TopK(Reduction):
     >>> import torch
     >>> from dask_influence import DirectInfluence, TopK
     >>> model, x = torch.nn.Linear(1, 1, bias=False).double(), torch.tensor([[1.0], [2.0], [-3.0]]).double()
-    >>> with torch.no_grad():
-    ...     model.weight.fill_(0.0)
-    Parameter containing:
-    tensor([[0.]], dtype=torch.float64, requires_grad=True)
-    >>> y = torch.ones(3, 1).double()
+    >>> weight, y = torch.nn.init.zeros_(model.weight), torch.ones(3, 1).double()
     >>> infl = DirectInfluence(model, torch.nn.functional.mse_loss).fit((x, y))
     >>> best = infl.influences_to_zarr("memory://top-example", (x[:1], y[:1]), (x, y), reduce=TopK(2))
     >>> best.helpful_train.values.tolist(), best.harmful_train.values.tolist()

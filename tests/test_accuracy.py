@@ -46,7 +46,7 @@ def scores(kind: type[InfluenceFunctionModel], digits: Digits, theta: torch.Tens
 
 def test_leave_one_out(digits: Digits, theta: torch.Tensor) -> None:
     """Exact scores are the effect of leaving a point out, in size too; without curvature they are not."""
-    actual = left_out(digits, theta, range(LEFT_OUT))
+    actual = left_out(digits, theta, np.arange(LEFT_OUT))
     predicted = scores(DirectInfluence, digits, theta)[:, :LEFT_OUT]
     assert pearson(predicted, actual) >= 0.999
     assert regression_slope(predicted / len(digits.train[0]), actual) == pytest.approx(1, abs=0.2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -40,6 +42,7 @@ from dask_influence.errors import (
     StoreMismatchError,
 )
 from dask_influence.execution import plan, reduce_tasks, tasks
+from dask_influence.execution.work import Kept, Work
 from dask_influence.reductions import largest
 from tests import data, oracles
 
@@ -384,6 +387,24 @@ def test_a_cluster_writes_the_same_bits(
     assert not (stores[1] / "_run" / "partials").exists()
 
 
+def test_a_killed_worker_costs_no_bit(tmp_path: Path, query_blocks: int, client: Client) -> None:
+    """Killed while strips run and merges begin; its tasks run again, some of them for the second time."""
+    killed: list[int] = []
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage == "strips" and done >= total // 2 and not killed:
+            workers = client.run(os.getpid)
+            killed.append(min(workers.values()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    reduce = GroupSum(CLASSES, test_labels=range(N))
+    reduced(fitted(), tmp_path / "local", reduce, tile_bytes=SMALL)
+    reduced(fitted(client=client), tmp_path / "shared", reduce, tile_bytes=SMALL, progress=kill)
+    assert len(killed) == 1
+    assert contents(tmp_path / "local") == contents(tmp_path / "shared")
+    assert not (tmp_path / "shared" / "_run" / "partials").exists()
+
+
 @pytest.mark.parametrize("kind", ["cg", "arnoldi"])
 def test_other_solvers_on_a_cluster(tmp_path: Path, client: Client, kind: str) -> None:
     case = data.mlp_classification()
@@ -648,13 +669,13 @@ def test_bytes_of_a_task_do_not_grow_with_the_data() -> None:
     """N·k is kept and a tile is bounded, however many training points there are."""
 
     def peak(trains: int) -> int:
-        kept = plan.Kept("TopK(10)", "test", 1000 * 10 * 2 * 12, False)
-        work = plan.Work(1000, trains, (), 2410, None, 4, 42, 264, kept=kept)
+        kept = Kept("TopK(10)", "test", 1000 * 10 * 2 * 12, False)
+        work = Work(1000, trains, (), 2410, None, 4, 42, 264, kept=kept)
         return plan.arrange(work).peak_bytes
 
     assert peak(16 * 10**6) <= peak(10**6)
-    lists = plan.Kept("TopK(1000)", "test", 10**6 * 1000 * 2 * 12, False)
-    work = plan.Work(10**6, 10**6, (), 2410, 50, 4, 42, 264, kept=lists)
+    lists = Kept("TopK(1000)", "test", 10**6 * 1000 * 2 * 12, False)
+    work = Work(10**6, 10**6, (), 2410, 50, 4, 42, 264, kept=lists)
     assert plan.arrange(work, memory_limit=2**30).peak_bytes < 2**30
 
 

@@ -95,7 +95,7 @@ class Kernel:
         layout, dtype = layout_of(problem.objective), problem.objective.dtype
         if any(layer.indexed for layer in layout.layers):
             return None
-        captured = next(capture(problem, x, y, layout, _GRADIENTS.columns))
+        (captured,) = capture(problem, x, y, layout, _GRADIENTS.columns)
         called = [(layer, seen) for layer, seen in zip(layout.layers, captured, strict=True) if seen]
         if not called or not all(_is_compact(layer, seen) for layer, seen in called):
             return None

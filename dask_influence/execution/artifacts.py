@@ -60,11 +60,14 @@ class Artifact:
         """Name of the object inside its location."""
         return f"{self.digest}.safetensors"
 
-    def load(self) -> dict[str, Tensor]:
-        """The tensors, on CPU; read-only by agreement, since every caller in the process shares them."""
+    def load(self, *, passing: bool = False) -> dict[str, Tensor]:
+        """The tensors, on CPU; read-only by agreement, since every caller in the process shares them.
+
+        Of what is ``passing``, wanted for one stretch of work, a process keeps the last one alone.
+        """
         if self.tensors is not None:
             return self.tensors
-        return _CACHE.get(self)
+        return (_PASSING if passing else _CACHE).get(self)
 
     def read(self) -> dict[str, Tensor]:
         """The tensors, read anew.
@@ -78,9 +81,12 @@ class Artifact:
         """
         # Copied: a file aligns tensors to 8 bytes, torch's own memory to 64, and the bits of a
         # product may depend on it.
-        return {name: value.clone() for name, value in self._mapped().items()}
+        return {name: value.clone() for name, value in self.mapped().items()}
 
-    def _mapped(self) -> dict[str, Tensor]:
+    def mapped(self) -> dict[str, Tensor]:
+        """The same where they lie, in the file if there is one; to be copied from, not computed with."""
+        if self.tensors is not None:
+            return self.tensors
         if self.inline is not None:
             return safetensors.torch.load(self.inline)
         assert self.location is not None
@@ -280,11 +286,13 @@ class _Cache:
     def get(self, artifact: Artifact) -> dict[str, Tensor]:
         with self._lock:
             if artifact.digest not in self._held:
-                self._held[artifact.digest] = (artifact.nbytes, artifact.read())
-                while len(self._held) > 1 and sum(size for size, _ in self._held.values()) > self._limit:
+                # room is made before, or the old and the new would be held at once
+                while self._held and artifact.nbytes + sum(n for n, _ in self._held.values()) > self._limit:
                     self._held.popitem(last=False)
+                self._held[artifact.digest] = (artifact.nbytes, artifact.read())
             self._held.move_to_end(artifact.digest)
             return self._held[artifact.digest][1]
 
 
 _CACHE = _Cache(CACHE_BYTES)
+_PASSING = _Cache(0)

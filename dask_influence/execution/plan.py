@@ -18,7 +18,8 @@ from typing import Any
 
 from dask_influence.core.checks import check_integer
 from dask_influence.errors import ConfigurationError, MemoryLimitError
-from dask_influence.execution.tree import Axis, Tree, strip_name
+from dask_influence.execution.tree import Tree, strip_name
+from dask_influence.execution.work import Kept, Work
 from dask_influence.grid import Chunks, balanced
 
 DIRECTION_BYTES = 512 * 2**20
@@ -41,91 +42,17 @@ _NS_PER_PARAMETER = 2.5
 _NS_PER_DIRECTION = 0.05
 _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
+_NS_PER_TILE = 1e6  # an object of its own, whatever its size
 _NS_PER_SCORE_REDUCED = 3.0
 _NS_PER_SOLVED_NUMBER = 0.2
 _LARGEST_SOLVED = 20_000
 """P up to which a factor may cost a dense product with P × P numbers."""
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a reduction leaves of the scores.
-
-    Attributes
-    ----------
-    text : str
-        The reduction, for people.
-    axis : "test", "train" or None
-        Whose points are kept.
-    nbytes : int
-        Bytes of all arrays that it writes, at one λ.
-    diagonal : bool
-        Whether the scores are those of each training point on itself; there are no test points then.
-    """
-
-    text: str
-    axis: Axis
-    nbytes: int
-    diagonal: bool
-
-
 def training_seconds(parameters: int, samples: int, directions: int, perturbation: bool = False) -> float:
     """Rough time of one core for the derivatives of ``samples`` along ``directions``."""
     along = _NS_PER_DIRECTION * directions * (3 if perturbation else 1)
     return 1e-9 * samples * parameters * (_NS_PER_PARAMETER + along)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The sizes of what is asked for.
-
-    Attributes
-    ----------
-    tests, trains : int
-        N and M.
-    features : tuple of int
-        Shape of one input in perturbation mode, () otherwise.
-    parameters : int
-        P.
-    rank : int or None
-        R, where the inverse has directions of its own.
-    itemsize : int
-        Bytes of a score and of a parameter.
-    activations : int
-        Elements one forward pass keeps for a sample.
-    sample_bytes : int
-        Bytes of one training sample as it is read.
-    regularizations : int, optional
-        L, where scores are asked for at several λ; None is the one of the model.
-    kept : Kept, optional
-        What a reduction leaves of the scores; None keeps them all.
-    """
-
-    tests: int
-    trains: int
-    features: tuple[int, ...]
-    parameters: int
-    rank: int | None
-    itemsize: int
-    activations: int
-    sample_bytes: int
-    regularizations: int | None = None
-    kept: Kept | None = None
-
-    @property
-    def diagonal(self) -> bool:
-        """Whether each training point is scored on itself alone."""
-        return self.kept is not None and self.kept.diagonal
-
-    @property
-    def copies(self) -> int:
-        """L, or 1: scores of a pair of points."""
-        return self.regularizations or 1
-
-    @property
-    def width(self) -> int:
-        """F in perturbation mode, 1 otherwise: numbers per score."""
-        return math.prod(self.features)
 
 
 @dataclass(frozen=True)
@@ -253,7 +180,8 @@ class Plan:
         held += work.parameters * work.itemsize  # weights
         if work.rank is not None:
             held += self.query_rows * work.copies * work.rank * work.itemsize  # coefficients
-        derivatives = self.tile[1] * directions * work.width * work.itemsize
+            held += 8 * work.rank * work.parameters  # the inverse's own directions
+        derivatives = 2 * self.tile[1] * directions * work.width * work.itemsize  # parts, and then joined
         reading = 2 * self.tile[1] * work.sample_bytes
         if work.diagonal:
             return self.factor_bytes + reading + PRIMITIVE_BYTES
@@ -298,7 +226,8 @@ class Plan:
             each = _NS_PER_SOLVED_NUMBER * work.parameters * solved
         elif work.kept is not None:
             each += _NS_PER_SCORE_REDUCED
-        return 1e-9 * (scores * each + _NS_PER_BYTE_WRITTEN * self.output_bytes)
+        written = _NS_PER_BYTE_WRITTEN * self.output_bytes + _NS_PER_TILE * self.tiles
+        return 1e-9 * (scores * each + written)
 
     @property
     def seconds(self) -> float:
@@ -333,10 +262,11 @@ class Plan:
         least = max(floor.peak_bytes, floor.factor_bytes)
         advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
         work = self.work
-        beside = floor.peak_bytes - floor.directions * work.parameters * work.itemsize
-        if work.rank is not None and least > memory_limit > beside:
-            fitting = (memory_limit - beside) // (work.parameters * work.itemsize)
-            advice += f", or rank={fitting} instead of {work.rank}" if fitting else ""
+        if work.rank is not None and floor.directions == work.rank:
+            each = work.parameters * (work.itemsize + 8)
+            fitting = max(0, (memory_limit - floor.peak_bytes + work.rank * each) // each)
+            if max(fitting * each, floor.factor_bytes) < memory_limit and fitting > 0:
+                advice += f", or rank={fitting} instead of {work.rank}"
         return advice
 
     # -- as data and as text ----------------------------------------------------------
@@ -469,12 +399,14 @@ def arrange(
     output = work.copies * work.tests * work.trains * score_bytes
     if alone:
         tile_bytes = LARGEST_TILE
-    largest = LARGEST_TILE if work.kept is None else LARGEST_REDUCED_TILE
-    target = tile_bytes or min(largest, max(SMALLEST_TILE, output // 64))
+    largest, share_of_output = (LARGEST_TILE, 64) if work.kept is None else (LARGEST_REDUCED_TILE, 16)
+    target = tile_bytes or min(largest, max(SMALLEST_TILE, output // share_of_output))
     per_tile = max(1, target // score_bytes)  # scores of one tile
     columns = min(work.trains, FEWEST_COLUMNS)
     rows = min(query_rows, max(math.isqrt(per_tile), per_tile // work.trains, 1))
-    if query_rows * columns <= per_tile:
+    if work.kept is not None:  # nothing is written: long rows and long columns are cheaper to reduce
+        rows = balanced(query_rows, max(1, math.isqrt(per_tile))).size
+    elif query_rows * columns <= per_tile:
         rows = query_rows
     tile = (rows, balanced(work.trains, min(work.trains, max(1, per_tile // rows))).size)
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
@@ -508,8 +440,8 @@ def _kept_bytes(work: Work, points: int) -> int:
 
 
 def _factor_bytes(work: Work) -> int:
-    """One point's gradient, factors and residuals, in float64 too."""
-    return work.parameters * work.copies * (2 * work.itemsize + 3 * 8)
+    """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries."""
+    return work.parameters * work.copies * (3 * work.itemsize + 6 * 8)
 
 
 def _bytes(name: str, value: object) -> int:

@@ -17,7 +17,7 @@ from dask_influence.execution import tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
 from dask_influence.execution.drive import iterated_factors
-from dask_influence.execution.plan import Kept, Plan
+from dask_influence.execution.plan import Plan
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.execution.reduce_tasks import (
     PARTIALS,
@@ -39,6 +39,7 @@ from dask_influence.execution.run import (
     swept_dims,
 )
 from dask_influence.execution.tree import Node, Tree
+from dask_influence.execution.work import Kept
 from dask_influence.storage.results import ArrayTemplate, ShardRecord, described
 from dask_influence.storage.sources import Source
 

@@ -31,9 +31,10 @@ from dask_influence.execution.base import Executor, Model, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
 from dask_influence.execution.ledger import Ledger, compare_fingerprints
 from dask_influence.execution.missing import MissingSamples, forget_missing
-from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan, Work, factor_name
+from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan, factor_name
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.execution.verify import same_metadata, verify_with
+from dask_influence.execution.work import Work
 from dask_influence.grid import Chunks
 from dask_influence.storage.results import (
     FINAL,

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,8 +125,9 @@ def sum_group(
             problem, x, y = opened.batch(chunk.start, chunk.stop)
             if first:
                 check_losses(problem, x, y, opened.argument, chunk.start)
-            part = function(problem, x, y, operand.load())
-            if not all(value.isfinite().all() for value in part.total.values()):
+            part = function(problem, x, y, operand.load(passing=True))
+            # a sum takes one pass without a temporary; where that overflows, each entry counts
+            if not all(value.sum().isfinite() or value.isfinite().all() for value in part.total.values()):
                 check_gradients(problem.objective, x, y, opened.argument, chunk.start)
             total = part if total is None else total + part
     assert total is not None
@@ -368,19 +369,28 @@ class Scoring:
     missing: tuple[int, ...] = ()
 
     def query(self, rows: range, problem: Problem) -> Query:
-        """The query of test points ``rows``, from the chunks that hold them."""
+        """The query of test points ``rows``, made once per process and kept until another is wanted."""
+        key = (tuple(artifact.digest for artifact in self.factors), rows, self.missing, self.location.url)
+        return _QUERIES.get(key, lambda: self._query(rows, problem))
+
+    def _query(self, rows: range, problem: Problem) -> Query:
+        """From the chunks of factors that hold them, each read once and copied into place."""
         own = None if self.inverse is None else self.inverse.inverse().directions
         chunks, copies = self.plan.factor_chunks, self.plan.work.copies
-        parts = []
+        held: Tensor | None = None
         for part in chunks.within(rows.start, rows.stop):
             index = part.start // chunks.size
             offset = chunks[index].start
-            held = slice((part.start - offset) * copies, (part.stop - offset) * copies)
-            parts.append(self.factors[index].load()["rows"][held])
+            found = self.factors[index].mapped()["rows"]
+            if held is None:
+                held = torch.empty(len(rows) * copies, found.shape[1], dtype=found.dtype)
+            low, high = ((end - rows.start) * copies for end in (part.start, part.stop))
+            held[low:high] = found[(part.start - offset) * copies : (part.stop - offset) * copies]
+        assert held is not None
         bad = None
         if self.missing:
             bad = np.isin(np.repeat(np.arange(rows.start, rows.stop), copies), self.missing)
-        return Query.of(torch.cat(parts), own, problem, bad)
+        return Query.of(held, own, problem, bad)
 
     def write(
         self, query: Query, derivatives: Tensor, strip: Strip, rows: range, columns: range
@@ -438,6 +448,25 @@ def probe_column(sample: int, job: Sealed, scoring: Sealed, index: int) -> None:
     with torch_threads(opened.threads):
         query = run.query(run.plan.strip(index).rows, opened.model.problem())
         derivatives_of(opened, query, range(sample, sample + 1), 1, run.perturbation, {})
+
+
+class _Latest:
+    """The last value of this process, made once even by many threads; another takes its place."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: Any = None
+        self._value: Any = None
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if self._value is None or key != self._key:
+                self._value = None  # freed before another is made
+                self._key, self._value = key, make()
+            return self._value
+
+
+_QUERIES = _Latest()
 
 
 # -- torch's threads -------------------------------------------------------------------

@@ -240,10 +240,11 @@ def measure(sides: Sides, work: Work, repeats: int) -> dict[str, dict[str, Any]]
             found = sides.run(side, work, estimator, options, "float32")
             if number:
                 runs.setdefault(side, []).append(found)
-                print(
-                    f"{work.name} {number}: {side} fit {found['fit']:.3f} s, scores {found['scores']:.3f} s",
-                    flush=True,
-                )
+            run = f"run {number}" if number else "warm-up"
+            print(
+                f"{work.name}, {run}: {side} fit {found['fit']:.3f} s, scores {found['scores']:.3f} s",
+                flush=True,
+            )
     return {side: summary(found) for side, found in runs.items()}
 
 

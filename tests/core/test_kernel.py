@@ -96,10 +96,14 @@ def test_any_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_single_precision() -> None:
     case = held("narrowing")
-    expected = fitted(case).influences(*case.test, *case.train)
-    actual = fitted(case, dtype=torch.float32).influences(*case.test, *case.train)
-    assert actual.dtype == torch.float32
-    assert oracles.relative_error(actual.double(), expected) <= 1e-4
+    expected, infl = fitted(case).influences(*case.test, *case.train), fitted(case, dtype=torch.float32)
+    factors = infl.influence_factors(*case.test)
+    for actual in (
+        infl.influences(*case.test, *case.train),
+        infl.influences_from_factors(factors, *case.train),
+    ):
+        assert actual.dtype == torch.float32
+        assert oracles.relative_error(actual.double(), expected) <= 1e-4
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.forecast import TASKS_PER_SECOND, Cluster, Forecast, Speed
-from dask_influence.execution.plan import Plan, Work, arrange
+from dask_influence.execution.plan import Plan, arrange
+from dask_influence.execution.work import Kept, Work
 
 LARGE = Work(
     tests=1_000,
@@ -101,3 +102,31 @@ def test_a_sketch_that_fits_no_worker_is_refused_with_the_rank_that_would() -> N
 def test_clusters_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         Cluster(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_reduction_moves_its_parts_and_not_its_tiles() -> None:
+    work = replace(LARGE, trains=10**7)
+    kept = Kept("TopK(10)", "test", work.tests * 10 * 2 * 12, diagonal=False)
+    cluster = Cluster(workers=16, bandwidth=1e9)
+    whole, lists = (
+        Forecast.of(arrange(replace(work, kept=reduction)), Speed(), cluster) for reduction in (None, kept)
+    )
+    assert lists.output_bytes == 240_000
+    assert lists.merges > 0
+    assert lists.tasks == lists.strips + lists.merges + len(lists.factor_chunks)
+    parts = 2 * lists.strips * lists.part_bytes
+    saved = whole.output_bytes - lists.output_bytes - parts
+    workers = (min(16, whole.tasks) * whole.published_bytes, min(16, lists.tasks) * lists.published_bytes)
+    assert whole.moved_bytes - lists.moved_bytes == saved + workers[0] - workers[1]
+    assert "to join them" in str(lists)
+    assert "to join them" not in str(whole)
+
+
+def test_a_diagonal_costs_a_factor_for_each_training_sample() -> None:
+    kept = Kept("SelfInfluence()", "train", 4 * 10**7, diagonal=True)
+    work = replace(LARGE, tests=1, trains=10**7, rank=None, parameters=10**4, kept=kept)
+    forecast = Forecast.of(arrange(work), Speed(factor=1e-3), Cluster(workers=100))
+    assert forecast.factor_seconds == 0
+    assert forecast.compute_seconds == pytest.approx(10**4 + forecast.derivative_seconds)
+    assert forecast.tasks == forecast.strips
+    assert sum(len(forecast.strip(i).columns) for i in range(forecast.strips)) == 10**7

@@ -13,7 +13,7 @@ from distributed import Client, LocalCluster
 
 from dask_influence import DirectInfluence, open_influences, verify
 from dask_influence.errors import CorruptStoreError, InfluenceWarning, StoreError, StoreMismatchError
-from dask_influence.execution import artifacts
+from dask_influence.execution import artifacts, tasks
 from dask_influence.execution import verify as module
 from dask_influence.storage.stores import Location
 from tests import data
@@ -203,7 +203,7 @@ def test_artifacts_are_compared_with_the_checksum_they_carry(run: Run, hurt: Cal
     assert verify(run.store)
 
 
-def test_a_damaged_artifact_is_never_used(run: Run) -> None:
+def test_a_damaged_artifact_is_never_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight, a factor: whoever loads it compares it, and says its name."""
     entry = json.loads((run.store / "_run" / "ledger" / "factors-000000.json").read_text())
     path = run.store / "_run" / "artifacts" / f"{entry['digest']}.safetensors"
@@ -213,6 +213,7 @@ def test_a_damaged_artifact_is_never_used(run: Run) -> None:
     for key in (k for k in run.content if k.startswith("influence/c")):
         (run.store / key).unlink()
     artifacts._CACHE._held.clear()  # as a process that begins now
+    monkeypatch.setattr(tasks, "_QUERIES", tasks._Latest())
     with pytest.raises(CorruptStoreError, match=rf"{path.name}.*checksum"):
         run.call()
     np.testing.assert_array_equal(run.call(repair=True).influence.values, run.scores)

@@ -220,6 +220,8 @@ class EkfacInverse(Inverse):
         ``"i.eigenvalues"`` Λ (g, q, p), float64.
     regularization : float
         λ.
+    dtype : torch.dtype
+        Of the products with the bases: the model's, as the gradients are known to no more.
     report : mapping
         For diagnostics.
     """
@@ -231,10 +233,11 @@ class EkfacInverse(Inverse):
         blocks: tuple[Block, ...],
         tensors: Mapping[str, Tensor],
         regularization: float,
+        dtype: torch.dtype,
         report: Mapping[str, Any],
     ) -> None:
         self.blocks, self.tensors = blocks, dict(tensors)
-        self.regularization, self.report = regularization, dict(report)
+        self.regularization, self.dtype, self.report = regularization, dtype, dict(report)
 
     def checked(self) -> EkfacInverse:
         """Itself, unless Λ + λ vanishes somewhere.
@@ -265,12 +268,12 @@ class EkfacInverse(Inverse):
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """Rotate, divide, rotate back, layer by layer."""
-        rows = gradients.to(torch.float64)
-        factors = torch.zeros_like(rows)
+        rows = gradients.to(self.dtype)
+        factors = torch.zeros_like(rows, dtype=torch.float64)
         for i, block in enumerate(self.blocks):
-            inputs, outputs = self.tensors[f"{i}.inputs"], self.tensors[f"{i}.outputs"]
+            inputs, outputs = (self.tensors[f"{i}.{side}"].to(self.dtype) for side in ("inputs", "outputs"))
             rotated = outputs.mT @ block.gather(rows) @ inputs  # (n, g, q, p)
-            rotated /= self.tensors[f"{i}.eigenvalues"] + self.regularization
+            rotated /= (self.tensors[f"{i}.eigenvalues"] + self.regularization).to(self.dtype)
             block.scatter(outputs @ rotated @ inputs.mT, factors)
         return factors
         yield  # no round is needed, but the contract is a generator
@@ -290,13 +293,14 @@ class EkfacInverse(Inverse):
     def with_regularization(self, regularization: float) -> EkfacInverse:
         """λ is added to the eigenvalues: nothing is recomputed."""
         regularization = check_regularization(regularization)
-        return EkfacInverse(self.blocks, self.tensors, regularization, self.report).checked()
+        return EkfacInverse(self.blocks, self.tensors, regularization, self.dtype, self.report).checked()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Bases, eigenvalues, and where the layers lie in θ."""
         values = {
             "blocks": [asdict(block) for block in self.blocks],
             "regularization": self.regularization,
+            "dtype": str(self.dtype).removeprefix("torch."),
             "report": self.report,
         }
         return self.tensors, values
@@ -305,7 +309,8 @@ class EkfacInverse(Inverse):
     def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> EkfacInverse:
         """Take the arrays as they are."""
         blocks = tuple(Block(**block) for block in values["blocks"])
-        return cls(blocks, tensors, values["regularization"], values["report"])
+        dtype = getattr(torch, values["dtype"])
+        return cls(blocks, tensors, values["regularization"], dtype, values["report"])
 
     def diagnostics(self) -> dict[str, Any]:
         """Layers with their extreme eigenvalues, parameters left out, and how targets were taken."""
@@ -433,7 +438,8 @@ class Ekfac(Estimator):
             "left_out": [name for name, _ in layout.unsupported],
         }
         blocks = tuple(Block.of(layer, system) for layer in layout.layers)
-        return EkfacInverse(blocks, tensors, system.regularization, report).checked()
+        dtype = torch.promote_types(system.dtype, torch.float32)  # never in half precision
+        return EkfacInverse(blocks, tensors, system.regularization, dtype, report).checked()
 
     def _layout(self, system: System) -> Layout:
         assert system.layout is not None
