@@ -30,6 +30,9 @@ LARGE_MODEL = 2**16
 DEFAULT_CHUNK = 256
 """Training samples summed in one call, unless data or caller say otherwise."""
 
+PARAMETERS_PER_SAMPLE, LARGEST_CHUNK = 512, 2048
+"""Chunks of data are joined for large models: a sample for so many parameters, up to so many samples."""
+
 CHUNK_BYTES = 512 * 2**20
 """Bytes that the activations of one chunk may take, whatever chunks the data come in."""
 
@@ -122,4 +125,7 @@ class Resources:
         if self.chunk_size is not None:
             return min(self.chunk_size, len(source))
         most = max(1, CHUNK_BYTES // (8 * problem.activations * problem.objective.dtype.itemsize))
-        return min(source.chunk_size or DEFAULT_CHUNK, most, len(source))
+        natural = source.chunk_size or DEFAULT_CHUNK
+        # Each chunk's sums are as large as θ, whatever its samples: many samples share their cost.
+        worthwhile = min(problem.objective.size // PARAMETERS_PER_SAMPLE, LARGEST_CHUNK, most)
+        return min(natural * max(1, worthwhile // natural), most, len(source))
