@@ -82,8 +82,8 @@ class InfluenceFunctionModel:
     dtype : torch.dtype, optional
         Floating dtype to compute in; by default the model's own.
     chunk_size : int, optional
-        Training samples summed in one call; by default that of the data, or 256. Results
-        do not depend on it beyond rounding.
+        Training samples summed in one call; by default that of the data, or 256, and several
+        times that for large models. Results do not depend on it beyond rounding.
     client : distributed.Client, optional
         Cluster that does the work; None works in this process.
     artifacts : str or path, optional

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from dask_influence import ArnoldiInfluence, DirectInfluence, InfluenceFunctionModel
+from dask_influence import ArnoldiInfluence, DirectInfluence, InfluenceFunctionModel, NystroemSketchInfluence
 from tests import data, oracles
 
 SAME = 1e-10
@@ -147,3 +147,16 @@ def test_a_mean_of_batch_means_would_be_noticed() -> None:
     wrong = torch.stack([oracles.hessian(case.model, case.loss, *part) for part in parts]).mean(0)
     scores = case.up(oracles.inverse(wrong, case.regularization))
     assert oracles.relative_error(scores, case.up(case.inverse)) > 1e-2
+
+
+def test_chunks_of_large_models_are_joined() -> None:
+    """The sums of a chunk are as large as θ, so that small chunks of a large model would cost mostly sums."""
+    x, y = torch.randn(1_300, 40), torch.randn(1_300, 1)
+    told: dict[int, int] = {}
+    for width, wanted in ((8, 41), (8_000, 3)):
+        model = torch.nn.Sequential(torch.nn.Linear(40, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+        loader = DataLoader(TensorDataset(x, y), batch_size=32)
+        NystroemSketchInfluence(model, torch.nn.functional.mse_loss, 1.0, rank=1, curvature="ggn").fit(
+            loader, progress=lambda stage, done, total, width=width: told.update({width: total})
+        )
+        assert told[width] == wanted

@@ -8,6 +8,8 @@ import socket
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from distributed import Client, as_completed
+from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor
 
@@ -22,7 +25,7 @@ from dask_influence import settings
 from dask_influence.core.estimators import Inverse
 from dask_influence.core.moments import Moments, merge
 from dask_influence.core.problem import Problem
-from dask_influence.errors import ClusterError, ConfigurationError, StoreError
+from dask_influence.errors import ClusterError, ConfigurationError, InfluenceError, StoreError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
 from dask_influence.execution.forecast import Cluster
@@ -69,10 +72,11 @@ class DaskExecutor(Executor):
     @property
     def cluster(self) -> Cluster:
         """The workers, each taken to be as the smallest one."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        threads = min(worker["nthreads"] for worker in workers)
+        with self._connected():
+            workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        threads = min((worker["nthreads"] for worker in workers), default=1)
         memory = [worker["memory_limit"] * threads // worker["nthreads"] for worker in workers]
-        return Cluster(len(workers), threads, min((m for m in memory if m), default=None))
+        return Cluster(max(1, len(workers)), threads, min((m for m in memory if m), default=None))
 
     def at(self, location: Location) -> DaskExecutor:
         """The same cluster, with artifacts in another place."""
@@ -122,7 +126,7 @@ class DaskExecutor(Executor):
         """Stage what only this process can read."""
         if source.portable:
             return source
-        with self.client.as_current():
+        with self._connected(), self.client.as_current():
             return stage(source, self._home.location.child("data"), chunk_size)
 
     def reduce(
@@ -132,20 +136,21 @@ class DaskExecutor(Executor):
         report: Callable[[int, int], None] | None = None,
     ) -> Moments:
         """Σ function(*call): partial sums meet on the workers, the total comes through the store."""
-        submit, retries = self.client.submit, settings.count("retries", 0)
-        level = [submit(function, *call, pure=False, retries=retries) for call in calls]
-        leaves = as_completed(level if report is not None else [])  # lets go of each as it is reported
-        while len(level) > 1:
-            level = [
-                submit(_merge, level[low : low + FAN_IN], pure=False, retries=retries)
-                for low in range(0, len(level), FAN_IN)
-            ]
-        total = submit(_deliver, level[0], self.location, pure=False, retries=retries)
-        del level
-        for done, _ in enumerate(leaves, 1):
-            assert report is not None
-            report(done, len(calls))
-        answer = self._result(total)
+        with self._connected():
+            submit, retries = self.client.submit, settings.count("retries", 0)
+            level = [submit(function, *call, pure=False, retries=retries) for call in calls]
+            leaves = as_completed(level if report is not None else [])  # lets go of each as it is reported
+            while len(level) > 1:
+                level = [
+                    submit(_merge, level[low : low + FAN_IN], pure=False, retries=retries)
+                    for low in range(0, len(level), FAN_IN)
+                ]
+            total = submit(_deliver, level[0], self.location, pure=False, retries=retries)
+            del level
+            for done, _ in enumerate(leaves, 1):
+                assert report is not None
+                report(done, len(calls))
+            answer = _result(total)
         if isinstance(answer, Moments):
             return answer
         artifact, count = answer
@@ -169,35 +174,41 @@ class DaskExecutor(Executor):
                 running.add(future)
 
         try:
-            submit(self._window())
-            for future in running:
-                call = asked.pop(future.key)
-                if lost is not None and _killed_its_worker(future):
+            with self._connected():
+                submit(self._window())
+                for future in running:
+                    call = asked.pop(future.key)
+                    if lost is not None and _killed_its_worker(future):
+                        future.release()
+                        lost(call)
+                        submit(1)
+                        continue
+                    result = _result(future)
                     future.release()
-                    lost(call)
                     submit(1)
-                    continue
-                result = self._result(future)
-                future.release()
-                submit(1)
-                yield result
+                    yield result
         finally:
             running.clear()
 
-    def _result(self, future: Any) -> Any:
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Name what a lost scheduler looks like from here: cancelled futures, or a closed connection."""
         try:
-            return future.result()
-        except KilledWorker as error:
+            yield
+        except InfluenceError:
+            raise
+        except CancelledError as error:
+            reason = str(error).partition("\n")[0]
             raise ClusterError(
-                f"workers died while running {error.task}: {error}; "
-                "look at their logs, and give them more memory or smaller tiles (tile_bytes=)"
+                f"tasks were cancelled, as they are when a scheduler is lost ({reason}); see that one runs, connect a "
+                "client to it and make the same call again"
             ) from error
         except (OSError, TimeoutError) as error:
-            if self.client.status not in ("running", "connecting"):
-                raise ClusterError(
-                    f"the scheduler at {self.client} is gone ({error}); start it and call again"
-                ) from error
-            raise
+            if self.client.status == "running" and not isinstance(error, CommClosedError):
+                raise
+            raise ClusterError(
+                f"the scheduler at {self.client} is gone ({error}); start it and call again"
+            ) from error
 
     def _window(self) -> int:
         threads = self.client.nthreads()
@@ -212,12 +223,13 @@ class DaskExecutor(Executor):
             raise ClusterError(f"client is {self.client.status}; connect it to a running scheduler")
         patience = settings.seconds("wait-for-workers")
         try:
-            self.client.wait_for_workers(1, timeout=patience)
+            with self._connected():
+                self.client.wait_for_workers(1, timeout=patience)
+                workers = frozenset(self.client.nthreads())
         except TimeoutError as error:
             raise ClusterError(
                 f"the cluster has no workers after {patience:.0f} s; start at least one"
             ) from error
-        workers = frozenset(self.client.nthreads())
         if workers <= self._checked:
             return
         mine = versions()
@@ -231,13 +243,19 @@ class DaskExecutor(Executor):
         self._checked = workers
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """Answers of all workers but those that die meanwhile."""
         try:
-            return self.client.run(function, *arguments)
+            with self._connected():
+                answers = self.client.run(function, *arguments, on_error="return")
+                for answer in answers.values():
+                    if isinstance(answer, Exception) and not isinstance(answer, CommClosedError):
+                        raise answer
         except ModuleNotFoundError as error:
             raise ClusterError(
                 f"a worker cannot import {error.name!r}; install dask_influence "
                 f"{version('dask_influence')} on all workers"
             ) from error
+        return {at: answer for at, answer in answers.items() if not isinstance(answer, CommClosedError)}
 
     def _blind_to(self, folder: Path) -> list[str]:
         """Workers that do not see a file made in ``folder``."""
@@ -262,6 +280,16 @@ class DaskExecutor(Executor):
 def versions() -> dict[str, str]:
     """What client and workers must agree on."""
     return {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)}
+
+
+def _result(future: Any) -> Any:
+    try:
+        return future.result()
+    except KilledWorker as error:
+        raise ClusterError(
+            f"workers died while running {error.task}: {error}; "
+            "look at their logs, and give them more memory or smaller tiles (tile_bytes=)"
+        ) from error
 
 
 def _killed_its_worker(future: Any) -> bool:

@@ -27,6 +27,9 @@ from dask_influence.storage.stores import Location
 LARGE_MODEL = 2**16
 """Parameters from which one process uses all its torch threads."""
 
+PARAMETERS_PER_SAMPLE, LARGEST_CHUNK = 512, 2048
+"""Chunks of data are joined for large models: a sample for so many parameters, up to so many samples."""
+
 
 class Resources:
     """Client, device, place of artifacts and chunk size, as a user gave them.
@@ -114,8 +117,10 @@ class Resources:
     def _samples_at_once(self, problem: Problem, source: Source) -> int:
         if self.chunk_size is not None:
             return min(self.chunk_size, len(source))
-        wanted = min(source.chunk_size or settings.count("chunk.samples"), len(source))
-        held = settings.nbytes("chunk.bytes")
-        if held is None:
-            return wanted
-        return min(wanted, max(1, held // (8 * problem.activations * problem.objective.dtype.itemsize)))
+        held, most = settings.nbytes("chunk.bytes"), len(source)
+        if held is not None:
+            most = max(1, held // (8 * problem.activations * problem.objective.dtype.itemsize))
+        natural = source.chunk_size or settings.count("chunk.samples")
+        # Each chunk's sums are as large as θ, whatever its samples: many samples share their cost.
+        worthwhile = min(problem.objective.size // PARAMETERS_PER_SAMPLE, LARGEST_CHUNK, most)
+        return min(natural * max(1, worthwhile // natural), most, len(source))

@@ -39,6 +39,7 @@ from dask_influence.grid import Chunks
 from dask_influence.storage.results import (
     FINAL,
     GROUP_KEY,
+    RUN_KEY,
     ArrayTemplate,
     ShardRecord,
     checksum,
@@ -236,6 +237,11 @@ class Output:
         if all(key.rpartition("/")[2].startswith(".probe-") for key in held):
             return None  # empty, but for what check_writable of another client tries
         stored = self.ledger.read_begun()  # the first object that a run writes
+        if stored is None and self.location.list(RUN_FOLDER):
+            raise CorruptStoreError(
+                f"{RUN_KEY!r} of {self.location.url}, the record of the run that it holds, is lost; "
+                "pass overwrite=True to replace the run"
+            )
         if stored is None:
             raise StoreMismatchError(
                 f"{self.location.url} holds data that no run of dask_influence wrote, which not even "

@@ -269,7 +269,9 @@ class Arnoldi(Estimator):
                 frobenius = system.size * moments.mean("products").square().sum(dim=1).mean().item()
             basis.append(fresh, moments.mean("products"))
             values, rotation = basis.ritz()
-            wanted = min(self.rank + probe, basis.length)
+            wanted = min(
+                self.rank + (probe if confirmed else 0), basis.length
+            )  # more of them where they are looked for
             residuals = basis.residuals(rotation[:, :wanted], values[:wanted])  # (wanted, P)
             norms = residuals[: self.rank].norm(dim=1)
             scale = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny)
