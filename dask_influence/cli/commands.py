@@ -21,7 +21,7 @@ from dask_influence.cli.cluster import Scheduler
 from dask_influence.cli.job import Job
 from dask_influence.cli.job import schema as job_schema
 from dask_influence.cli.session import Exit, Session, Stopped, exit_code, stoppable
-from dask_influence.cli.status import Report, StatusFile
+from dask_influence.cli.status import NOT_BEGUN, Report, StatusFile
 from dask_influence.errors import ConfigurationError, IncompleteRunError, InfluenceWarning
 from dask_influence.execution import verify as verification
 from dask_influence.storage.results import open_influences
@@ -65,6 +65,7 @@ def plan(
             before_fit=True,
         )
         click.echo(forecast)
+        forecast.validate(asked.output.memory_limit or forecast.cluster.memory_limit)
 
 
 def run(
@@ -199,7 +200,12 @@ def status(session: Session, store: str, as_json: bool) -> None:
 
 def verify(session: Session, store: str, repair: bool, as_json: bool) -> None:
     """Print what is damaged; 3 where anything is."""
-    found = verification.verify(_place(session, store), repair=repair)
+    place = _place(session, store)
+    begun = Report.of(place)
+    if begun.state == NOT_BEGUN:
+        click.echo(json.dumps(begun.to_json(), indent=1) if as_json else begun)
+        raise SystemExit(Exit.INCOMPLETE)
+    found = verification.verify(place, repair=repair)
     if as_json:
         damaged = [vars(one) for one in found.damaged]
         click.echo(json.dumps({**vars(found), "damaged": damaged, "ok": found.ok}, indent=1))

@@ -13,6 +13,8 @@ import pytest
 import xarray as xr
 
 from dask_influence import open_influences
+from dask_influence.cli.status import StatusFile
+from dask_influence.storage.stores import Location
 from tests import oracles
 from tests.cli.jobs import Folder, invoke, status_of
 
@@ -133,6 +135,20 @@ def test_reductions_and_sweeps_are_those_of_all_scores(folder: Folder, job: Writ
     assert invoke("top", folder.path / "groups.zarr", "-t", 2).exit_code == 2
 
 
+def test_a_plan_that_does_not_fit_is_shown_and_refused(job: Write) -> None:
+    result = invoke("plan", job(output={"store": "scores.zarr", "memory_limit": "1 MiB"}))
+    assert result.exit_code == 2
+    assert "peak bytes" in result.stdout
+    assert "memory_limit allows 1.0 MiB" in result.stderr
+
+
+def test_verify_of_a_store_whose_run_has_not_begun(folder: Folder, job: Write) -> None:
+    StatusFile(Location.of(folder.path / "scores.zarr"), "r1", "job").progress("pass 1", 1, 9, None)
+    result = invoke("verify", job())
+    assert result.exit_code == 3
+    assert "not begun" in result.stdout
+
+
 def test_plan_shows_the_plan_and_fits_nothing(folder: Folder, job: Write) -> None:
     result = invoke("plan", job(cluster={"workers": 3}), "--bandwidth", "1GB")
     assert result.exit_code == 0, result.stderr
@@ -251,6 +267,7 @@ SECRET = "correct-horse-battery"
         {"data": {"train": {"dataset": "cli_job_model:picky", "arguments": {"password": "${CLI_SECRET}"}}}},
         {"model": {"factory": "cli_job_model:nett", "arguments": {"password": "${CLI_SECRET}"}}},
         {"mode": "${CLI_SECRET}"},
+        {"loss": {"function": "cli_job_model:pair", "arguments": {"password": "${CLI_SECRET}"}}},
         {"output": {"store": "${CLI_SECRET}://a/b"}},
         {"output": {"store": "s3://${CLI_SECRET}@a/b"}},
         {"data": {"train": "${CLI_SECRET}/none.zarr"}},
