@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dask_influence.configuration import Configuration
 from dask_influence.core.curvature import check_curvature
-from dask_influence.core.estimators import Round
+from dask_influence.core.estimators import Inverse, Round, System
 from dask_influence.core.layers import layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.problem import Problem, behaviour, prepare
+from dask_influence.errors import NotFittedError
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.checkpoints import Checkpoints
 from dask_influence.execution.drive import Passes, drive
@@ -62,6 +66,54 @@ def fit(
     with tasks.torch_threads(1):
         speed = calibrate(problem, inverse, *sample)
     return Fitted(configuration, problem, system, inverse, passes, digest, counts, shown, speed)
+
+
+def foreseen(configuration: Configuration, resources: Resources, source: Source) -> Fitted:
+    """What :func:`fit` would leave, as far as a plan depends on it: sizes, and the speed of this machine.
+
+    The data of a few samples are read, and derivatives checked on them; no pass is made.
+    """
+    objective = configuration.objective(resources.torch_device)
+    sample = first_samples(objective, source, "train")
+    system = configuration.system(objective, len(source), layout_of(objective))
+    estimator = configuration.estimator
+    estimator.validate(system)
+    problem, report = prepare(objective, *sample)
+    check_curvature(problem, *sample, configuration.curvature)
+    estimator.examine(system, problem, *sample)
+    inverse = _Foreseen(system, estimator.directions(system), estimator.solves_by_rounds)
+    with tasks.torch_threads(1):
+        speed = calibrate(problem, inverse, *sample)
+    shown = behaviour(objective, *sample)
+    return Fitted(configuration, problem, system, inverse, None, "", {"derivatives": report}, shown, speed)
+
+
+class _Foreseen(Inverse):
+    """An inverse that is not there yet: what is known of its directions, and zero for every factor."""
+
+    def __init__(self, system: System, rank: int | None, needs_rounds: bool) -> None:
+        self.regularization, self._rank, self._size = system.regularization, rank, system.size
+        self.needs_rounds = needs_rounds  # type: ignore[misc]
+
+    @property
+    def directions(self) -> Tensor | None:
+        return None if self._rank is None else torch.empty(self._rank, self._size, device="meta")
+
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+        return torch.zeros_like(gradients)
+        yield  # a generator that asks for no pass
+
+    def with_regularization(self, regularization: float) -> _Foreseen:
+        other = copy.copy(self)
+        other.regularization = regularization
+        return other
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        raise NotFittedError("a plan made before the fit has no inverse; call .fit(train) first")
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> _Foreseen:
+        raise NotFittedError("a plan made before the fit is never saved; call .fit(train) first")
 
 
 def _identity(

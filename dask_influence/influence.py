@@ -120,7 +120,7 @@ class InfluenceFunctionModel:
         dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         client: Any = None,
-        artifacts: str | PathLike[str] | None = None,
+        artifacts: str | PathLike[str] | Location | None = None,
         certify: bool = True,
         **own: Any,
     ) -> None:
@@ -457,6 +457,7 @@ class InfluenceFunctionModel:
         threads_per_worker: int | None = None,
         worker_memory: int | None = None,
         bandwidth: float | None = None,
+        before_fit: bool = False,
     ) -> Forecast:
         """How :meth:`influences_to_zarr` would cut the work, and what that costs; pure, no task runs.
 
@@ -468,6 +469,9 @@ class InfluenceFunctionModel:
             A cluster to plan for, which need not exist; by default the one of ``client``.
         bandwidth : float, optional
             Bytes a second between the store and all workers together.
+        before_fit : bool
+            Plan without a fit. The time is then that of derivatives and products alone: what the fit and
+            the solving of factors take is not known.
 
         Returns
         -------
@@ -476,8 +480,11 @@ class InfluenceFunctionModel:
             measured after the fit), and of what limits the run first;
             ``plan.validate(memory_limit)`` raises where it does not fit.
         """
-        fitted = self._require_fit().swept(hessian_regularization)
+        fitted = None if before_fit else self._require_fit()
         reduction, train_source = check_reduction(reduce), as_source(train, "train")
+        if fitted is None:
+            fitted = fitting.foreseen(self._configuration, self._resources, train_source)
+        fitted = fitted.swept(hessian_regularization)
         cluster = self._resources.cluster(workers, threads_per_worker, worker_memory, bandwidth)
         plan = runs.score_plan(
             fitted,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dask_influence import arguments
+from dask_influence import arguments, settings
 from dask_influence.arguments import InfluenceMode
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
@@ -236,6 +236,7 @@ def _plan(
     **limits: int | None,
 ) -> Plan:
     kept = None if reduced is None else reduced.kept
+    limits["tile_bytes"] = limits.get("tile_bytes") or settings.nbytes("tile.target-bytes")
     return fitted.plan(test, train, mode, project=_projects(fitted, test), kept=kept, **limits)
 
 

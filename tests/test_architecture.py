@@ -18,6 +18,9 @@ PURE_CORE = "Core is pure torch"
 ONE_SCHEDULER_FILE = "Only execution.dask knows a scheduler"
 EXECUTION = "Floors of execution"
 CORE = "Floors of core"
+SETTINGS = "Tasks read no configuration"
+JOB_FILES = "Only the command line reads job files"
+COMMAND_LINE = "Floors of the command line"
 ESTIMATORS = "Estimators do not know each other"
 
 PLANTED = {
@@ -32,6 +35,12 @@ PLANTED = {
     "errors-imports-grid": ("errors.py", "dask_influence.grid", FLOORS),
     "module-without-a-floor": ("attic.py", "dask_influence.errors", FLOORS),
     "storage-imports-distributed": ("storage/stores.py", "distributed", ONE_SCHEDULER_FILE),
+    "commands-import-distributed": ("cli/commands.py", "distributed", ONE_SCHEDULER_FILE),
+    "tasks-import-settings": ("execution/tasks.py", "dask_influence.settings", SETTINGS),
+    "runs-import-pydantic": ("runs.py", "pydantic", JOB_FILES),
+    "influence-imports-click": ("influence.py", "click", JOB_FILES),
+    "influence-imports-cli": ("influence.py", "dask_influence.cli.job", FLOORS),
+    "document-imports-loading": ("cli/document.py", "dask_influence.cli.loading", COMMAND_LINE),
     "influence-imports-distributed": ("influence.py", "distributed", ONE_SCHEDULER_FILE),
     "plan-imports-tasks": ("execution/plan.py", "dask_influence.execution.tasks", EXECUTION),
     "tasks-import-drive": ("execution/tasks.py", "dask_influence.execution.drive", EXECUTION),
@@ -89,7 +98,17 @@ def plant(folder: Path, module: str, imported: str) -> None:
 
 def test_the_repository_keeps_every_contract() -> None:
     found = contracts(ROOT)
-    assert set(found) == {FLOORS, PURE_CORE, ONE_SCHEDULER_FILE, EXECUTION, CORE, ESTIMATORS}
+    assert set(found) == {
+        FLOORS,
+        PURE_CORE,
+        ONE_SCHEDULER_FILE,
+        EXECUTION,
+        CORE,
+        ESTIMATORS,
+        SETTINGS,
+        JOB_FILES,
+        COMMAND_LINE,
+    }
     assert set(found.values()) == {"KEPT"}
 
 

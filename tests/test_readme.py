@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import pairwise
@@ -10,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+
+from dask_influence.cli import cli
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -53,6 +59,26 @@ def test_python_blocks_print_what_the_readme_shows(tmp_path: Path, monkeypatch: 
             assert steady(printed.getvalue()) == steady(shown)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_job_file_is_that_of_the_examples_and_its_output_is_shown(tmp_path: Path) -> None:
+    text = README.read_text()
+    (shown,) = [body for kind, body in blocks(text) if kind == "yaml"]
+    examples = README.parent / "examples"
+    assert shown == (examples / "digits.yaml").read_text()
+    for name in ("digits.yaml", "digits_job.py"):
+        shutil.copy(examples / name, tmp_path)
+    subprocess.run([sys.executable, tmp_path / "digits_job.py"], check=True)
+    # in this process instead of two workers: the same bits, sooner
+    job = tmp_path / "here.yaml"
+    job.write_text(shown.replace("{workers: 2, memory_limit: 2GiB}", "{workers: 0}"))
+    for command in ("run", "verify"):
+        result = CliRunner().invoke(cli, [command, str(job)])
+        assert result.exit_code == 0, result.stderr
+    (line,) = [line for line in text.splitlines() if line.startswith("dask-influence top")]
+    top = CliRunner().invoke(cli, ["top", str(job), *line.split()[3:]])
+    assert top.stdout in [body for kind, body in blocks(text) if kind == "text"]
 
 
 def test_a_changed_output_would_be_noticed() -> None:

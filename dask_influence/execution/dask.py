@@ -21,6 +21,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor
 
+from dask_influence import settings
 from dask_influence.core.estimators import Inverse
 from dask_influence.core.moments import Moments, merge
 from dask_influence.core.problem import Problem
@@ -32,16 +33,11 @@ from dask_influence.execution.shipping import Envelope, ShippedInverse, ShippedM
 from dask_influence.storage.sources import Source, stage
 from dask_influence.storage.stores import Location
 
-WINDOW = 3
-"""Tasks in flight per worker thread."""
-
 FAN_IN = 8
 """Partial sums that one task adds. A power of two: the tree is then the one of ``merge``."""
 
 SMALL_RESULT = 2**16
 """Bytes of sums that travel through the scheduler; larger ones go through the store."""
-
-RETRIES = 3
 
 
 class DaskExecutor(Executor):
@@ -141,15 +137,15 @@ class DaskExecutor(Executor):
     ) -> Moments:
         """Σ function(*call): partial sums meet on the workers, the total comes through the store."""
         with self._connected():
-            submit = self.client.submit
-            level = [submit(function, *call, pure=False, retries=RETRIES) for call in calls]
+            submit, retries = self.client.submit, settings.count("retries", 0)
+            level = [submit(function, *call, pure=False, retries=retries) for call in calls]
             leaves = as_completed(level if report is not None else [])  # lets go of each as it is reported
             while len(level) > 1:
                 level = [
-                    submit(_merge, level[low : low + FAN_IN], pure=False, retries=RETRIES)
+                    submit(_merge, level[low : low + FAN_IN], pure=False, retries=retries)
                     for low in range(0, len(level), FAN_IN)
                 ]
-            total = submit(_deliver, level[0], self.location, pure=False, retries=RETRIES)
+            total = submit(_deliver, level[0], self.location, pure=False, retries=retries)
             del level
             for done, _ in enumerate(leaves, 1):
                 assert report is not None
@@ -167,13 +163,13 @@ class DaskExecutor(Executor):
         lost: Callable[[tuple[Any, ...]], None] | None = None,
     ) -> Iterator[Any]:
         """Submit through a window and release each future as it completes."""
-        pending = iter(calls)
+        pending, retries = iter(calls), settings.count("retries", 0)
         running = as_completed()
         asked: dict[Any, tuple[Any, ...]] = {}  # by key of the future
 
         def submit(count: int) -> None:
             for call in _first(pending, count):
-                future = self.client.submit(function, *call, pure=False, retries=RETRIES)
+                future = self.client.submit(function, *call, pure=False, retries=retries)
                 asked[future.key] = call
                 running.add(future)
 
@@ -216,7 +212,7 @@ class DaskExecutor(Executor):
 
     def _window(self) -> int:
         threads = self.client.nthreads()
-        return WINDOW * max(1, sum(threads.values()))
+        return settings.count("window") * max(1, sum(threads.values()))
 
     # -- checks before anything runs --------------------------------------------------
     def check(self) -> None:
@@ -225,12 +221,15 @@ class DaskExecutor(Executor):
             raise ConfigurationError("client is asynchronous; pass a synchronous distributed.Client")
         if self.client.status != "running":
             raise ClusterError(f"client is {self.client.status}; connect it to a running scheduler")
+        patience = settings.seconds("wait-for-workers")
         try:
             with self._connected():
-                self.client.wait_for_workers(1, timeout=30)
+                self.client.wait_for_workers(1, timeout=patience)
                 workers = frozenset(self.client.nthreads())
         except TimeoutError as error:
-            raise ClusterError("the cluster has no workers after 30 s; start at least one") from error
+            raise ClusterError(
+                f"the cluster has no workers after {patience:.0f} s; start at least one"
+            ) from error
         if workers <= self._checked:
             return
         mine = versions()

@@ -18,6 +18,9 @@ from dask_influence.storage.stores import Location
 
 LEDGER = "_run/ledger"
 """Folder of the entries."""
+STATUS_KEY = "_run/status.json"
+"""What the client says of its progress; it may be there before the run, and nothing depends on it."""
+
 _DONE, _FAILED = ".json", ".failed.json"
 _REDO = "delete it and run the same call again"
 _REPLACE = "pass overwrite=True to replace the run"

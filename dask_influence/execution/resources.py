@@ -8,9 +8,9 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-import dask.config
 import torch
 
+from dask_influence import settings
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution import tasks
@@ -27,14 +27,8 @@ from dask_influence.storage.stores import Location
 LARGE_MODEL = 2**16
 """Parameters from which one process uses all its torch threads."""
 
-DEFAULT_CHUNK = 256
-"""Training samples summed in one call, unless data or caller say otherwise."""
-
 PARAMETERS_PER_SAMPLE, LARGEST_CHUNK = 512, 2048
 """Chunks of data are joined for large models: a sample for so many parameters, up to so many samples."""
-
-CHUNK_BYTES = 512 * 2**20
-"""Bytes that the activations of one chunk may take, whatever chunks the data come in."""
 
 
 class Resources:
@@ -55,7 +49,7 @@ class Resources:
         self,
         client: Any = None,
         device: str = "auto",
-        artifacts: str | PathLike[str] | None = None,
+        artifacts: str | PathLike[str] | Location | None = None,
         chunk_size: int | None = None,
         certify: bool = True,
     ) -> None:
@@ -73,7 +67,7 @@ class Resources:
     @property
     def kept(self) -> Location | None:
         """The place of artifacts that a user named, which outlives this process."""
-        url = self.artifacts or dask.config.get("influence.artifacts.url", None)
+        url = self.artifacts or settings.text("artifacts.url")
         return None if url is None else Location.of(url)
 
     @property
@@ -114,9 +108,8 @@ class Resources:
 
         It is the same wherever a small model runs, so that its scores are the same bits.
         """
-        configured = dask.config.get("influence.torch-threads", None)
-        if configured is not None:
-            return int(configured)
+        if settings.text("torch-threads") is not None:
+            return settings.count("torch-threads")
         if self.client is not None or problem.objective.size < LARGE_MODEL:
             return 1
         return torch.get_num_threads()
@@ -124,8 +117,10 @@ class Resources:
     def _samples_at_once(self, problem: Problem, source: Source) -> int:
         if self.chunk_size is not None:
             return min(self.chunk_size, len(source))
-        most = max(1, CHUNK_BYTES // (8 * problem.activations * problem.objective.dtype.itemsize))
-        natural = source.chunk_size or DEFAULT_CHUNK
+        held, most = settings.nbytes("chunk.bytes"), len(source)
+        if held is not None:
+            most = max(1, held // (8 * problem.activations * problem.objective.dtype.itemsize))
+        natural = source.chunk_size or settings.count("chunk.samples")
         # Each chunk's sums are as large as θ, whatever its samples: many samples share their cost.
         worthwhile = min(problem.objective.size // PARAMETERS_PER_SAMPLE, LARGEST_CHUNK, most)
         return min(natural * max(1, worthwhile // natural), most, len(source))

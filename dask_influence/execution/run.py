@@ -29,7 +29,7 @@ from dask_influence.execution import quarantine, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.base import Executor, Model, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
-from dask_influence.execution.ledger import Ledger, compare_fingerprints
+from dask_influence.execution.ledger import STATUS_KEY, Ledger, compare_fingerprints
 from dask_influence.execution.missing import MissingSamples, forget_missing
 from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan, factor_name
 from dask_influence.execution.progress import Report, reporting
@@ -233,7 +233,8 @@ class Output:
 
     def _begun_elsewhere(self) -> dict[str, Any] | None:
         """The record of a client that began a moment ago, if what is there is its work; else None if empty."""
-        if all(key.rpartition("/")[2].startswith(".probe-") for key in self.location.list()):
+        held = [key for key in self.location.list() if key != STATUS_KEY]
+        if all(key.rpartition("/")[2].startswith(".probe-") for key in held):
             return None  # empty, but for what check_writable of another client tries
         stored = self.ledger.read_begun()  # the first object that a run writes
         if stored is None and self.location.list(RUN_FOLDER):

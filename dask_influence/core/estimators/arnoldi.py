@@ -216,6 +216,10 @@ class Arnoldi(Estimator):
     block_size: int | None = None
     maxiter: int = 300
 
+    def directions(self, system: System) -> int | None:
+        """R, unless the complement is kept."""
+        return None if self.complement else self.rank
+
     def __post_init__(self) -> None:
         """Integers of numpy as Python's."""
         plain_integers(self, "rank", "krylov_dimension", "seed", "block_size", "maxiter")

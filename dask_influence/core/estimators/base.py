@@ -202,7 +202,19 @@ class Inverse(ABC):
 
 @dataclass(frozen=True)
 class Estimator(ABC):
-    """Configuration of one algorithm; a frozen dataclass of its own arguments."""
+    """Configuration of one algorithm; a frozen dataclass of its own arguments.
+
+    Attributes
+    ----------
+    solves_by_rounds : bool
+        What ``needs_rounds`` of its inverse will be, known before a fit.
+    """
+
+    solves_by_rounds: ClassVar[bool] = False
+
+    def directions(self, system: System) -> int | None:
+        """R, the number of directions that its inverse will have of its own, or None; known before a fit."""
+        return None
 
     def validate(self, system: System) -> None:  # noqa: B027 - most estimators accept any system
         """Raise :class:`ConfigurationError` where this configuration cannot be fitted to ``system``."""

@@ -413,6 +413,18 @@ class BlockDiagonal(Estimator):
             return self.estimator
         return replace(self.estimator, rank=size)  # type: ignore[call-arg]
 
+    @property
+    def solves_by_rounds(self) -> bool:  # type: ignore[override]
+        """That of every block."""
+        return self.estimator.solves_by_rounds
+
+    def directions(self, system: System) -> int | None:
+        """Those of all blocks; None where a block has none."""
+        assert isinstance(system, BlockSystem)
+        found = [self._of(part.size).directions(part) for part in system.parts.values()]
+        held = [count for count in found if count is not None]
+        return sum(held) if len(held) == len(found) else None
+
     def validate(self, system: System) -> None:
         """The configuration against all of θ, and against each block that does not cut its rank."""
         assert isinstance(system, BlockSystem)

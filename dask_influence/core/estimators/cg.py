@@ -307,6 +307,8 @@ class Cg(Estimator):
         Raise :class:`ConvergenceError` where the default warns.
     """
 
+    solves_by_rounds: ClassVar[bool] = True
+
     rtol: float = 1e-6
     atol: float = 0.0
     maxiter: int | None = None

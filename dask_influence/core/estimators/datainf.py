@@ -133,6 +133,8 @@ class DataInf(Estimator):
         What a block is: the parameters of one module (the paper's choice), one tensor, or θ.
     """
 
+    solves_by_rounds: ClassVar[bool] = True
+
     blocks: str = "layer"
 
     def validate(self, system: System) -> None:

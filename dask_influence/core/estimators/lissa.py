@@ -361,6 +361,8 @@ class Lissa(Estimator):
         Raise :class:`ConvergenceError` where the default warns that maxiter was reached.
     """
 
+    solves_by_rounds: ClassVar[bool] = True
+
     maxiter: int = 5000
     dampen: float = 0.0
     scale: float | None = None

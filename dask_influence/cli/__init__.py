@@ -1,0 +1,196 @@
+"""The command line: ``dask-influence``, also ``dask influence``, over a job file.
+
+========  =====================================================================================
+code      what it says
+========  =====================================================================================
+0         done; the store is complete, or as it should be
+1         the run failed, for a reason outside the job: the same call may succeed, and resumes
+2         the job or the command line was refused: the same call would be refused again
+3         the store is incomplete or damaged (``run``, ``status``, ``verify``, ``top``)
+128 + n   stopped by signal n (130 by Ctrl-C, 143 by SIGTERM); the same call resumes
+========  =====================================================================================
+
+Modules: :mod:`~dask_influence.cli.document` (YAML with lines and variables) carries
+:mod:`~dask_influence.cli.job` (the schema), :mod:`~dask_influence.cli.loading` (what its strings
+mean) and :mod:`~dask_influence.cli.cluster` (who does the work); :mod:`~dask_influence.cli.status`
+and :mod:`~dask_influence.cli.progress` tell how far it is; :mod:`~dask_influence.cli.session` has
+logs, secrets and exit codes, :mod:`~dask_influence.cli.commands` what each command does. Nothing of it is imported
+before a command runs: every ``dask`` command loads this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from dask_influence import __version__
+
+__all__ = ["cli"]
+
+
+class _Codes(click.Group):
+    """A group whose help ends with the exit codes."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl(
+                [
+                    ("0", "done; the store is complete, or as it should be"),
+                    (
+                        "1",
+                        "the run failed for a reason outside the job; the same call may succeed, and resumes",
+                    ),
+                    ("2", "job or command line refused; the same call would be refused again"),
+                    ("3", "the store is incomplete or damaged"),
+                    ("130, 143", "stopped by Ctrl-C, by SIGTERM; the same call resumes"),
+                ]
+            )
+
+
+@click.group(
+    name="influence",
+    cls=_Codes,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+def cli() -> None:
+    """Influence functions of PyTorch models on a Dask cluster, from a job file.
+
+    A STORE is the path or URL of what a run wrote, or the job file (.yaml, .yml) that names it.
+    """
+
+
+def _command(name: str) -> Callable[..., Any]:
+    """What the command does, imported when it runs."""
+    return getattr(importlib.import_module("dask_influence.cli.commands"), name)
+
+
+def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command for what is said on standard error, and a session that it runs in."""
+
+    @click.option("-v", "--verbose", is_flag=True, help="Debug messages, and tracebacks of errors.")
+    @click.option(
+        "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]"
+    )
+    @click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")
+    @functools.wraps(function)
+    def told(verbose: bool, log_level: str | None, log_format: str | None, **arguments: Any) -> None:
+        _command("run")  # with it Dask, whose loggers the session takes over
+        from dask_influence.cli.session import session
+
+        with session(verbose, log_level, log_format) as opened:
+            function(opened, **arguments)
+
+    return told
+
+
+def _scheduled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for a scheduler that is there."""
+    options = [
+        click.option(
+            "--scheduler-address",
+            envvar="DASK_SCHEDULER_ADDRESS",
+            metavar="ADDRESS",
+            help="Scheduler to join, such as tcp://host:8786, instead of workers of this machine.",
+        ),
+        click.option(
+            "--scheduler-file",
+            type=click.Path(),
+            help="The same from what dask scheduler --scheduler-file wrote.",
+        ),
+        click.option("--tls-ca-file", type=click.Path(exists=True), help="Of encrypted connections."),
+        click.option("--tls-cert", type=click.Path(exists=True)),
+        click.option("--tls-key", type=click.Path(exists=True)),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+_job = click.argument("job", type=click.Path(exists=True, dir_okay=False))
+_store = click.argument("store")
+_json = click.option("--json", "as_json", is_flag=True, help="For programs.")
+
+
+@cli.command("plan")
+@_job
+@_scheduled
+@click.option("--workers", type=click.IntRange(min=1), help="A cluster to plan for, which need not exist.")
+@click.option("--threads-per-worker", type=click.IntRange(min=1))
+@click.option("--worker-memory", metavar="BYTES", help="Of each worker, such as 8GiB.")
+@click.option("--bandwidth", metavar="BYTES", help="A second, between store and all workers, such as 1GB.")
+@_told
+def _plan(session: Any, **arguments: Any) -> None:
+    """How JOB would be cut, what it costs and what limits it; nothing is fitted or written."""
+    _command("plan")(session, **arguments)
+
+
+@cli.command("run")
+@_job
+@_scheduled
+@click.option("--resume/--no-resume", default=True, help="Go on where an earlier run stopped, or refuse to.")
+@click.option("--overwrite", is_flag=True, help="Delete first what the store holds.")
+@click.option("--repair", is_flag=True, help="Read everything again, and recompute what is damaged.")
+@click.option("--performance-report", type=click.Path(dir_okay=False), help="HTML of what the cluster did.")
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), help="Serve progress to Prometheus (extra: metrics)."
+)
+@_told
+def _run(session: Any, **arguments: Any) -> None:
+    """Fit and score as JOB says; called again, it goes on where it was."""
+    _command("run")(session, **arguments)
+
+
+@cli.command("status")
+@_store
+@_json
+@_told
+def _status(session: Any, **arguments: Any) -> None:
+    """How far a run is, from its STORE alone, also while another process runs it."""
+    _command("status")(session, **arguments)
+
+
+@cli.command("verify")
+@_store
+@click.option(
+    "--repair", is_flag=True, help="Withdraw what is damaged, so that the job recomputes just that."
+)
+@_json
+@_told
+def _verify(session: Any, **arguments: Any) -> None:
+    """Read every object of a STORE and compare it with what was recorded when it was written."""
+    _command("verify")(session, **arguments)
+
+
+@cli.command("top")
+@_store
+@click.option(
+    "-t", "--test", "tests", multiple=True, required=True, metavar="ID", help="Test point; repeatable."
+)
+@click.option("-k", "--count", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--regularization", type=float, help="λ, of a store that holds several.")
+@_json
+@_told
+def _top(session: Any, **arguments: Any) -> None:
+    """Most helpful and most harmful training points of test points, from a STORE."""
+    _command("top")(session, **arguments)
+
+
+@cli.command("schema")
+def _schema() -> None:
+    """JSON schema of job files, for editors."""
+    _command("schema")()
+
+
+@cli.command("version")
+def _version() -> None:
+    """Versions that results depend on."""
+    import platform
+    from importlib.metadata import version as installed
+
+    packages = ("torch", "dask", "distributed", "zarr", "numpy")
+    click.echo(f"dask_influence {__version__}, Python {platform.python_version()}")
+    click.echo(", ".join(f"{name} {installed(name)}" for name in packages))

@@ -1,0 +1,245 @@
+"""What each command does, once its options are known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import uuid
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+from dask.utils import parse_bytes
+
+from dask_influence.cli import cluster, loading, progress
+from dask_influence.cli import top as lists
+from dask_influence.cli.cluster import Scheduler
+from dask_influence.cli.job import Job
+from dask_influence.cli.job import schema as job_schema
+from dask_influence.cli.session import Exit, Session, Stopped, exit_code, stoppable
+from dask_influence.cli.status import Report, StatusFile
+from dask_influence.errors import ConfigurationError, IncompleteRunError, InfluenceWarning
+from dask_influence.execution import verify as verification
+from dask_influence.storage.results import open_influences
+from dask_influence.storage.sources import as_source
+from dask_influence.storage.stores import Location
+
+log = logging.getLogger(__name__)
+
+SCHEDULER = ("scheduler_address", "scheduler_file", "tls_ca_file", "tls_cert", "tls_key")
+
+
+# -- plan and run --------------------------------------------------------------------------
+def plan(
+    session: Session,
+    job: str,
+    workers: int | None,
+    threads_per_worker: int | None,
+    worker_memory: str | None,
+    bandwidth: str | None,
+    **scheduler: str | None,
+) -> None:
+    """Print the plan of a job; a scheduler is asked for its workers, and none is started."""
+    with ExitStack() as stack:
+        asked = _read(session, job)
+        where = _scheduler(scheduler)
+        machines = asked.cluster
+        client = stack.enter_context(cluster.cluster(machines, where)) if where.given else None
+        if client is None and machines.workers:
+            workers = workers or machines.workers
+            threads_per_worker = threads_per_worker or machines.threads_per_worker
+        memory = _nbytes("--worker-memory", worker_memory) or (None if client else machines.memory_limit)
+        model = loading.influence(asked, client)
+        forecast = model.plan(
+            loading.data(asked, "test"),
+            _train(asked),
+            **_asked_for(asked),
+            workers=workers,
+            threads_per_worker=threads_per_worker,
+            worker_memory=memory,
+            bandwidth=_nbytes("--bandwidth", bandwidth),
+            before_fit=True,
+        )
+        click.echo(forecast)
+
+
+def run(
+    session: Session,
+    job: str,
+    resume: bool,
+    overwrite: bool,
+    repair: bool,
+    performance_report: str | None,
+    metrics_port: int | None,
+    **scheduler: str | None,
+) -> None:
+    """Fit, score, and say in the store how far it is."""
+    with stoppable():
+        asked = _read(session, job)
+        where = _scheduler(scheduler)
+        store = loading.output(asked)
+        session.fields["run"] = name = uuid.uuid4().hex[:12]
+        status = StatusFile(store, name, _digest(asked), session.secrets.hide)
+        log.info("run %s of %s into %s", name, job, store.url)
+        try:
+            with ExitStack() as stack:
+                sinks: list[progress.Sink] = [status]
+                if metrics_port is not None:
+                    sinks.append(metrics := progress.Metrics(metrics_port, name))
+                    stack.callback(metrics.close)
+                client = stack.enter_context(cluster.cluster(asked.cluster, where, performance_report))
+                report = stack.enter_context(progress.shown(sinks, lambda: cluster.memory(client)))
+                _carry_out(asked, client, store, report, resume=resume, overwrite=overwrite, repair=repair)
+        except BaseException as error:
+            _ended(status, error)
+            raise
+        found = Report.of(store)
+        status.end("complete" if found.complete else "incomplete")
+        click.echo(Report.of(store))
+        if not found.complete:
+            raise SystemExit(Exit.INCOMPLETE)
+
+
+def _carry_out(
+    asked: Job,
+    client: Any,
+    store: Location,
+    report: progress.Relay,
+    *,
+    overwrite: bool,
+    **how: Any,
+) -> None:
+    # Everything that the job names is looked at before the first pass over the data.
+    model = loading.influence(asked, client)
+    test, train = loading.data(asked, "test"), _train(asked)
+    labels = {f"{side}_ids": loading.ids(asked, side) for side in ("test", "train")}
+    asked_for = _asked_for(asked)
+    store.check_writable()
+    model.fit(train, progress=report)
+    model.influences_to_zarr(
+        store,
+        test,
+        train,
+        **asked_for,
+        **labels,
+        overwrite=overwrite or asked.output.overwrite,
+        on_missing=asked.output.on_missing,
+        progress=report,
+        **how,
+    )
+
+
+def _ended(status: StatusFile, error: BaseException) -> None:
+    """Say in the store how a run ended that is not complete."""
+    if isinstance(error, Stopped):
+        status.end("interrupted", f"stopped by {error}")
+    elif isinstance(error, KeyboardInterrupt):
+        status.end("interrupted", "stopped")
+    elif isinstance(error, Exception):
+        state = "incomplete" if isinstance(error, IncompleteRunError) else "failed"
+        status.end(state, f"{type(error).__name__}: {error}")
+        if exit_code(error) is Exit.REFUSED:
+            status.withdraw()
+
+
+def _train(asked: Job) -> Any:
+    train = loading.data(asked, "train")
+    with loading.at(asked, "data", "train"):
+        return as_source(train, "train")
+
+
+def _asked_for(asked: Job) -> dict[str, Any]:
+    """What scores are asked for, and how they are cut: what ``plan`` and ``influences_to_zarr`` share."""
+    return {
+        "mode": asked.mode,
+        "reduce": loading.reduction(asked),
+        "hessian_regularization": asked.hessian_regularizations,
+        "tile_bytes": asked.output.tile_bytes,
+        "memory_limit": asked.output.memory_limit,
+    }
+
+
+def _read(session: Session, job: str) -> Job:
+    """The job, with its secrets and its wishes for the log known to the session."""
+    asked = Job.read(job)
+    session.secrets = asked.secrets
+    session.settle(asked.logging.level, asked.logging.format)
+    return asked
+
+
+def _digest(asked: Job) -> str:
+    """Names the job: the file as it is written, so that nothing of the environment is in it."""
+    content = json.dumps(asked.document.raw, sort_keys=True, default=str)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _scheduler(given: Mapping[str, str | None]) -> Scheduler:
+    return Scheduler(**{name.removeprefix("scheduler_"): given[name] for name in SCHEDULER})
+
+
+def _nbytes(option: str, given: str | None) -> int | None:
+    try:
+        return None if given is None else int(parse_bytes(given))
+    except ValueError:
+        raise ConfigurationError(f"{option} must be a number of bytes, such as 8GiB; got {given!r}") from None
+
+
+# -- what a store holds --------------------------------------------------------------------
+def status(session: Session, store: str, as_json: bool) -> None:
+    """Print how far a run is; 3 where it is not complete."""
+    found = Report.of(_place(session, store))
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else found)
+    if not found.complete:
+        raise SystemExit(Exit.INCOMPLETE)
+
+
+def verify(session: Session, store: str, repair: bool, as_json: bool) -> None:
+    """Print what is damaged; 3 where anything is."""
+    found = verification.verify(_place(session, store), repair=repair)
+    if as_json:
+        damaged = [vars(one) for one in found.damaged]
+        click.echo(json.dumps({**vars(found), "damaged": damaged, "ok": found.ok}, indent=1))
+    else:
+        click.echo(found)
+    if not found.ok or found.unfinished:
+        raise SystemExit(Exit.INCOMPLETE)
+
+
+def top(
+    session: Session,
+    store: str,
+    tests: tuple[str, ...],
+    count: int,
+    regularization: float | None,
+    as_json: bool,
+) -> None:
+    """Print the most helpful and the most harmful training points; 3 where some scores are not there yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InfluenceWarning)  # said below, of the rows that are asked for
+        scores = open_influences(_place(session, store))
+    found = lists.top(scores, tests, count, regularization)
+    if as_json:
+        click.echo(json.dumps([one.to_json() for one in found], indent=1))
+    else:
+        click.echo("\n\n".join(map(str, found)))
+    missing = [one for one in found if one.missing]
+    if missing:
+        rows = ", ".join(f"{one.test} ({one.missing})" for one in missing)
+        log.warning("scores of these test points are not there yet: %s", rows)
+        raise SystemExit(Exit.INCOMPLETE)
+
+
+def _place(session: Session, store: str) -> Location:
+    """The store, or the one that a job file names, with its credentials."""
+    if Path(store).suffix in (".yaml", ".yml"):
+        return loading.output(_read(session, store))
+    return Location.of(store)
+
+
+def schema() -> None:
+    """Print the JSON schema of job files."""
+    click.echo(json.dumps(job_schema(), indent=1))

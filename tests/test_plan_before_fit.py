@@ -1,0 +1,46 @@
+"""A plan without a fit has the geometry of the one after it, whatever the estimator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dask_influence import (
+    ArnoldiInfluence,
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    GradientDotInfluence,
+    InverseHarmonicMeanInfluence,
+    LissaInfluence,
+    NystroemSketchInfluence,
+)
+from dask_influence.errors import NotFittedError
+from tests import data
+
+ESTIMATORS = {
+    "direct": lambda: DirectInfluence(*MODEL, 0.1),
+    "low rank": lambda: ArnoldiInfluence(*MODEL, 0.1, rank=2),
+    "woodbury": lambda: ArnoldiInfluence(*MODEL, 0.1, rank=2, complement=True),
+    "cg": lambda: CgInfluence(*MODEL, 0.1),
+    "lissa": lambda: LissaInfluence(*MODEL, 0.1),
+    "ekfac": lambda: EkfacInfluence(*MODEL, 0.1),
+    "nystroem": lambda: NystroemSketchInfluence(*MODEL, 0.1, rank=2),
+    "datainf": lambda: InverseHarmonicMeanInfluence(*MODEL, 0.1),
+    "gradient dot": lambda: GradientDotInfluence(*MODEL, 0.1),
+    "blocks": lambda: ArnoldiInfluence(*MODEL, 0.1, rank=2, block_structure="parameter"),
+}
+MODEL = (torch.nn.Linear(4, 2), torch.nn.functional.mse_loss)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_plan_before_the_fit_is_that_after_it(name: str) -> None:
+    x, y = data.normal(1, 23, 4).float(), data.normal(2, 23, 2).float()
+    model = ESTIMATORS[name]()
+    before = model.plan((x[:5], y[:5]), (x, y), before_fit=True)
+    with pytest.raises(NotFittedError):
+        model.plan((x[:5], y[:5]), (x, y))
+    after = model.fit((x, y)).plan((x[:5], y[:5]), (x, y))
+    for field in ("work", "query_rows", "tile", "strip_columns", "batch", "factor_rows"):
+        assert getattr(before, field) == getattr(after, field), field
+    assert (before.speed.factor is None) == (after.speed.factor is None)
