@@ -157,6 +157,35 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return result if bias is None else result + bias
 
 
+# -- losses ----------------------------------------------------------------------------
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``torch.nn.functional.cross_entropy`` of class indices, whose fused kernels ``vmap`` takes apart slowly."""
+    axis = 0 if input.dim() == 1 else 1
+    indices = target.dtype == torch.int64 and target.shape == input.shape[:axis] + input.shape[axis + 1 :]
+    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0
+    wide = input.dtype in (torch.float32, torch.float64)  # the fused kernel sums narrower ones in float32
+    if not (indices and plain and wide):
+        return functional.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    counted = target != ignore_index
+    shifted = input - input.detach().amax(axis, keepdim=True)
+    chosen = shifted.gather(axis, torch.where(counted, target, 0).unsqueeze(axis)).squeeze(axis)
+    losses = torch.where(counted, shifted.exp().sum(axis).log() - chosen, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
+
+
 # -- recurrent cells and layers --------------------------------------------------------
 def _gates(x: Tensor, h: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     w_ih, w_hh, *biases = cast("tuple[Tensor, ...]", weights)
@@ -282,6 +311,7 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.hardsigmoid: hardsigmoid,
     functional.rrelu: rrelu,
     functional.embedding_bag: embedding_bag,
+    functional.cross_entropy: cross_entropy,
     _functions.gru_cell: gru_cell,
     _functions.lstm_cell: lstm_cell,
     _functions.rnn_tanh_cell: rnn_tanh_cell,

@@ -259,6 +259,48 @@ def test_elementary_forms_equal_the_fused_kernels_to_rounding(name: str) -> None
     torch.testing.assert_close(again, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (7, 5, 3), (7, 5, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"ignore_index": 2},
+        {"ignore_index": 2, "reduction": "none"},
+        {"label_smoothing": 0.1},
+        {"weight": torch.arange(1.0, 6.0, dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_elementary_cross_entropy(shape: tuple[int, ...], how: dict[str, Any]) -> None:
+    x = (30 * data.normal(5, *shape)).requires_grad_()
+    rest = () if len(shape) == 1 else shape[:1] + shape[2:]
+    y = torch.randint(5, rest, generator=torch.Generator().manual_seed(4))
+    if rest:
+        y.view(-1)[:2] = torch.tensor([2, 0])
+    elif "ignore_index" in how:
+        y = torch.tensor(3)
+    expected = torch.nn.functional.cross_entropy(x, y, **how)
+    slope = torch.autograd.grad(expected.sum(), x)[0]
+    with differentiation():
+        actual = torch.nn.functional.cross_entropy(x, y, **how)
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+        found = torch.autograd.grad(actual.sum(), x)[0]
+    torch.testing.assert_close(found, slope, rtol=1e-12, atol=1e-14)
+
+
+def test_elementary_cross_entropy_leaves_other_targets_to_torch() -> None:
+    x = data.normal(6, 4, 3)
+    probabilities = data.normal(7, 4, 3).softmax(1)
+    for given, target in ((x, probabilities), (x.bfloat16(), torch.tensor([0, 1, 2, 0]))):
+        expected = torch.nn.functional.cross_entropy(given, target)
+        with differentiation():
+            assert torch.equal(torch.nn.functional.cross_entropy(given, target), expected)
+    with differentiation(), pytest.raises((RuntimeError, IndexError)):
+        torch.nn.functional.cross_entropy(x, torch.tensor([0, 1, 3, 0]))
+
+
 @pytest.mark.parametrize("how", [{}, {"mode": "sum"}, {"mode": "max"}, {"padding_idx": 2}])
 def test_bags_of_tokens_equal_the_fused_kernel(how: dict[str, Any]) -> None:
     bag = nn.EmbeddingBag(7, 3, **how).double()
