@@ -29,7 +29,8 @@ from dask_influence.execution.drive import Passes
 from dask_influence.execution.forecast import Speed
 from dask_influence.execution.plan import Plan, arrange
 from dask_influence.execution.resources import Resources
-from dask_influence.execution.run import Fit, StoredFactors, required
+from dask_influence.execution.run import Fit, required
+from dask_influence.execution.stored import StoredFactors
 from dask_influence.execution.work import Kept, Work
 from dask_influence.storage.sources import Source, check_finite
 

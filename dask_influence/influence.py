@@ -41,7 +41,7 @@ from dask_influence.execution.memory import factors_in_memory, influences_in_mem
 from dask_influence.execution.plan import arrange
 from dask_influence.execution.reducer import Reduction
 from dask_influence.execution.resources import Resources
-from dask_influence.execution.run import StoredFactors
+from dask_influence.execution.stored import StoredFactors
 from dask_influence.fitted import Fitted
 from dask_influence.reductions import check_reduction
 from dask_influence.storage.results import described

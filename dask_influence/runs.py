@@ -21,20 +21,14 @@ from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
 from dask_influence.execution.missing import check_on_missing
+from dask_influence.execution.output import Output
 from dask_influence.execution.plan import Plan, factor_names, score_names
 from dask_influence.execution.progress import Report
 from dask_influence.execution.reduce import Reduced, write_reduced
 from dask_influence.execution.reducer import Reduction, Scores
 from dask_influence.execution.resources import Resources
-from dask_influence.execution.run import (
-    Fit,
-    Output,
-    StoredFactors,
-    factor_templates,
-    score_templates,
-    write_factors,
-    write_scores,
-)
+from dask_influence.execution.run import Fit, factor_templates, score_templates, write_factors, write_scores
+from dask_influence.execution.stored import StoredFactors
 from dask_influence.fitted import Fitted
 from dask_influence.storage.results import ArrayTemplate, open_influences
 from dask_influence.storage.sources import Source, as_source

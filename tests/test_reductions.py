@@ -308,7 +308,7 @@ def test_a_group_for_each_point_keeps_every_score(tmp_path: Path) -> None:
 # -- SelfInfluence ----------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_self_influence_is_the_diagonal(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "DIRECTION_BYTES", 5 * 51 * 40)  # factors of five points at a time
+    monkeypatch.setattr(plan, "DIRECTION_BYTES", 5 * 51 * 72)  # factors of five points at a time
     case, model = data.mlp_classification(), fitted(kind)
     dataset = model.influences_to_zarr(tmp_path / "run", None, case.train, reduce=SelfInfluence())
     expected = np.diag(np.asarray(model.influences(*case.train)))

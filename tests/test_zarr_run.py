@@ -31,7 +31,7 @@ from dask_influence.errors import (
 from dask_influence.execution import plan
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.ledger import Ledger
-from dask_influence.execution.run import Output
+from dask_influence.execution.output import Output
 from dask_influence.storage.stores import Location
 from tests import data, oracles
 

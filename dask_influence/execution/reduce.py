@@ -17,6 +17,7 @@ from dask_influence.execution import tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
 from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.output import Output
 from dask_influence.execution.plan import Plan
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.execution.reduce_tasks import (
@@ -29,15 +30,8 @@ from dask_influence.execution.reduce_tasks import (
     reduce_node,
 )
 from dask_influence.execution.reducer import Array, Reducer, Reduction, Scores
-from dask_influence.execution.run import (
-    Fit,
-    Output,
-    StoredFactors,
-    import_factors,
-    residual_template,
-    solve_factors,
-    swept_dims,
-)
+from dask_influence.execution.run import Fit, residual_template, solve_factors, swept_dims
+from dask_influence.execution.stored import StoredFactors, import_factors
 from dask_influence.execution.tree import Node, Tree
 from dask_influence.execution.work import Kept
 from dask_influence.storage.results import ArrayTemplate, ShardRecord, described
