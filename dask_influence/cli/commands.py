@@ -26,7 +26,7 @@ from dask_influence.cli.status import NOT_BEGUN, Report, StatusFile
 from dask_influence.errors import ConfigurationError, IncompleteRunError, InfluenceWarning
 from dask_influence.execution import verify as verification
 from dask_influence.execution.dask import DaskExecutor
-from dask_influence.execution.run import StoredFactors
+from dask_influence.execution.stored import StoredFactors
 from dask_influence.storage.results import open_influences
 from dask_influence.storage.sources import Source, as_source
 from dask_influence.storage.stores import Location
