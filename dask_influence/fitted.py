@@ -147,7 +147,7 @@ class Fitted:
             "parameters": list(self.system.names),
             **asked,
             "hessian_regularization": self.sweep or asked["hessian_regularization"],
-            "fit": self.digest,
+            **({"fit": self.digest} if self.digest else {}),  # one that is foreseen has none yet
             "dtype": self.dtype,
             "versions": {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)},
         }

@@ -470,8 +470,8 @@ class InfluenceFunctionModel:
         bandwidth : float, optional
             Bytes a second between the store and all workers together.
         before_fit : bool
-            Plan without a fit. The time is then that of derivatives and products alone: what the fit and
-            the solving of factors take is not known.
+            Plan without a fit, after the checks that a fit would make of model, loss and data. The time is then
+            that of derivatives and products alone: what the fit and the solving of factors take is not known.
 
         Returns
         -------
@@ -485,10 +485,13 @@ class InfluenceFunctionModel:
         if fitted is None:
             fitted = fitting.foreseen(self._configuration, self._resources, train_source)
         fitted = fitted.swept(hessian_regularization)
+        test_side = runs.test_side(test, train_source, reduction, None)
+        if before_fit and isinstance(test_side, Source):
+            fitted.check_query(test_side, "test")
         cluster = self._resources.cluster(workers, threads_per_worker, worker_memory, bandwidth)
         plan = runs.score_plan(
             fitted,
-            runs.test_side(test, train_source, reduction, None),
+            test_side,
             train_source,
             mode_of(mode),
             reduction,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -78,8 +79,11 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")
     @functools.wraps(function)
     def told(verbose: bool, log_level: str | None, log_format: str | None, **arguments: Any) -> None:
-        _command("run")  # with it Dask, whose loggers the session takes over
-        from dask_influence.cli.session import session
+        try:
+            _command("run")  # with it Dask, whose loggers the session takes over
+            from dask_influence.cli.session import session
+        except KeyboardInterrupt:  # imports take seconds
+            raise SystemExit(128 + signal.SIGINT) from None
 
         with session(verbose, log_level, log_format) as opened:
             function(opened, **arguments)

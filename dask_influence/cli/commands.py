@@ -15,17 +15,20 @@ from typing import Any
 import click
 from dask.utils import parse_bytes
 
+from dask_influence import arguments
 from dask_influence.cli import cluster, loading, progress
 from dask_influence.cli import top as lists
 from dask_influence.cli.cluster import Scheduler
 from dask_influence.cli.job import Job
 from dask_influence.cli.job import schema as job_schema
 from dask_influence.cli.session import Exit, Session, Stopped, exit_code, stoppable
-from dask_influence.cli.status import Report, StatusFile
+from dask_influence.cli.status import NOT_BEGUN, Report, StatusFile
 from dask_influence.errors import ConfigurationError, IncompleteRunError, InfluenceWarning
 from dask_influence.execution import verify as verification
+from dask_influence.execution.dask import DaskExecutor
+from dask_influence.execution.stored import StoredFactors
 from dask_influence.storage.results import open_influences
-from dask_influence.storage.sources import as_source
+from dask_influence.storage.sources import Source, as_source
 from dask_influence.storage.stores import Location
 
 log = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ def plan(
             before_fit=True,
         )
         click.echo(forecast)
+        forecast.validate(asked.output.memory_limit or forecast.cluster.memory_limit)
 
 
 def run(
@@ -113,12 +117,16 @@ def _carry_out(
     overwrite: bool,
     **how: Any,
 ) -> None:
-    # Everything that the job names is looked at before the first pass over the data.
+    # What can be refused is refused before the first pass over the data, which may take hours.
+    store.check_writable()
+    if client is not None:
+        DaskExecutor(client, store).check_reach(store)
     model = loading.influence(asked, client)
     test, train = loading.data(asked, "test"), _train(asked)
-    labels = {f"{side}_ids": loading.ids(asked, side) for side in ("test", "train")}
+    labels = _ids(asked, test, train)
     asked_for = _asked_for(asked)
-    store.check_writable()
+    forecast = model.plan(test, train, **asked_for, before_fit=True)
+    forecast.validate(asked.output.memory_limit or forecast.cluster.memory_limit)
     model.fit(train, progress=report)
     model.influences_to_zarr(
         store,
@@ -150,6 +158,19 @@ def _train(asked: Job) -> Any:
     train = loading.data(asked, "train")
     with loading.at(asked, "data", "train"):
         return as_source(train, "train")
+
+
+def _ids(asked: Job, test: Any, train: Source) -> dict[str, Any]:
+    """Coordinates as the job gives them, known to be one for each point."""
+    points = {"train": train, "test": test}
+    if isinstance(test, Location):
+        points["test"] = StoredFactors.found(test, None) or as_source(test, "test")
+    labels = {f"{side}_ids": loading.ids(asked, side) for side in points}
+    for side, source in points.items():
+        if source is not None:
+            with loading.at(asked, "output", f"{side}_ids"):
+                arguments.ids(labels[f"{side}_ids"], source, f"{side}_ids")
+    return labels
 
 
 def _asked_for(asked: Job) -> dict[str, Any]:
@@ -199,7 +220,12 @@ def status(session: Session, store: str, as_json: bool) -> None:
 
 def verify(session: Session, store: str, repair: bool, as_json: bool) -> None:
     """Print what is damaged; 3 where anything is."""
-    found = verification.verify(_place(session, store), repair=repair)
+    place = _place(session, store)
+    begun = Report.of(place)
+    if begun.state == NOT_BEGUN:
+        click.echo(json.dumps(begun.to_json(), indent=1) if as_json else begun)
+        raise SystemExit(Exit.INCOMPLETE)
+    found = verification.verify(place, repair=repair)
     if as_json:
         damaged = [vars(one) for one in found.damaged]
         click.echo(json.dumps({**vars(found), "damaged": damaged, "ok": found.ok}, indent=1))

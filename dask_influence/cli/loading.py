@@ -91,7 +91,7 @@ def named(job: Job, reference: str, *key: str) -> Any:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise job.document.refusal(
             key,
             f"cannot import {module_name!r} ({type(error).__name__}: {error}); install it, or put it in {folder}",
@@ -191,6 +191,11 @@ def loss(job: Job) -> Callable[..., Tensor]:
     """``loss(output, target)``: a function, bound to its arguments, or an object of a class."""
     function = named(job, job.loss.function, "loss")
     arguments = job.loss.arguments
+    if job.secrets.hide(repr(arguments)) != repr(arguments):
+        raise job.document.refusal(
+            ("loss", "arguments"),
+            "hold what comes from the environment, and a loss's arguments are written to the store; write them out",
+        )
     if isinstance(function, type):
         return called(job, function, arguments, "loss")
     return functools.partial(function, **arguments) if arguments else function

@@ -27,6 +27,9 @@ from dask_influence.storage.stores import Location
 SILENCE = timedelta(minutes=2)
 """A running client that has not written for so long may be dead."""
 
+NOT_BEGUN = "not begun"
+"""State of a store of which there is a status only: the fit goes on, or ended."""
+
 log = logging.getLogger(__name__)
 
 
@@ -164,7 +167,7 @@ class Report:
     url : str
         The store.
     state : str
-        Of its run; ``"not begun"`` where nothing is written yet.
+        Of its run, or ``NOT_BEGUN``.
     kind : str or None
         ``"scores"`` or ``"factors"``.
     done, total : int
@@ -196,7 +199,7 @@ class Report:
         if run is None:
             if client is None:
                 raise StoreError(f"{location.url} holds no run of dask_influence; check the URL")
-            return cls(location.url, "not begun", client=client)
+            return cls(location.url, NOT_BEGUN, client=client)
         expected = expected_pieces(run)
         done = len(expected & ledger.done())
         kind = run["fingerprint"].get("kind")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask.config
 import numpy as np
 import pytest
 import safetensors.torch
@@ -17,6 +19,15 @@ from tests import data
 from tests.cli.jobs import FACTORY, Folder
 
 TEST, TRAIN = 7, 53
+
+
+@pytest.fixture(autouse=True)
+def _configuration() -> Iterator[None]:
+    """Dask's configuration as it was: a client that finds no scheduler leaves itself in it, and its process ends."""
+    before = copy.deepcopy(dask.config.config)
+    yield
+    dask.config.config.clear()
+    dask.config.config.update(before)
 
 
 @pytest.fixture

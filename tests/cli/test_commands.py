@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ import pytest
 import xarray as xr
 
 from dask_influence import open_influences
+from dask_influence.cli import loading
+from dask_influence.cli.job import Job
+from dask_influence.cli.session import Stopped
+from dask_influence.cli.status import StatusFile
+from dask_influence.storage.stores import Location
 from tests import oracles
 from tests.cli.jobs import Folder, invoke, status_of
 
@@ -76,13 +82,39 @@ def test_run_again_does_nothing_and_other_scores_are_refused(folder: Folder, job
         {"output": {"store": "scores.zarr", "test_ids": [1, 2]}},
         {"reduce": {"name": "TopK", "k": 54}},
         {"mode": "upp"},
+        {"data": {"train": "train.zarr", "test": {"npy": {"x": "y.npy", "y": "y.npy"}}}},
+        {"loss": "torch.nn.functional:mse_loss"},
     ],
 )
-def test_a_job_that_is_refused_leaves_nothing(folder: Folder, job: Write, sections: dict[str, Any]) -> None:
+def test_a_job_is_refused_before_the_fit_and_leaves_nothing(
+    folder: Folder, job: Write, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+) -> None:
+    fits: list[object] = []
+    monkeypatch.setattr("dask_influence.fitting.fit", lambda *arguments: fits.append(arguments))
     result = invoke("run", job(**sections))
     assert result.exit_code == 2, result.stderr
     assert "Traceback" not in result.stderr
+    assert not fits
     assert not (folder.path / "scores.zarr").exists() or not list((folder.path / "scores.zarr").rglob("*.*"))
+
+
+def test_a_run_stopped_in_its_fit_goes_on_too(
+    folder: Folder, job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = StatusFile.progress
+
+    def stop(self: StatusFile, stage: str, *rest: Any) -> None:
+        note(self, stage, *rest)
+        raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StatusFile, "progress", stop)
+        assert invoke("run", job()).exit_code == 143
+    said = status_of(folder.path / "scores.zarr")
+    assert (said["state"], said["stage"]) == ("interrupted", "pass 1")
+    assert invoke("status", job()).exit_code == 3
+    assert invoke("run", job()).exit_code == 0
+    np.testing.assert_allclose(scores_of(folder.path / "scores.zarr"), oracle(folder), rtol=1e-3, atol=1e-5)
 
 
 def test_an_error_of_nobody_has_a_traceback_and_exit_code_1(
@@ -131,6 +163,32 @@ def test_reductions_and_sweeps_are_those_of_all_scores(folder: Folder, job: Writ
     assert invoke("top", folder.path / "top.zarr", "-t", 2, "-k", 4).exit_code == 2
     assert invoke("top", folder.path / "swept.zarr", "-t", 2).exit_code == 2
     assert invoke("top", folder.path / "groups.zarr", "-t", 2).exit_code == 2
+
+
+def test_factors_in_a_store_take_the_place_of_test_data(folder: Folder, job: Write) -> None:
+    assert invoke("run", job()).exit_code == 0
+    read = Job.read(job())
+    model = loading.influence(read).fit(loading.data(read, "train"))
+    model.influence_factors_to_zarr(folder.path / "factors.zarr", loading.data(read, "test"))
+    sections = {"data": {"train": "train.zarr", "test": "factors.zarr"}, "output": {"store": "again.zarr"}}
+    result = invoke("run", job(**sections))
+    assert result.exit_code == 0, result.stderr
+    again = scores_of(folder.path / "again.zarr")
+    np.testing.assert_allclose(again, scores_of(folder.path / "scores.zarr"), rtol=1e-5, atol=1e-7)
+
+
+def test_a_plan_that_does_not_fit_is_shown_and_refused(job: Write) -> None:
+    result = invoke("plan", job(output={"store": "scores.zarr", "memory_limit": "1 MiB"}))
+    assert result.exit_code == 2
+    assert "peak bytes" in result.stdout
+    assert "memory_limit allows 1.0 MiB" in result.stderr
+
+
+def test_verify_of_a_store_whose_run_has_not_begun(folder: Folder, job: Write) -> None:
+    StatusFile(Location.of(folder.path / "scores.zarr"), "r1", "job").progress("pass 1", 1, 9, None)
+    result = invoke("verify", job())
+    assert result.exit_code == 3
+    assert "not begun" in result.stdout
 
 
 def test_plan_shows_the_plan_and_fits_nothing(folder: Folder, job: Write) -> None:
@@ -251,6 +309,7 @@ SECRET = "correct-horse-battery"
         {"data": {"train": {"dataset": "cli_job_model:picky", "arguments": {"password": "${CLI_SECRET}"}}}},
         {"model": {"factory": "cli_job_model:nett", "arguments": {"password": "${CLI_SECRET}"}}},
         {"mode": "${CLI_SECRET}"},
+        {"loss": {"function": "cli_job_model:pair", "arguments": {"password": "${CLI_SECRET}"}}},
         {"output": {"store": "${CLI_SECRET}://a/b"}},
         {"output": {"store": "s3://${CLI_SECRET}@a/b"}},
         {"data": {"train": "${CLI_SECRET}/none.zarr"}},

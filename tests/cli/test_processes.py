@@ -10,14 +10,19 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from dask.cli import _register_command_ep
 
 from dask_influence import open_influences
 from dask_influence.cli.cluster import Scheduler
@@ -38,7 +43,7 @@ class Slow(torch.nn.Linear):
 
 SECONDS = 0.0
 
-def net(seconds):
+def net(seconds, password=None):
     global SECONDS
     SECONDS = seconds
     return Slow(64, 10)
@@ -159,8 +164,13 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def test_a_job_on_a_scheduler_survives_its_client(folder: Folder, job: Write, scheduler: str) -> None:
+def test_a_job_on_a_scheduler_survives_its_client(
+    folder: Folder, job: Write, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLI_SECRET", "correct-horse-battery")
     sections = slow(folder, 0.05)
+    sections["model"]["arguments"]["password"] = "${CLI_SECRET}"
+    sections["output"]["storage_options"] = {"secret": "${CLI_SECRET}"}
     undisturbed = expected(folder, job, **sections)
     path = job(**sections)
     process = command("run", path, "--scheduler-address", scheduler, DASK_INFLUENCE__STATUS_INTERVAL="0 s")
@@ -170,18 +180,22 @@ def test_a_job_on_a_scheduler_survives_its_client(folder: Folder, job: Write, sc
     assert f"by process {process.pid} on {socket.gethostname()}" in told.stdout
     assert "strips" in told.stdout
     process.kill()
-    process.communicate()
+    said = "".join(process.communicate())
     assert status_of(folder.path / "scores.zarr")["state"] == "running"
 
     report = folder.path / "report.html"
     options = ("--performance-report", report) if has_bokeh() else ()
-    resumed = invoke("run", path, *options, DASK_SCHEDULER_ADDRESS=scheduler)
+    resumed = invoke("run", path, "-v", *options, DASK_SCHEDULER_ADDRESS=scheduler)
     assert resumed.exit_code == 0, resumed.stderr
     assert "2 workers, 2 threads" in resumed.stderr
     assert not options or report.stat().st_size > 1000
     found = open_influences(folder.path / "scores.zarr")["influence"].to_numpy()
     np.testing.assert_array_equal(found, undisturbed)
     assert invoke("verify", path).exit_code == 0
+    written = [file.read_bytes() for file in (folder.path / "scores.zarr").rglob("*") if file.is_file()]
+    shown = [said, told.stdout, resumed.stdout, resumed.stderr]
+    assert not any("correct-horse" in text for text in shown)
+    assert not any(b"correct-horse" in content for content in written)
 
 
 def has_bokeh() -> bool:
@@ -264,3 +278,12 @@ def test_dask_has_the_command_and_does_not_load_torch_for_it() -> None:
         check=True,
     )
     assert said.stdout.split() == ["influence", "False", "False"]
+
+
+def test_the_entry_points_are_those_of_the_command() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"dask-influence": "dask_influence.cli:cli"}
+    (given,) = project["entry-points"]["dask_cli"].items()
+    group = click.Group("dask")
+    _register_command_ep(group, EntryPoint(*given, "dask_cli"))  # as every dask command does
+    assert CliRunner().invoke(group, ["influence", "version"]).exit_code == 0
