@@ -363,9 +363,9 @@ class InfluenceFunctionModel:
             Of a store that holds this run: read everything again, as :func:`~dask_influence.verify` does,
             and recompute what is damaged, and just that; samples that were missing are tried again.
         on_missing : str
-            What happens where samples have no finite gradient, make the model or the loss raise, or crash the
-            process that works on them. The rest is written, their scores are NaN, and at the end ``"raise"`` raises an error that names
-            them; ``"warn"`` warns and returns the result.
+            What happens where samples have no finite gradient, make the model or the loss raise, or
+            crash the process that works on them. The rest is written, their scores are NaN, and at the
+            end ``"raise"`` raises an error that names them; ``"warn"`` warns and returns the result.
         memory_limit : int, optional
             Bytes that one task may hold; by default what the workers have.
         tile_bytes : int, optional
