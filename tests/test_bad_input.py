@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
+from dask_influence import ArnoldiInfluence, CgInfluence, DirectInfluence, open_influences
 from dask_influence.errors import (
     ConfigurationError,
     DataError,
@@ -280,6 +280,28 @@ def test_non_finite_gradients_are_named_by_sample(sample: int) -> None:
         model.influence_factors(x, weighted)
     with pytest.raises(DataError, match=rf"\b{sample}\b"):
         model.fit((x, weighted))
+
+
+@pytest.mark.parametrize("estimator", [DirectInfluence, CgInfluence])
+def test_samples_of_later_dask_chunks_are_named_by_their_place_in_all_of_them(estimator: Any) -> None:
+    x, y = (array.numpy() for array in case().train)
+    wrong_x, wrong_y = x.copy(), np.where(np.arange(37) == 31, 7, y)
+    wrong_x[31, 0] = np.nan
+    fitted, (x_test, y_test) = fit(estimator=estimator), (array.numpy() for array in case().test)
+    chunked = lambda array: da.from_array(array, chunks=(8, *array.shape[1:]))  # noqa: E731
+    assert np.isfinite(fitted.influences(x_test, y_test, chunked(x), chunked(y)).compute()).all()
+    for pair, told in (
+        ((wrong_x, y), "x of sample 31 holds"),
+        ((x, wrong_y), "sample 31 raises .*: .*7 is out"),
+    ):
+        lazy = [chunked(array) for array in pair]
+        for ask in (
+            lambda lazy=lazy: fitted.influences(x_test, y_test, *lazy),
+            lambda lazy=lazy: fitted.influences(*lazy, x, y),
+            lambda lazy=lazy: fitted.influence_factors(*lazy),
+        ):
+            with pytest.raises(DataError, match=told):
+                ask().compute(scheduler="synchronous")
 
 
 # -- the loss -------------------------------------------------------------------------------------
