@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dask_influence.configuration import Configuration
+from dask_influence.core.content import Content, contents
 from dask_influence.core.curvature import check_curvature
 from dask_influence.core.estimators import Inverse, Round, System
 from dask_influence.core.layers import layout_of
@@ -36,6 +37,7 @@ def fit(
     """Estimate the curvature of the mean loss over ``source``."""
     executor = resources.executor()
     objective = configuration.objective(resources.torch_device)
+    fresh = contents(objective.module, objective.loss)
     sample = first_samples(objective, source, "train")
     system = configuration.system(objective, len(source), layout_of(objective))
     estimator = configuration.estimator
@@ -43,11 +45,13 @@ def fit(
     problem, report = prepare(objective, *sample)
     check_curvature(problem, *sample, configuration.curvature)
     estimator.examine(system, problem, *sample)
+    called = contents(objective.module, objective.loss)
     shown = behaviour(objective, *sample)
+    content = Content.of(fresh, called, contents(objective.module, objective.loss))
     passes = resources.passes(executor, problem, source)
     kept = None
     if resources.kept is not None:
-        identity = _identity(configuration, problem, source, passes, shown)
+        identity = _identity(content, problem, source, passes, shown)
         kept = Checkpoints(passes, resources.kept.child("rounds"), identity)
     with reporting(progress) as reported:
         rounds = _Counted(kept or passes, reported)
@@ -65,7 +69,7 @@ def fit(
         digest = f"{digest}-{source.digest()}"
     with tasks.torch_threads(1):
         speed = calibrate(problem, inverse, *sample)
-    return Fitted(configuration, problem, system, inverse, passes, digest, counts, shown, speed)
+    return Fitted(configuration, problem, system, inverse, passes, digest, counts, shown, content, speed)
 
 
 def foreseen(configuration: Configuration, resources: Resources, source: Source) -> Fitted:
@@ -85,7 +89,9 @@ def foreseen(configuration: Configuration, resources: Resources, source: Source)
     with tasks.torch_threads(1):
         speed = calibrate(problem, inverse, *sample)
     shown = behaviour(objective, *sample)
-    return Fitted(configuration, problem, system, inverse, None, "", {"derivatives": report}, shown, speed)
+    return Fitted(
+        configuration, problem, system, inverse, None, "", {"derivatives": report}, shown, Content({}), speed
+    )
 
 
 class _Foreseen(Inverse):
@@ -116,14 +122,12 @@ class _Foreseen(Inverse):
         raise NotFittedError("a plan made before the fit is never saved; call .fit(train) first")
 
 
-def _identity(
-    configuration: Configuration, problem: Problem, source: Source, passes: Passes, shown: list[str]
-) -> str:
+def _identity(content: Content, problem: Problem, source: Source, passes: Passes, shown: list[str]) -> str:
     """Digest of all that the bits of a sum over the data depend on, beside what is summed."""
     objective = problem.objective
     depends = {
         "model": persistence.model_digest(objective.module),
-        "loss": configuration.described()["loss"],
+        "content": content.digest,
         "behaviour": shown,
         "parameters": list(objective.names),
         "forms": vars(problem.forms),
