@@ -91,22 +91,31 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     """Attributes of a module or of an object of a user's class; None for everything else."""
     if isinstance(value, nn.Module):
         # empty tables of hooks say nothing, and releases differ in which there are
-        return {k: v for k, v in vars(value).items() if k not in _PRIVATE and (v or not k.startswith("_"))}
+        return {k: v for k, v in vars(value).items() if not (k in _PRIVATE or _is_empty_table(k, v))}
     whole = isinstance(value, type | types.FunctionType | types.MethodType | functools.partial | Tensor)
     return None if whole or not hasattr(value, "__dict__") or _is_library(type(value)) else dict(vars(value))
 
 
+def _is_empty_table(name: str, value: Any) -> bool:
+    if not name.startswith("_"):
+        return False
+    return value is None or value is False or (isinstance(value, dict | set | list) and not value)
+
+
 def _is_library(value: Any) -> bool:
     """Whether its code is installed, and so goes by its name."""
-    return _installed(str(getattr(value, "__module__", None) or "builtins").partition(".")[0])
+    return _installed(str(getattr(value, "__module__", None) or "builtins"))
 
 
 @functools.cache
-def _installed(root: str) -> bool:
+def _installed(name: str) -> bool:
+    root = name.partition(".")[0]
     if root == "__main__":
         return False
-    file = getattr(sys.modules.get(root), "__file__", None)
-    return root == _OWN or file is None or file.startswith(_INSTALLED)
+    if root == _OWN or root in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(name) or sys.modules.get(root), "__file__", None)
+    return file is not None and file.startswith(_INSTALLED)
 
 
 def _digest(value: Any) -> str:
