@@ -31,7 +31,8 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def contents(module: nn.Module, loss: Any) -> dict[str, str]:
     """Digest of each part of a model and its loss by its path: classes, attributes, tensors of the loss.
 
-    Parameters and buffers of the model are left to whoever digests weights.
+    Parameters and buffers of the model are left to whoever digests weights, and its code goes by its
+    name: what a model computes is mended, and shows in losses and gradients.
 
     Examples
     --------
@@ -78,7 +79,8 @@ def _parts(path: str, value: Any, weights: bool) -> Iterator[tuple[str, str]]:
     if held is None:
         yield path, _digest(value)
         return
-    yield f"{path}()", _digest(type(value))
+    kind = type(value)
+    yield f"{path}()", _digest(kind if weights else f"{kind.__module__}.{kind.__qualname__}")
     if isinstance(value, nn.Module):
         held |= {**value._parameters, **value._buffers} if weights else {}
         for name, child in value._modules.items():
