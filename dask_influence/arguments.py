@@ -89,6 +89,37 @@ def labels_of(given: Any, argument: str) -> np.ndarray[Any, Any]:
     return labels
 
 
+def check_factors(given: Any, parameters: int) -> None:
+    """Refuse what is no array of real numbers (N, P), or has no rows.
+
+    Raises
+    ------
+    DataError
+        Names the shape or the dtype that arrived.
+
+    Examples
+    --------
+    >>> check_factors(np.ones((2, 3)), parameters=3)
+    >>> check_factors(np.ones((2, 3)) * 1j, parameters=3)
+    Traceback (most recent call last):
+    dask_influence.errors.DataError: factors must hold real numbers, as influence_factors returns; got complex128
+    """
+    shape = tuple(getattr(given, "shape", ()))
+    if len(shape) != 2 or shape[1] != parameters:
+        raise DataError(
+            f"factors must have shape (N, P = {parameters}), as influence_factors returns; got {shape}"
+        )
+    if not shape[0] > 0:  # rows of a dask array may be NaN in number
+        raise DataError(f"factors must hold at least one row, of a known number; got shape {shape}")
+    dtype = getattr(given, "dtype", None)
+    if isinstance(given, Tensor):
+        real = not given.is_complex()
+    else:
+        real = isinstance(dtype, np.dtype) and dtype.kind in "biuf" and dtype != np.longdouble
+    if not real:
+        raise DataError(f"factors must hold real numbers, as influence_factors returns; got {dtype}")
+
+
 def id_digests(ids: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:
     """Entries of a fingerprint that tell one set of ids from another, 1 from "1" among them."""
     return {f"{name}_ids": digest_of(values) for name, values in ids.items()}

@@ -115,7 +115,7 @@ class Location:
         ------
         StoreError
             Where the scheme is not one of file, s3, gs, az and memory, the URL names no
-            bucket, or credentials stand in the URL itself.
+            folder or bucket, or credentials stand in the URL itself.
         """
         if isinstance(store, Location):
             return store if storage_options is None else cls(store.url, dict(storage_options))
@@ -330,6 +330,10 @@ class _Buffers(MutableMapping[str, Buffer]):
 
 # -- URLs and options ---------------------------------------------------------------------
 def _normalise(store: str) -> str:
+    if store.lower() in {"", "file://"}:
+        raise StoreError(
+            f"store={store!r} names no folder; pass for example 'results.zarr', or '.' for this folder"
+        )
     scheme, separator, rest = store.partition("://")
     if not separator:
         return Path(os.path.abspath(os.path.expanduser(store))).as_uri()
