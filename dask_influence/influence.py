@@ -492,7 +492,9 @@ class InfluenceFunctionModel:
             mode_of(mode),
             reduction,
             tile_bytes=tile_bytes,
-            memory_limit=memory_limit or (None if worker_memory is None else cluster.memory_limit),
+            memory_limit=cluster.memory_limit
+            if memory_limit is None and worker_memory is not None
+            else memory_limit,
         )
         return Forecast.of(plan, fitted.speed, cluster)
 

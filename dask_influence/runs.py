@@ -64,7 +64,7 @@ class Target:
 
     def fitting(self, plan: Plan) -> Plan:
         """``plan``, refused where it takes more memory than there is."""
-        return plan.validate(self.memory_limit or self.executor.memory_limit)
+        return plan.validate(self.executor.memory_limit if self.memory_limit is None else self.memory_limit)
 
     def output(
         self,
@@ -230,7 +230,8 @@ def _plan(
     **limits: int | None,
 ) -> Plan:
     kept = None if reduced is None else reduced.kept
-    limits["tile_bytes"] = limits.get("tile_bytes") or settings.nbytes("tile.target-bytes")
+    if limits.get("tile_bytes") is None:
+        limits["tile_bytes"] = settings.nbytes("tile.target-bytes")
     return fitted.plan(test, train, mode, project=_projects(fitted, test), kept=kept, **limits)
 
 
