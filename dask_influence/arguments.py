@@ -40,6 +40,28 @@ def like(scores: np.ndarray[Any, Any], given: Any, dtype: torch.dtype) -> Any:
     return torch.from_numpy(scores).to(leaf.device, dtype) if isinstance(leaf, Tensor) else scores
 
 
+def factor_rows(factors: Any, dtype: torch.dtype) -> Tensor:
+    """Influence factors (N, P) as a tensor of ``dtype`` on the CPU.
+
+    Raises
+    ------
+    DataError
+        There are none, or they are no finite real numbers.
+    """
+    advice = "pass what influence_factors returned"
+    try:
+        rows = torch.as_tensor(factors).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"factors cannot be made a tensor ({error}); {advice}") from error
+    if rows.is_complex() or not len(rows):
+        raise DataError(
+            f"factors must be real, of one test point or more; got {rows.dtype} {tuple(rows.shape)}; {advice}"
+        )
+    if not torch.isfinite(rows).all():
+        raise DataError("factors hold NaN or inf; compute them again")
+    return rows.to(dtype)
+
+
 def features(source: Source) -> tuple[int, ...]:
     """Shape of one input, where perturbation is defined on it."""
     empty = optree.tree_map(
@@ -81,9 +103,17 @@ def labels_of(given: Any, argument: str) -> np.ndarray[Any, Any]:
         if kinds:
             mixed = [*kinds, "str"] if any(isinstance(item, str) for item in items) else kinds
             raise DataError(f"{argument} holds {', '.join(mixed)}; {advice}")
+        cut = next((item for item in items if item.endswith("\0")), None)
+        if cut is not None:
+            raise DataError(f"{argument} holds {cut!r}, of which numpy drops the trailing NUL; leave it out")
         labels = labels.astype(str)
     if labels.dtype.kind not in "iufUT" or labels.dtype == np.longdouble:
         raise DataError(f"{argument} has dtype {labels.dtype}; {advice}")
+    if labels.dtype.kind in "UT":
+        try:
+            "".join(labels.flat).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{argument} holds text that no store can ({error}); {advice}") from error
     if labels.dtype.kind == "f" and np.isnan(labels).any():
         raise DataError(f"{argument} holds NaN at position {int(np.isnan(labels).argmax())}; {advice}")
     return labels

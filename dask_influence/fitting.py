@@ -24,7 +24,7 @@ from dask_influence.execution import persistence, tasks
 from dask_influence.execution.checkpoints import Checkpoints
 from dask_influence.execution.drive import Passes, drive
 from dask_influence.execution.forecast import calibrate
-from dask_influence.execution.progress import Report, reporting
+from dask_influence.execution.progress import Report, check_progress, reporting
 from dask_influence.execution.resources import Resources
 from dask_influence.fitted import Fitted, first_samples
 from dask_influence.storage.sources import Source
@@ -34,6 +34,7 @@ def fit(
     configuration: Configuration, resources: Resources, source: Source, progress: bool | Report | None = None
 ) -> Fitted:
     """Estimate the curvature of the mean loss over ``source``."""
+    check_progress(progress)
     executor = resources.executor()
     objective = configuration.objective(resources.torch_device)
     sample = first_samples(objective, source, "train")
