@@ -40,28 +40,6 @@ def like(scores: np.ndarray[Any, Any], given: Any, dtype: torch.dtype) -> Any:
     return torch.from_numpy(scores).to(leaf.device, dtype) if isinstance(leaf, Tensor) else scores
 
 
-def factor_rows(factors: Any, dtype: torch.dtype) -> Tensor:
-    """Influence factors (N, P) as a tensor of ``dtype`` on the CPU.
-
-    Raises
-    ------
-    DataError
-        There are none, or they are no finite real numbers.
-    """
-    advice = "pass what influence_factors returned"
-    try:
-        rows = torch.as_tensor(factors).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"factors cannot be made a tensor ({error}); {advice}") from error
-    if rows.is_complex() or not len(rows):
-        raise DataError(
-            f"factors must be real, of one test point or more; got {rows.dtype} {tuple(rows.shape)}; {advice}"
-        )
-    if not torch.isfinite(rows).all():
-        raise DataError("factors hold NaN or inf; compute them again")
-    return rows.to(dtype)
-
-
 def features(source: Source) -> tuple[int, ...]:
     """Shape of one input, where perturbation is defined on it."""
     empty = optree.tree_map(
@@ -117,6 +95,37 @@ def labels_of(given: Any, argument: str) -> np.ndarray[Any, Any]:
     if labels.dtype.kind == "f" and np.isnan(labels).any():
         raise DataError(f"{argument} holds NaN at position {int(np.isnan(labels).argmax())}; {advice}")
     return labels
+
+
+def check_factors(given: Any, parameters: int) -> None:
+    """Refuse what is no array of real numbers (N, P), or has no rows.
+
+    Raises
+    ------
+    DataError
+        Names the shape or the dtype that arrived.
+
+    Examples
+    --------
+    >>> check_factors(np.ones((2, 3)), parameters=3)
+    >>> check_factors(np.ones((2, 3)) * 1j, parameters=3)
+    Traceback (most recent call last):
+    dask_influence.errors.DataError: factors must hold real numbers, as influence_factors returns; got complex128
+    """
+    shape = tuple(getattr(given, "shape", ()))
+    if len(shape) != 2 or shape[1] != parameters:
+        raise DataError(
+            f"factors must have shape (N, P = {parameters}), as influence_factors returns; got {shape}"
+        )
+    if not shape[0] > 0:  # rows of a dask array may be NaN in number
+        raise DataError(f"factors must hold at least one row, of a known number; got shape {shape}")
+    dtype = getattr(given, "dtype", None)
+    if isinstance(given, Tensor):
+        real = not given.is_complex()
+    else:
+        real = isinstance(dtype, np.dtype) and dtype.kind in "biuf" and dtype != np.longdouble
+    if not real:
+        raise DataError(f"factors must hold real numbers, as influence_factors returns; got {dtype}")
 
 
 def id_digests(ids: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]:

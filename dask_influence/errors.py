@@ -75,7 +75,7 @@ class IncompleteRunError(InfluenceError, RuntimeError):
 
 
 class PoisonedSamplesError(IncompleteRunError, DataError):
-    """Some samples have no finite gradient, or crash the process; names them, and the rest is written.
+    """Some samples have no finite gradient, raise, or crash the process; names them, and the rest is written.
 
     Attributes
     ----------

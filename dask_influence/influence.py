@@ -297,11 +297,7 @@ class InfluenceFunctionModel:
         """Scores (N, M) or (N, M, *features) from factors (N, P) of :meth:`influence_factors`."""
         fitted, mode = self._require_fit(), mode_of(mode)
         train = as_source((x, y), "x, y")
-        shape = tuple(getattr(factors, "shape", ()))
-        if len(shape) != 2 or shape[1] != fitted.system.size:
-            raise DataError(
-                f"factors must have shape (N, P = {fitted.system.size}), as influence_factors returns; got {shape}"
-            )
+        arguments.check_factors(factors, fitted.system.size)
         perturbation = mode is InfluenceMode.Perturbation
         if isinstance(train, DaskSource) or hasattr(factors, "dask"):
             problem = fitted.problem_of(mode, train)
@@ -310,7 +306,9 @@ class InfluenceFunctionModel:
             return lazy_influences_from_factors(fit, factors, train, plan, perturbation=perturbation)
         fitted.check_query(train, "x, y")
         fit = fitted.shipped(self._resources, LocalExecutor(), fitted.problem_of(mode, train))
-        rows = arguments.factor_rows(factors, fitted.system.dtype)
+        rows = torch.as_tensor(factors).detach().cpu().to(fitted.system.dtype)
+        if not torch.isfinite(rows).all():
+            raise DataError("factors hold NaN or inf; compute them again")
         plan = arrange(fitted.work(len(rows), train, mode, project=False), alone=True)
         scores = scores_in_memory(fit, rows, train, "x, y", plan, project=False, perturbation=perturbation)
         return arguments.like(scores, factors, fitted.system.dtype)
@@ -365,9 +363,9 @@ class InfluenceFunctionModel:
             Of a store that holds this run: read everything again, as :func:`~dask_influence.verify` does,
             and recompute what is damaged, and just that; samples that were missing are tried again.
         on_missing : str
-            What happens where samples have no finite gradient, or crash the process that works on them. The
-            rest is written, their scores are NaN, and at the end ``"raise"`` raises an error that names
-            them; ``"warn"`` warns and returns the result.
+            What happens where samples have no finite gradient, make the model or the loss raise, or
+            crash the process that works on them. The rest is written, their scores are NaN, and at the
+            end ``"raise"`` raises an error that names them; ``"warn"`` warns and returns the result.
         memory_limit : int, optional
             Bytes that one task may hold; by default what the workers have.
         tile_bytes : int, optional

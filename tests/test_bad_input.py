@@ -561,7 +561,7 @@ def test_progress_of_a_fit_of_the_wrong_kind() -> None:
     assert stages
 
 
-@pytest.mark.parametrize("path", ["\0a", "", "file://", b"run"])
+@pytest.mark.parametrize("path", ["\0a", b"run"])
 def test_paths_that_name_no_store(path: Any) -> None:
     fitted = fit()
     for ask in (
@@ -635,24 +635,35 @@ def test_factors_of_another_width() -> None:
         fitted.influences_from_factors(factors[:, :50], *case().train)
 
 
-# -- singular curvature ---------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "named"),
     [
-        torch.zeros(0, 51),
-        torch.zeros(2, 51) * 1j,
-        np.full((2, 51), None),
-        np.full((2, 51), "a"),
-        torch.full((2, 51), torch.nan),
+        (torch.ones(2, 51, dtype=torch.complex128), "real numbers.*complex128"),
+        (np.ones((2, 51)) * 1j, "real numbers.*complex128"),
+        (da.ones((2, 51), dtype=complex), "real numbers.*complex128"),
+        (np.full((2, 51), None), "real numbers.*object"),
+        (np.full((2, 51), "1"), "real numbers.*<U1"),
+        (torch.ones(0, 51), r"at least one row.*\(0, 51\)"),
+        (np.ones((0, 51)), r"at least one row.*\(0, 51\)"),
+        (da.ones((0, 51)), r"at least one row.*\(0, 51\)"),
+        (da.ones((2, 51))[da.ones(2) > 0], r"known number.*\(nan, 51\)"),
+        ([[0.0] * 51], r"shape \(N, P = 51\)"),
     ],
-    ids=["none", "complex", "objects", "text", "nan"],
 )
-def test_factors_that_are_no_numbers(wrong: Any) -> None:
-    with pytest.raises(DataError, match="factors"):
+def test_factors_that_are_no_rows_of_real_numbers(wrong: Any, named: str) -> None:
+    with pytest.raises(DataError, match=f"factors must.*{named}"):
         fit().influences_from_factors(wrong, *case().train)
-    assert fit().influences_from_factors(np.ones((2, 51), int), *case().train).shape == (2, 37)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
+def test_factors_of_other_real_numbers(dtype: str) -> None:
+    fitted, factors = fit(), np.arange(102).reshape(2, 51)
+    scores = np.asarray(fitted.influences_from_factors(factors.astype(dtype), *case().train))
+    expected = factors @ oracles.gradients(case().model, case().loss, *case().train).numpy().T
+    np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-9)
+
+
+# -- singular curvature ---------------------------------------------------------------------------
 def overparametrized() -> data.Case:
     """4 samples in 5 dimensions, bias included, for each of 2 outputs: rank 8 of 10."""
     whole = data.linear_regression()
@@ -726,6 +737,25 @@ def test_overwrite_keeps_its_hands_off_an_array_of_others(tmp_path: Path) -> Non
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
     zarr.open_group(tmp_path / "run", mode="a").__delitem__("mine")
     fitted.influences_to_zarr(*where, overwrite=True, reduce=GroupSum([0, 1] * 18 + [0]))
+
+
+@pytest.mark.parametrize("nowhere", ["", "file://"])
+def test_stores_without_a_name_are_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nowhere: str
+) -> None:
+    fitted = fit()
+    monkeypatch.chdir(tmp_path)
+    for ask in (
+        lambda: fitted.influences_to_zarr(nowhere, case().test, case().train),
+        lambda: fitted.influence_factors_to_zarr(nowhere, case().test),
+        lambda: fitted.save(nowhere),
+        lambda: DirectInfluence.load(nowhere, case().model, case().loss),
+    ):
+        with pytest.raises(StoreError, match="names no folder"):
+            ask()
+    nothing_written(tmp_path)
+    fitted.save(".")
+    assert DirectInfluence.load(".", case().model, case().loss).diagnostics["parameters"] == 51
 
 
 def test_opening_what_is_not_there(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def scores_by_kernel(fit: Fit, kernel: Kernel, test: Source, train: Source, plan
 
 
 def _features(kernel: Kernel, job: tasks.Job, samples: range) -> list[Part]:
-    found = kernel.features(*job.batch(samples.start, samples.stop))
+    found = job.computed(kernel.features, samples.start, samples.stop)
     for tensor in itertools.chain.from_iterable(found):
         tasks.refuse_non_finite(tensor, job.argument, samples.start)
     return found

@@ -27,11 +27,9 @@ import cloudpickle
 from dask_influence.errors import ClusterError
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Sealed
+from dask_influence.execution.blame import MOST_POISON
 from dask_influence.execution.shipping import Held
 from dask_influence.execution.tasks import Missing
-
-MOST_POISON = 64
-"""Samples of one task that may crash; more of them are not the samples' fault."""
 
 
 def isolated_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:

@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import optree
@@ -28,11 +29,14 @@ from dask_influence.core.problem import Problem, check_gradients, check_losses
 from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Model, Sealed, Solver
+from dask_influence.execution.blame import INNOCENT, MOST_POISON, to_blame, told
 from dask_influence.execution.ledger import Ledger
 from dask_influence.execution.plan import Plan, Strip
 from dask_influence.storage.results import ShardRecord, read_index, write_region
 from dask_influence.storage.sources import Source, check_finite, non_finite
 from dask_influence.storage.stores import Location
+
+T = TypeVar("T")
 
 Missing = dict[int, str]
 """Samples that have no result, by position, and why."""
@@ -53,7 +57,7 @@ class Job:
     threads : int
         torch threads per task; part of the job, because the bits may depend on it.
     poison : dict of int to str
-        Samples that are known to crash a process, and how.
+        Samples that are known to crash a process or to raise, and how.
     """
 
     model: Model
@@ -86,6 +90,49 @@ class Job:
         x, y = to_tensors(_replaced(batch, bad, stop - start), problem.objective)
         return problem, x, y
 
+    def computed(
+        self,
+        function: Callable[[Problem, Tree, Tree], T],
+        start: int,
+        stop: int,
+        missing: Missing | None = None,
+    ) -> T:
+        """``function`` of :meth:`spared` samples; those of which it raises are spared too, or refused.
+
+        What no sample raises alone goes on as it is.
+
+        Raises
+        ------
+        DataError
+            Names the first sample of which it raises, where ``missing`` is None or too many do.
+        """
+        problem, x, y = self.spared(start, stop, missing)
+        try:
+            return function(problem, x, y)
+        except INNOCENT:
+            raise
+        except Exception as error:
+            tried = {sample - start for sample in missing or ()}
+            most = 1 if missing is None else MOST_POISON + 1
+            found = to_blame(function, problem, x, y, spared=tried, most=most)
+            if not found:
+                raise
+            if missing is None or len(found) > MOST_POISON:
+                raise self._refusal(found, start) from error
+        poison = {start + place: f"it raises {told(raised)}" for place, raised in found.items()}
+        return replace(self, poison={**self.poison, **poison}).computed(function, start, stop, missing)
+
+    def _refusal(self, found: Mapping[int, Exception], start: int) -> DataError:
+        """Names the first of the samples that raise, and says whether they are to blame at all."""
+        first = min(found)
+        what = f"{self.argument}: sample {start + first} raises {told(found[first])}"
+        if len(found) > MOST_POISON:
+            return DataError(
+                f"{what}; so do {MOST_POISON} or more beside it, which is not the samples' fault: "
+                "look at the model and the loss"
+            )
+        return DataError(f"{what}; mend its input or its target, or leave the sample out")
+
 
 def _replaced(batch: Any, bad: Mapping[int, str], count: int) -> Any:
     """``batch`` with its first healthy sample in the places of the ``bad`` ones, or zeros if none is."""
@@ -115,23 +162,39 @@ def sum_group(
 ) -> Moments:
     """Moments of consecutive chunks, added one after the other.
 
-    The ``first`` pass over the data also looks at every loss; sums that are not finite are
-    traced to the sample.
+    The ``first`` pass over the data also looks at every loss; sums that are not finite, and
+    what model and loss raise, are traced to the sample.
     """
     opened: Job = job.open()
     total: Moments | None = None
     with torch_threads(opened.threads):
         for chunk in chunks:
-            problem, x, y = opened.batch(chunk.start, chunk.stop)
-            if first:
-                check_losses(problem, x, y, opened.argument, chunk.start)
-            part = function(problem, x, y, operand.load(passing=True))
-            # a sum takes one pass without a temporary; where that overflows, each entry counts
-            if not all(value.sum().isfinite() or value.isfinite().all() for value in part.total.values()):
-                check_gradients(problem.objective, x, y, opened.argument, chunk.start)
+            # loaded here: what a store raises is not the samples' fault
+            sums = _Sums(function, operand.load(passing=True), opened.argument, chunk.start, first)
+            part = opened.computed(sums, chunk.start, chunk.stop)
             total = part if total is None else total + part
     assert total is not None
     return total
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What :func:`sum_group` makes of a chunk that begins with sample ``start``."""
+
+    function: ChunkFunction
+    operand: dict[str, Tensor]
+    argument: str
+    start: int
+    first: bool
+
+    def __call__(self, problem: Problem, x: Tree, y: Tree) -> Moments:
+        if self.first:
+            check_losses(problem, x, y, self.argument, self.start)
+        part = self.function(problem, x, y, self.operand)
+        # a sum takes one pass without a temporary; where that overflows, each entry counts
+        if not all(value.sum().isfinite() or value.isfinite().all() for value in part.total.values()):
+            check_gradients(problem.objective, x, y, self.argument, self.start)
+        return part
 
 
 # -- factors ---------------------------------------------------------------------------
@@ -160,14 +223,15 @@ class Factors:
 def query_gradients(job: Job, start: int, stop: int, batch: int, missing: Missing | None = None) -> Tensor:
     """∇θ ℓ of test points, (n, P), on CPU.
 
-    What has no finite gradient is refused, or added to ``missing`` and given the gradient of
-    another test point, so that solvers see numbers only.
+    What has no gradient, or none that is finite, is refused, or added to ``missing`` and given
+    the gradient of another test point, so that solvers see numbers only.
     """
-    parts = []
-    for low in range(start, stop, batch):
-        problem, x, y = job.spared(low, min(low + batch, stop), missing)
-        parts.append(directional.gradients(problem, x, y).cpu())
-    gradients = torch.cat(parts)
+    gradients = torch.cat(
+        [
+            job.computed(directional.gradients, low, min(low + batch, stop), missing).cpu()
+            for low in range(start, stop, batch)
+        ]
+    )
     bad = refuse_non_finite(gradients, job.argument, start, missing)
     if len(bad):
         finite = np.setdiff1d(np.arange(len(gradients)), bad)
@@ -282,14 +346,14 @@ def derivatives_of(
 ) -> Tensor:
     """E of training samples ``columns``: (n, D) or (n, D, *features).
 
-    Samples without finite derivatives are refused, or added to ``missing`` and NaN.
+    Samples without derivatives, or finite ones, are refused, or added to ``missing`` and NaN.
     """
     primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
+    along = partial(primitive, directions=query.directions)
     parts = []
     for low in range(columns.start, columns.stop, batch):
         high = min(low + batch, columns.stop)
-        problem, x, y = job.spared(low, high, missing)
-        derivatives = primitive(problem, x, y, query.directions)
+        derivatives = job.computed(along, low, high, missing)
         refuse_non_finite(derivatives, job.argument, low, missing)
         bad = [sample - low for sample in missing or () if low <= sample < high]
         if bad:

@@ -115,7 +115,7 @@ class Location:
         ------
         StoreError
             Where the scheme is not one of file, s3, gs, az and memory, the URL names no
-            bucket, is empty or holds NUL, or credentials stand in the URL itself.
+            folder or bucket or holds NUL, or credentials stand in the URL itself.
         ConfigurationError
             Where ``storage_options`` is no mapping of names.
         """
@@ -136,8 +136,6 @@ class Location:
         path = os.fspath(store)
         if not isinstance(path, str) or "\0" in path:
             raise StoreError(f"store={path!r} cannot be the name of a store; pass a str without NUL")
-        if path in ("", "file://"):
-            raise StoreError(f"store={path!r} names no folder; pass '.' for the one that this process is in")
         return cls(_normalise(path), dict(storage_options or {}))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -344,6 +342,10 @@ class _Buffers(MutableMapping[str, Buffer]):
 
 # -- URLs and options ---------------------------------------------------------------------
 def _normalise(store: str) -> str:
+    if store.lower() in {"", "file://"}:
+        raise StoreError(
+            f"store={store!r} names no folder; pass for example 'results.zarr', or '.' for this folder"
+        )
     scheme, separator, rest = store.partition("://")
     if not separator:
         return Path(os.path.abspath(os.path.expanduser(store))).as_uri()

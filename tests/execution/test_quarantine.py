@@ -1,4 +1,4 @@
-"""Poison: a sample that yields NaN, or kills whoever works on it, is missing from the store, and it alone."""
+"""Poison: a sample that yields NaN, raises, or kills whoever works on it, is missing from the store, and it alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ import zarr
 from distributed import Client, LocalCluster
 from torch import nn
 
-from dask_influence import CgInfluence, DirectInfluence, SelfInfluence, TopK, open_influences, verify
+from dask_influence import (
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    SelfInfluence,
+    TopK,
+    open_influences,
+    verify,
+)
 from dask_influence.errors import (
     ClusterError,
     ConfigurationError,
@@ -25,6 +33,7 @@ from dask_influence.errors import (
     IncompleteRunError,
     InfluenceWarning,
     PoisonedSamplesError,
+    StoreMismatchError,
 )
 from dask_influence.execution import quarantine
 from dask_influence.execution.shipping import Held
@@ -37,6 +46,8 @@ N, M = 71, 97
 TILE = 12_000
 MARK = 1234.5
 """In the first feature: the sample that kills."""
+STRANGE = -1234.5
+"""In the first feature: a sample that the model raises of."""
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +84,23 @@ def deadly() -> nn.Module:
 
 
 class Moody(nn.Module):
-    """The network of mlp_regression, whose output for a marked sample is infinite."""
+    """The network of mlp_regression, whose output for a marked sample is infinite; it raises of a strange one.
+
+    With ``crowd`` > 1 it takes so many strange samples in one batch.
+    """
 
     factor = float("inf")
 
-    def __init__(self) -> None:
+    def __init__(self, crowd: int = 1) -> None:
         super().__init__()
-        self.inner = copy.deepcopy(data.mlp_regression().model)
+        self.inner, self.crowd = copy.deepcopy(data.mlp_regression().model), crowd
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain, functorch = x.detach(), torch._C._functorch
+        while functorch.is_functorch_wrapped_tensor(plain):
+            plain = functorch.get_unwrapped(plain)
+        if int((plain == STRANGE).sum()) >= self.crowd:
+            raise KeyError("no such sample")
         marked = x[..., :1] == MARK
         factor = torch.where(marked, self.factor, 1.0).to(x.dtype)
         return self.inner(torch.where(marked, 1e-3 * x, x)) * factor
@@ -131,10 +150,14 @@ def entries(store: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("side", ["test", "train"])
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(float("nan"), "its x holds NaN or inf"), (MARK, "its gradient is not finite")],
-    ids=["input", "gradient"],
+    [
+        (float("nan"), "its x holds NaN or inf"),
+        (MARK, "its gradient is not finite"),
+        (STRANGE, "it raises KeyError: 'no such sample'"),
+    ],
+    ids=["input", "gradient", "raises"],
 )
-def test_samples_that_yield_nan(tmp_path: Path, side: str, value: float, reason: str, mode: str) -> None:
+def test_samples_without_derivatives(tmp_path: Path, side: str, value: float, reason: str, mode: str) -> None:
     infl = model(module=Moody())
     sound = infl.influences_to_zarr(tmp_path / "sound", *problem(side, {}), mode=mode, tile_bytes=TILE)
     test, train = stored(tmp_path, problem(side, {66: value, 70: value}))
@@ -259,6 +282,86 @@ def test_on_missing_is_checked_before_anything_is_written(tmp_path: Path) -> Non
     with pytest.raises(ConfigurationError, match='on_missing must be "raise" or "warn"'):
         model().influences_to_zarr(tmp_path / "run", *problem("train", {}), on_missing="ignore")
     assert not (tmp_path / "run").exists()
+
+
+# -- exceptions -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [DirectInfluence, CgInfluence, EkfacInfluence])
+def test_samples_of_which_the_model_raises_in_memory(kind: Any) -> None:
+    """EK-FAC scores without gradients, CG sees the fitted data with its first factors only."""
+    infl, told = model(module=Moody(), kind=kind), "sample 66 raises KeyError: 'no such sample'; mend"
+    (test, train), strange = problem("train", {}), problem("train", {66: STRANGE, 70: STRANGE})[1]
+    assert torch.isfinite(infl.influences(*test, *train)).all()
+    for argument, ask in {
+        "x, y": lambda: infl.influences(*test, *strange),
+        "x_test, y_test": lambda: infl.influences(*strange, *train),
+        "x, y ": lambda: infl.influence_factors(*strange),
+        "train": lambda: infl.fit(strange).influence_factors(*test),
+    }.items():
+        with pytest.raises(DataError, match=f"{argument.strip()}: {told}") as caught:
+            ask()
+        assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_what_no_sample_raises_alone_is_raised_as_it_is() -> None:
+    infl = DirectInfluence(Moody(crowd=2), nn.functional.mse_loss, 5.0, chunk_size=20)
+    with pytest.raises(KeyError, match="no such sample"):
+        infl.fit(problem("train", {66: STRANGE, 70: STRANGE})[1])
+    infl.fit(problem("train", {66: STRANGE})[1])
+
+
+def test_samples_are_not_blamed_for_a_model_that_raises_of_most(tmp_path: Path) -> None:
+    x, y = data.normal(55, 200, 3), data.normal(56, 200, 1)
+    infl, test = model(module=Moody()), problem("train", {})[0]
+    x[64:128, 0] = STRANGE
+    with pytest.raises(PoisonedSamplesError, match="and 54 more"):
+        infl.influences_to_zarr(tmp_path / "64", test, (x, y))
+    x[128, 0] = STRANGE
+    with pytest.raises(
+        DataError, match=r"sample 64 raises KeyError.*64 or more beside it.*look at the model"
+    ) as caught:
+        infl.influences_to_zarr(tmp_path / "65", test, (x, y))
+    assert not isinstance(caught.value, PoisonedSamplesError)
+
+
+def test_labels_out_of_range_on_a_cluster(tmp_path: Path, client: Client) -> None:
+    """The fit names the sample; a run goes on without it; mended labels are another run, which may replace it."""
+    case = data.logistic_regression()
+    x, y = data.normal(57, M, 5), data.classes(58, M, 3)
+    wrong = torch.where(torch.arange(M) == 66, 7, y)
+    infl = DirectInfluence(case.model, case.loss, case.regularization, client=client, chunk_size=20)
+    with pytest.raises(DataError, match=r"train: sample 66 raises \w+Error: .*7 is out of bounds"):
+        infl.fit((x, wrong))
+    infl.fit((x, y))
+    sound = infl.influences_to_zarr(tmp_path / "sound", case.test, (x, y), tile_bytes=TILE)
+    with pytest.raises(
+        PoisonedSamplesError, match=r"train sample 66: it raises \w+Error: .*7 is out of bounds"
+    ):
+        infl.influences_to_zarr(tmp_path / "run", case.test, (x, wrong), tile_bytes=TILE)
+    with pytest.warns(InfluenceWarning, match="train sample 66"):
+        written = open_influences(tmp_path / "run")
+    np.testing.assert_array_equal(written.influence.values, expected("train", sound.influence.values, [66]))
+    with pytest.raises(StoreMismatchError, match="overwrite=True"):
+        infl.influences_to_zarr(tmp_path / "run", case.test, (x, y), tile_bytes=TILE)
+    mended = infl.influences_to_zarr(tmp_path / "run", case.test, (x, y), tile_bytes=TILE, overwrite=True)
+    assert mended.attrs["state"] == "complete"
+    np.testing.assert_array_equal(mended.influence.values, sound.influence.values)
+
+
+def test_a_store_that_holds_no_strip_yet_is_replaced_on_request(tmp_path: Path) -> None:
+    infl = model()
+    (test, train), other = problem("train", {}), problem("train", {66: 0.5})[1]
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE, progress=stop)
+    assert not entries(tmp_path / "run")
+    with pytest.raises(StoreMismatchError, match=r"train.*overwrite=True"):
+        infl.influences_to_zarr(tmp_path / "run", test, other, tile_bytes=TILE)
+    written = infl.influences_to_zarr(tmp_path / "run", test, other, tile_bytes=TILE, overwrite=True)
+    assert written.attrs["state"] == "complete"
+    assert np.isfinite(written.influence.values).all()
 
 
 # -- crashes --------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def test_relative_paths_and_path_objects(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert Location.of("out.zarr") == Location.of(Path("out.zarr")) == Location.of(tmp_path / "out.zarr")
     assert Location.of("out.zarr").local_path == tmp_path / "out.zarr"
+    assert Location.of(".").local_path == tmp_path
+    assert Location.of("file").local_path == tmp_path / "file"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,8 @@ def test_relative_paths_and_path_objects(tmp_path: Path, monkeypatch: pytest.Mon
         ("simplecache::s3://bucket/a", "not supported"),
         ("s3://", "names no bucket"),
         ("memory://", "no name"),
+        ("", "names no folder"),
+        ("file://", "names no folder"),
         (3, "got int"),
         (None, "got NoneType"),
     ],
