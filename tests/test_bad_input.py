@@ -794,3 +794,13 @@ def test_queries_that_a_fit_would_refuse_are_refused_before_anything_is_written(
     with pytest.raises(DataError, match=r"test: x"):
         fitted.influence_factors_to_zarr(tmp_path / "run", (x_test[:, :2], y_test))
     nothing_written(tmp_path)
+
+
+def test_a_loss_that_is_no_mean_where_classes_meet_is_refused() -> None:
+    """The first samples, all of one class, do not show the class weights."""
+    x, y = torch.randn(200, 3, dtype=torch.float64), torch.tensor([0] * 150 + [1] * 50)
+    weighted = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0], dtype=torch.float64))
+    model = torch.nn.Linear(3, 2).double()
+    with pytest.raises(LossError, match=r"not a mean over samples 120 to 159 of train"):
+        DirectInfluence(model, weighted, 0.1, chunk_size=40).fit((x, y))
+    DirectInfluence(model, torch.nn.CrossEntropyLoss(), 0.1, chunk_size=40).fit((x, y))

@@ -184,16 +184,21 @@ def _check_mean(objective: Objective, y: Tree, output: Any, value: Tensor) -> No
         raise DataError(
             f"loss is NaN or infinite {where}; look for NaN or inf in x, y and the model's weights there"
         )
-    scale, tolerance = each.abs().mean() + each.std(), _tolerance(value.dtype)
-    if (value - each.mean()).abs() <= tolerance * scale:
+    if is_mean(value, each):
         return
-    if (value - each.sum()).abs() <= tolerance * scale * len(each):
+    if is_mean(value / len(each), each):
         raise LossError("loss is a sum over samples; use reduction='mean'")
     raise LossError(
         f"loss is not a mean over samples: {value:.6g} for {len(each)} samples whose own losses average "
         f"{each.mean():.6g} (class weights, ignore_index or a mean over a varying number of tokens weigh "
         f"samples unequally; output of {_described(output)} and y of {_described(y)} may broadcast)"
     )
+
+
+def is_mean(value: Tensor, each: Tensor) -> bool:
+    """Whether ``value`` is the mean of ``each`` (n,), to rounding."""
+    scale = each.abs().mean() + each.std(unbiased=False)
+    return bool((value - each.mean()).abs() <= _tolerance(value.dtype) * scale)
 
 
 # -- the model -------------------------------------------------------------------------
