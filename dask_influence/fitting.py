@@ -26,7 +26,7 @@ from dask_influence.execution import persistence, tasks
 from dask_influence.execution.checkpoints import Checkpoints
 from dask_influence.execution.drive import Passes, drive
 from dask_influence.execution.forecast import Speed, calibrate
-from dask_influence.execution.progress import Report, reporting
+from dask_influence.execution.progress import Report, check_progress, reporting
 from dask_influence.execution.resources import Resources
 from dask_influence.fitted import Fitted, first_samples
 from dask_influence.storage.sources import Source
@@ -70,6 +70,7 @@ def fit(
     configuration: Configuration, resources: Resources, source: Source, progress: bool | Report | None = None
 ) -> Fitted:
     """Estimate the curvature of the mean loss over ``source``."""
+    check_progress(progress)
     executor = resources.executor()
     known = _Checked.of(configuration, resources, source)
     passes = resources.passes(executor, known.problem, source)
