@@ -68,7 +68,7 @@ class Target:
 
     def fitting(self, plan: Plan) -> Plan:
         """``plan``, refused where it takes more memory than there is."""
-        return plan.validate(self.memory_limit or self.executor.memory_limit)
+        return plan.validate(self.executor.memory_limit if self.memory_limit is None else self.memory_limit)
 
     def output(
         self,
