@@ -81,9 +81,17 @@ def labels_of(given: Any, argument: str) -> np.ndarray[Any, Any]:
         if kinds:
             mixed = [*kinds, "str"] if any(isinstance(item, str) for item in items) else kinds
             raise DataError(f"{argument} holds {', '.join(mixed)}; {advice}")
+        cut = next((item for item in items if item.endswith("\0")), None)
+        if cut is not None:
+            raise DataError(f"{argument} holds {cut!r}, of which numpy drops the trailing NUL; leave it out")
         labels = labels.astype(str)
     if labels.dtype.kind not in "iufUT" or labels.dtype == np.longdouble:
         raise DataError(f"{argument} has dtype {labels.dtype}; {advice}")
+    if labels.dtype.kind in "UT":
+        try:
+            "".join(labels.flat).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{argument} holds text that no store can ({error}); {advice}") from error
     if labels.dtype.kind == "f" and np.isnan(labels).any():
         raise DataError(f"{argument} holds NaN at position {int(np.isnan(labels).argmax())}; {advice}")
     return labels

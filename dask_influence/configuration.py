@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,11 +65,16 @@ class Configuration:
         if not isinstance(self.model, nn.Module):
             raise ConfigurationError(f"model must be a torch.nn.Module; got {type(self.model).__name__}")
         check_kind(self.model)
+        if self.parameters is not None and not _names(self.parameters):
+            raise ConfigurationError(
+                "parameters must be None or a list of names or glob patterns of the model's parameters, such as "
+                f"['layer.*']; got {self.parameters!r}"
+            )
         if not callable(self.loss):
             raise ConfigurationError(
                 f"loss must be callable as loss(output, target); got {type(self.loss).__name__}"
             )
-        if self.curvature not in PRODUCTS:
+        if not isinstance(self.curvature, str) or self.curvature not in PRODUCTS:
             raise ConfigurationError(
                 f"curvature must be one of {', '.join(map(repr, PRODUCTS))}; got {self.curvature!r}"
             )
@@ -121,6 +126,10 @@ class Configuration:
             "block_structure": self.block_structure,
             "configuration": dataclasses.asdict(self.own),
         }
+
+
+def _names(given: object) -> bool:
+    return isinstance(given, Collection) and all(isinstance(name, str) for name in given)
 
 
 def _listed(structure: Structure) -> Structure:

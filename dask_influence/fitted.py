@@ -17,6 +17,7 @@ from dask_influence import arguments
 from dask_influence.arguments import InfluenceMode
 from dask_influence.configuration import Configuration
 from dask_influence.core.checks import check_samples
+from dask_influence.core.content import Content
 from dask_influence.core.estimators import Inverse, SweepInverse, SweepSystem, System
 from dask_influence.core.estimators.blocks import Regularization
 from dask_influence.core.estimators.sweep import check_sweep
@@ -71,6 +72,8 @@ class Fitted:
         Of the fit, for diagnostics.
     behaviour : list of str
         Losses and gradient norms of the first samples, to be told from other fits.
+    content : Content
+        What model and loss compute, to be told from others of their names.
     speed : Speed
         Of this machine at this problem, for forecasts; a guess where nothing was timed.
     mixed : Mixed
@@ -85,6 +88,7 @@ class Fitted:
     digest: str
     counts: dict[str, Any]
     behaviour: list[str]
+    content: Content
     speed: Speed = dataclasses.field(default_factory=Speed, repr=False)
     mixed: Mixed = dataclasses.field(default_factory=Mixed, repr=False)
 
@@ -143,6 +147,7 @@ class Fitted:
         return {
             "model": persistence.model_digest(self.problem.objective.module),
             "loss": asked["loss"],
+            "model_and_loss": self.content.digest,
             "behaviour": self.behaviour,
             "parameters": list(self.system.names),
             **asked,

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dask_influence.configuration import Configuration
+from dask_influence.core.content import Content, contents
 from dask_influence.core.curvature import check_curvature
 from dask_influence.core.estimators import Inverse, Round, System
 from dask_influence.core.layers import layout_of
@@ -23,49 +25,73 @@ from dask_influence.errors import NotFittedError
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.checkpoints import Checkpoints
 from dask_influence.execution.drive import Passes, drive
-from dask_influence.execution.forecast import calibrate
-from dask_influence.execution.progress import Report, reporting
+from dask_influence.execution.forecast import Speed, calibrate
+from dask_influence.execution.progress import Report, check_progress, reporting
 from dask_influence.execution.resources import Resources
 from dask_influence.fitted import Fitted, first_samples
 from dask_influence.storage.sources import Source
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What is known before the first pass: the samples looked at, and what they showed."""
+
+    sample: tuple[Any, Any]
+    system: System
+    problem: Problem
+    report: dict[str, Any]
+    behaviour: list[str]
+    content: Content
+
+    @classmethod
+    def of(cls, configuration: Configuration, resources: Resources, source: Source) -> _Checked:
+        """Read a few samples, and refuse what cannot be fitted."""
+        objective = configuration.objective(resources.torch_device)
+        fresh = contents(objective.module, objective.loss)
+        sample = first_samples(objective, source, "train")
+        system = configuration.system(objective, len(source), layout_of(objective))
+        estimator = configuration.estimator
+        estimator.validate(system)
+        problem, report = prepare(objective, *sample)
+        check_curvature(problem, *sample, configuration.curvature)
+        estimator.examine(system, problem, *sample)
+        called = contents(objective.module, objective.loss)
+        shown = behaviour(objective, *sample)
+        content = Content.of(fresh, called, contents(objective.module, objective.loss))
+        return cls(sample, system, problem, report, shown, content)
+
+    def speed(self, inverse: Inverse) -> Speed:
+        """Of one core of this machine."""
+        with tasks.torch_threads(1):
+            return calibrate(self.problem, inverse, *self.sample)
 
 
 def fit(
     configuration: Configuration, resources: Resources, source: Source, progress: bool | Report | None = None
 ) -> Fitted:
     """Estimate the curvature of the mean loss over ``source``."""
+    check_progress(progress)
     executor = resources.executor()
-    objective = configuration.objective(resources.torch_device)
-    sample = first_samples(objective, source, "train")
-    system = configuration.system(objective, len(source), layout_of(objective))
-    estimator = configuration.estimator
-    estimator.validate(system)
-    problem, report = prepare(objective, *sample)
-    check_curvature(problem, *sample, configuration.curvature)
-    estimator.examine(system, problem, *sample)
-    shown = behaviour(objective, *sample)
-    passes = resources.passes(executor, problem, source)
+    known = _Checked.of(configuration, resources, source)
+    passes = resources.passes(executor, known.problem, source)
     kept = None
     if resources.kept is not None:
-        identity = _identity(configuration, problem, source, passes, shown)
-        kept = Checkpoints(passes, resources.kept.child("rounds"), identity)
+        kept = Checkpoints(passes, resources.kept.child("rounds"), _identity(known, source, passes))
     with reporting(progress) as reported:
         rounds = _Counted(kept or passes, reported)
-        inverse = drive(estimator.fit(system), rounds)
+        inverse = drive(configuration.estimator.fit(known.system), rounds)
     counts = {
         "samples": len(source),
-        "parameters": system.size,
+        "parameters": known.system.size,
         "curvature": configuration.curvature,
         "passes": rounds.count,
         "restored": 0 if kept is None else kept.restored,
-        "derivatives": report,
+        "derivatives": known.report,
     }
     digest = persistence.inverse_digest(inverse)
     if inverse.needs_rounds:  # its factors depend on the data beyond what it holds
         digest = f"{digest}-{source.digest()}"
-    with tasks.torch_threads(1):
-        speed = calibrate(problem, inverse, *sample)
-    return Fitted(configuration, problem, system, inverse, passes, digest, counts, shown, speed)
+    return _fitted(configuration, known, inverse, passes, digest, counts)
 
 
 def foreseen(configuration: Configuration, resources: Resources, source: Source) -> Fitted:
@@ -73,19 +99,31 @@ def foreseen(configuration: Configuration, resources: Resources, source: Source)
 
     The data of a few samples are read, and derivatives checked on them; no pass is made.
     """
-    objective = configuration.objective(resources.torch_device)
-    sample = first_samples(objective, source, "train")
-    system = configuration.system(objective, len(source), layout_of(objective))
-    estimator = configuration.estimator
-    estimator.validate(system)
-    problem, report = prepare(objective, *sample)
-    check_curvature(problem, *sample, configuration.curvature)
-    estimator.examine(system, problem, *sample)
-    inverse = _Foreseen(system, estimator.directions(system), estimator.solves_by_rounds)
-    with tasks.torch_threads(1):
-        speed = calibrate(problem, inverse, *sample)
-    shown = behaviour(objective, *sample)
-    return Fitted(configuration, problem, system, inverse, None, "", {"derivatives": report}, shown, speed)
+    known, estimator = _Checked.of(configuration, resources, source), configuration.estimator
+    inverse = _Foreseen(known.system, estimator.directions(known.system), estimator.solves_by_rounds)
+    return _fitted(configuration, known, inverse, None, "", {"derivatives": known.report})
+
+
+def _fitted(
+    configuration: Configuration,
+    known: _Checked,
+    inverse: Inverse,
+    passes: Passes | None,
+    digest: str,
+    counts: dict[str, Any],
+) -> Fitted:
+    return Fitted(
+        configuration,
+        known.problem,
+        known.system,
+        inverse,
+        passes,
+        digest,
+        counts,
+        known.behaviour,
+        known.content,
+        known.speed(inverse),
+    )
 
 
 class _Foreseen(Inverse):
@@ -116,17 +154,15 @@ class _Foreseen(Inverse):
         raise NotFittedError("a plan made before the fit is never saved; call .fit(train) first")
 
 
-def _identity(
-    configuration: Configuration, problem: Problem, source: Source, passes: Passes, shown: list[str]
-) -> str:
+def _identity(known: _Checked, source: Source, passes: Passes) -> str:
     """Digest of all that the bits of a sum over the data depend on, beside what is summed."""
-    objective = problem.objective
+    objective = known.problem.objective
     depends = {
         "model": persistence.model_digest(objective.module),
-        "loss": configuration.described()["loss"],
-        "behaviour": shown,
+        "content": known.content.digest,
+        "behaviour": known.behaviour,
         "parameters": list(objective.names),
-        "forms": vars(problem.forms),
+        "forms": vars(known.problem.forms),
         "dtype": str(objective.dtype),
         "device": objective.device.type,
         "data": source.digest(),

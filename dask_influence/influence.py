@@ -28,7 +28,7 @@ from dask_influence.configuration import Configuration, configured, signature
 from dask_influence.core.estimators import Estimator
 from dask_influence.core.estimators.blocks import Regularization, Structure
 from dask_influence.core.objective import Loss
-from dask_influence.errors import DataError, NotFittedError, PoisonedSamplesError
+from dask_influence.errors import ConfigurationError, DataError, NotFittedError, PoisonedSamplesError
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.forecast import Forecast
 from dask_influence.execution.lazy import (
@@ -492,7 +492,9 @@ class InfluenceFunctionModel:
             mode_of(mode),
             reduction,
             tile_bytes=tile_bytes,
-            memory_limit=memory_limit or (None if worker_memory is None else cluster.memory_limit),
+            memory_limit=memory_limit
+            if worker_memory is None or memory_limit is not None
+            else cluster.memory_limit,
         )
         return Forecast.of(plan, fitted.speed, cluster)
 
@@ -517,10 +519,12 @@ class InfluenceFunctionModel:
         ``train``, the data that the model was fitted on, is needed where factors are solved or
         certified by passes over them (:class:`CgInfluence`, :class:`LissaInfluence`).
         ``options`` are those of the constructor that a fit does not depend on (``device``,
-        ``artifacts``, ``certify``).
+        ``chunk_size``, ``artifacts``, ``certify``).
 
         Raises
         ------
+        ConfigurationError
+            ``options`` holds another argument.
         StoreError
             Nothing is saved there, or by another class.
         StoreMismatchError
@@ -528,6 +532,13 @@ class InfluenceFunctionModel:
         DataError
             ``train`` has another number of samples than the data fitted.
         """
+        free = ("device", "chunk_size", "artifacts", "certify")
+        fixed = [name for name in options if name not in free]
+        if fixed:
+            raise ConfigurationError(
+                f"load takes no {fixed[0]!r}: of the constructor's arguments it takes {', '.join(free)}, and "
+                "the fit has the others (for another λ: with_regularization)"
+            )
         location = Location.of(url, storage_options)
         held = persistence.load(location)
         made_with = saved.constructor_arguments(held, location, cls.__name__)

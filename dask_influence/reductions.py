@@ -381,8 +381,8 @@ def _label_array(given: Any, argument: str) -> Array:
     labels = labels_of(given, argument)
     if labels.ndim != 1:
         raise DataError(f"{argument} must have one axis; got shape {labels.shape}")
-    # One kind of text, however it came: a set of labels is compared by its digest.
-    return labels if labels.dtype.kind in "iuf" else labels.astype(str)
+    # A copy, which the caller cannot change; one kind of text, however it came: labels are compared by their digest.
+    return labels.copy() if labels.dtype.kind in "iuf" else labels.astype(str)
 
 
 # -- every training point on itself --------------------------------------------------------

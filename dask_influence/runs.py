@@ -17,13 +17,14 @@ import xarray as xr
 
 from dask_influence import arguments, settings
 from dask_influence.arguments import InfluenceMode
+from dask_influence.core.checks import check_flag
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
 from dask_influence.execution.missing import check_on_missing
 from dask_influence.execution.output import Output
 from dask_influence.execution.plan import Plan, factor_names, score_names
-from dask_influence.execution.progress import Report
+from dask_influence.execution.progress import Report, check_progress
 from dask_influence.execution.reduce import Reduced, write_reduced
 from dask_influence.execution.reducer import Reduction, Scores
 from dask_influence.execution.resources import Resources
@@ -62,9 +63,12 @@ class Target:
     memory_limit: int | None = None
     progress: Progress = None
 
+    def __post_init__(self) -> None:
+        check_progress(self.progress)
+
     def fitting(self, plan: Plan) -> Plan:
         """``plan``, refused where it takes more memory than there is."""
-        return plan.validate(self.memory_limit or self.executor.memory_limit)
+        return plan.validate(self.executor.memory_limit if self.memory_limit is None else self.memory_limit)
 
     def output(
         self,
@@ -121,6 +125,8 @@ class Run:
     def carry_out(self, *, resume: bool, overwrite: bool, repair: bool, on_missing: str) -> xr.Dataset:
         """Begin or continue the store, do what is missing (and with ``repair`` what is damaged) and open it."""
         check_on_missing(on_missing)
+        for name, flag in {"resume": resume, "overwrite": overwrite, "repair": repair}.items():
+            check_flag(name, flag)
         self.target.executor.check_reach(self.target.location)
         plan, complete = self.output.prepare(
             self.plan,
@@ -230,7 +236,8 @@ def _plan(
     **limits: int | None,
 ) -> Plan:
     kept = None if reduced is None else reduced.kept
-    limits["tile_bytes"] = limits.get("tile_bytes") or settings.nbytes("tile.target-bytes")
+    if limits.get("tile_bytes") is None:
+        limits["tile_bytes"] = settings.nbytes("tile.target-bytes")
     return fitted.plan(test, train, mode, project=_projects(fitted, test), kept=kept, **limits)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dask_influence.configuration import Configuration
+from dask_influence.core.content import Content, contents
 from dask_influence.core.forms import Forms
 from dask_influence.core.objective import Objective
 from dask_influence.core.problem import Problem
@@ -36,6 +37,7 @@ def save(fitted: Fitted, location: Location) -> None:
         "fit": fitted.digest,
         "counts": fitted.counts,
         "behaviour": fitted.behaviour,
+        "content": fitted.content.parts,
     }
     persistence.save(location, fitted.inverse, record)
 
@@ -62,6 +64,12 @@ def restored(saved: Saved, location: Location, configuration: Configuration, obj
     persistence.check_model(location, record, objective)
     if loss != record["loss"]:
         raise StoreMismatchError(f"{location.url} was fitted with the loss {record['loss']}; got {loss}")
+    content = Content(record["content"])
+    others = content.differing(contents(objective.module, objective.loss))
+    if others:
+        raise StoreMismatchError(
+            f"{location.url} was fitted with another model or loss: {', '.join(others[:5])} differ; give the same"
+        )
     return Fitted(
         configuration,
         Problem(objective, Forms(**record["forms"]), record["activations"]),
@@ -71,4 +79,5 @@ def restored(saved: Saved, location: Location, configuration: Configuration, obj
         record["fit"],
         record["counts"],
         record["behaviour"],
+        content,
     )

@@ -13,10 +13,20 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
+import zarr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from dask_influence import ArnoldiInfluence, CgInfluence, DirectInfluence, open_influences
+from dask_influence import (
+    ArnoldiInfluence,
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    GroupSum,
+    JacobiPreconditioner,
+    NystroemPreconditioner,
+    open_influences,
+)
 from dask_influence.errors import (
     ConfigurationError,
     DataError,
@@ -27,6 +37,7 @@ from dask_influence.errors import (
     SampleMixingError,
     SingularCurvatureError,
     StoreError,
+    StoreMismatchError,
 )
 from tests import data, oracles
 
@@ -324,6 +335,15 @@ def test_a_loss_that_is_no_mean_over_samples() -> None:
         fit(loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 9.0], dtype=torch.float64)))
 
 
+@pytest.mark.parametrize("failure", [KeyError, ZeroDivisionError])
+def test_a_loss_that_fails_in_a_way_of_its_own(failure: type[Exception]) -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        raise failure("of its own")
+
+    with pytest.raises(LossError, match=r"'loss' fails.*of its own"):
+        fit(loss=loss)
+
+
 def test_a_loss_that_returns_no_tensor() -> None:
     with pytest.raises(LossError, match=r"loss"):
         fit(loss=lambda output, target: 1.0)
@@ -440,6 +460,150 @@ def test_rank_at_the_ends_of_its_range(rank: int) -> None:
 def test_other_arguments_out_of_range(argument: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=argument):
         fit(estimator=ArnoldiInfluence, rank=7, **{argument: value})
+
+
+LAYERS = {"first": ["0.*"], "last": ("2.weight", "2.bias")}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "argument", "wrong", "named", "right"),
+    [
+        (DirectInfluence, "client", "tcp://host:8786", r"distributed\.Client\('tcp://host:8786'\)", None),
+        (DirectInfluence, "client", 3, r"int.*distributed\.Client", None),
+        (DirectInfluence, "device", None, "None", "cpu"),
+        (DirectInfluence, "device", "meta", "'meta'", torch.device("cpu")),
+        (DirectInfluence, "parameters", 3, "3", ("2.*",)),
+        (DirectInfluence, "parameters", [3], r"\[3\]", "2.*"),
+        (DirectInfluence, "block_structure", {**LAYERS, "last": 3}, "'last'.*3", LAYERS),
+        (DirectInfluence, "block_structure", {**LAYERS, "last": None}, "'last'.*None", LAYERS),
+        (DirectInfluence, "block_structure", {**LAYERS, "last": [3]}, r"'last'.*\[3\]", LAYERS),
+        (DirectInfluence, "curvature", ["ggn"], r"\['ggn'\]", "ggn"),
+        (DirectInfluence, "hessian_regularization", 10**400, "1000", 10),
+        (DirectInfluence, "certify", 3, "3", False),
+        (DirectInfluence, "chunk_size", True, "True", np.int64(8)),
+        (
+            CgInfluence,
+            "preconditioner",
+            {"kind": "jacobi", "x": 1},
+            "'jacobi'.*'x'.*probes",
+            {"kind": "jacobi"},
+        ),
+        (CgInfluence, "strict", "no", "'no'", False),
+        (ArnoldiInfluence, "complement", "yes", "'yes'", True),
+        (EkfacInfluence, "update_diagonal", 3, "3", False),
+        (EkfacInfluence, "skip_unsupported", "no", "'no'", False),
+    ],
+)
+def test_arguments_of_the_wrong_kind(
+    estimator: Any, argument: str, wrong: Any, named: str, right: Any
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"(?s){argument}.*{named}"):
+        fit(estimator=estimator, **{argument: wrong})
+    fit(estimator=estimator, **{argument: right})
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [(NystroemPreconditioner, "rank"), (JacobiPreconditioner, "probes")]
+)
+def test_preconditioners_of_nothing(kind: Any, count: str) -> None:
+    for wrong in ({count: 0}, {count: "a"}, {count: True}, {"seed": "b"}, {"seed": 2**70}):
+        with pytest.raises(ConfigurationError, match=rf"{next(iter(wrong))} of {kind.__name__}.*"):
+            kind(**wrong)
+    assert getattr(kind(**{count: np.int64(1)}), count) == 1
+
+
+class Recurrent(nn.Module):
+    """An LSTM whose output is that of torch: with the state, of which samples are the second axis."""
+
+    def __init__(self, state: bool) -> None:
+        super().__init__()
+        self.inner, self.state = nn.LSTM(4, 3, batch_first=True).double(), state
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.inner(x)
+        return found if self.state else found[:1]
+
+
+def test_a_state_beside_the_output_is_named() -> None:
+    pair = data.normal(97, 9, 2, 4), data.normal(98, 9, 2, 3)
+    loss = lambda output, target: nn.functional.mse_loss(output[0], target)  # noqa: E731
+    with pytest.raises(SampleMixingError, match=r"(?s)\(9, 2, 3\).*\(1, 9, 3\).*only what the loss uses"):
+        fit(pair, model=Recurrent(state=True), loss=loss, hessian_regularization=1.0)
+    fit(pair, model=Recurrent(state=False), loss=loss, hessian_regularization=1.0)
+
+
+def test_models_and_data_without_values(tmp_path: Path) -> None:
+    (x, y), fitted = case().train, fit()
+    with pytest.raises(ConfigurationError, match=r"'weight'.*lazy"):
+        fit(model=nn.LazyLinear(3).double())
+    with pytest.raises(ConfigurationError, match=r"'weight'.*meta"):
+        fit(model=nn.Linear(4, 3, device="meta"))
+    with pytest.raises(DataError, match=r"train: x.*meta"):
+        fit((x.to("meta"), y))
+    with pytest.raises(DataError, match=r"train: x.*meta"):
+        fitted.influences_to_zarr(tmp_path / "run", case().test, (x.to("meta"), y))
+    nothing_written(tmp_path)
+    seen = nn.LazyLinear(3).double()
+    seen(x)
+    fit(model=seen)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong", "right"),
+    [
+        ("storage_options", 3, None),
+        ("storage_options", "a", {}),
+        ("storage_options", [1], None),
+        ("progress", 3, False),
+        ("progress", "yes", lambda stage, done, total: None),
+        ("resume", "no", True),
+        ("overwrite", 3, False),
+        ("repair", "x", False),
+        ("memory_limit", 0, 2**30),
+        ("tile_bytes", 0, 2**20),
+    ],
+)
+def test_arguments_of_a_run_of_the_wrong_kind(tmp_path: Path, argument: str, wrong: Any, right: Any) -> None:
+    fitted, pairs = fit(), (case().test, case().train)
+    with pytest.raises(ConfigurationError, match=argument):
+        fitted.influences_to_zarr(tmp_path / "run", *pairs, **{argument: wrong})
+    if argument != "tile_bytes":
+        with pytest.raises(ConfigurationError, match=argument):
+            fitted.influence_factors_to_zarr(tmp_path / "run", pairs[0], **{argument: wrong})
+    nothing_written(tmp_path)
+    fitted.influences_to_zarr(tmp_path / "run", *pairs, **{argument: right})
+
+
+def test_progress_of_a_fit_of_the_wrong_kind() -> None:
+    model = DirectInfluence(case().model, case().loss, 0.05)
+    with pytest.raises(ConfigurationError, match=r"progress.*3"):
+        model.fit(case().train, progress=3)
+    stages: list[str] = []
+    model.fit(case().train, progress=lambda stage, done, total: stages.append(stage))
+    assert stages
+
+
+@pytest.mark.parametrize("path", ["\0a", b"run"])
+def test_paths_that_name_no_store(path: Any) -> None:
+    fitted = fit()
+    for ask in (
+        lambda: fitted.influences_to_zarr(path, case().test, case().train),
+        lambda: fitted.influence_factors_to_zarr(path, case().test),
+        lambda: fitted.save(path),
+        lambda: DirectInfluence.load(path, case().model, case().loss),
+        lambda: open_influences(path),
+    ):
+        with pytest.raises(StoreError, match="store"):
+            ask()
+
+
+def test_load_takes_what_a_fit_does_not_depend_on(tmp_path: Path) -> None:
+    fit().save(tmp_path / "saved")
+    load = lambda **how: DirectInfluence.load(tmp_path / "saved", case().model, case().loss, **how)  # noqa: E731
+    for wrong in ({"foo": 3}, {"curvature": "ggn"}, {"hessian_regularization": 1.0}):
+        with pytest.raises(ConfigurationError, match=rf"'{next(iter(wrong))}'.*device.*with_regularization"):
+            load(**wrong)
+    assert load(device="cpu", certify=False, chunk_size=4).chunk_size == 4
 
 
 @pytest.mark.parametrize("mode", ["sideways", "Up!", None, 3])
@@ -584,6 +748,19 @@ def test_a_folder_with_something_else_in_it_is_not_written_into(tmp_path: Path) 
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_overwrite_keeps_its_hands_off_an_array_of_others(tmp_path: Path) -> None:
+    """In the group of a run it would be opened with the scores."""
+    fitted, where = fit(), (tmp_path / "run", case().test, case().train)
+    fitted.influences_to_zarr(*where)
+    zarr.open_group(tmp_path / "run", mode="a").create_array("mine", data=np.arange(3))
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    with pytest.raises(StoreMismatchError, match="'mine'"):
+        fitted.influences_to_zarr(*where, overwrite=True, reduce=GroupSum([0, 1] * 18 + [0]))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+    zarr.open_group(tmp_path / "run", mode="a").__delitem__("mine")
+    fitted.influences_to_zarr(*where, overwrite=True, reduce=GroupSum([0, 1] * 18 + [0]))
+
+
 @pytest.mark.parametrize("nowhere", ["", "file://"])
 def test_stores_without_a_name_are_not_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nowhere: str
@@ -639,3 +816,13 @@ def test_queries_that_a_fit_would_refuse_are_refused_before_anything_is_written(
     with pytest.raises(DataError, match=r"test: x"):
         fitted.influence_factors_to_zarr(tmp_path / "run", (x_test[:, :2], y_test))
     nothing_written(tmp_path)
+
+
+def test_a_loss_that_is_no_mean_where_classes_meet_is_refused() -> None:
+    """The first samples, all of one class, do not show the class weights."""
+    x, y = torch.randn(200, 3, dtype=torch.float64), torch.tensor([0] * 150 + [1] * 50)
+    weighted = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0], dtype=torch.float64))
+    model = torch.nn.Linear(3, 2).double()
+    with pytest.raises(LossError, match=r"not a mean over samples 120 to 159 of train"):
+        DirectInfluence(model, weighted, 0.1, chunk_size=40).fit((x, y))
+    DirectInfluence(model, torch.nn.CrossEntropyLoss(), 0.1, chunk_size=40).fit((x, y))

@@ -15,7 +15,7 @@ from dask_influence import (
     LissaInfluence,
     NystroemSketchInfluence,
 )
-from dask_influence.errors import NotFittedError
+from dask_influence.errors import ConfigurationError, MemoryLimitError, NotFittedError
 from tests import data
 
 ESTIMATORS = {
@@ -44,3 +44,37 @@ def test_a_plan_before_the_fit_is_that_after_it(name: str) -> None:
     for field in ("work", "query_rows", "tile", "strip_columns", "batch", "factor_rows"):
         assert getattr(before, field) == getattr(after, field), field
     assert (before.speed.factor is None) == (after.speed.factor is None)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("bandwidth", "1GB"),
+        ("bandwidth", 0),
+        ("bandwidth", True),
+        ("memory_limit", 0),
+        ("memory_limit", "1GB"),
+    ],
+)
+@pytest.mark.parametrize("worker_memory", [None, 2**30])
+def test_a_plan_of_the_wrong_limits_is_refused(
+    argument: str, wrong: object, worker_memory: int | None
+) -> None:
+    pair = data.normal(1, 23, 4).float(), data.normal(2, 23, 2).float()
+    plan = lambda value: DirectInfluence(*MODEL, 0.1).plan(  # noqa: E731
+        pair, pair, before_fit=True, worker_memory=worker_memory, **{argument: value}
+    )
+    with pytest.raises(ConfigurationError, match=f"{argument}.*{wrong!r}"):
+        plan(wrong)
+    assert plan(2**30).strips
+
+
+def test_a_plan_is_validated_against_bytes() -> None:
+    pair = data.normal(1, 23, 4).float(), data.normal(2, 23, 2).float()
+    plan = DirectInfluence(*MODEL, 0.1).plan(pair, pair, before_fit=True)
+    for wrong in ("a", float("nan"), 0, -5, True):
+        with pytest.raises(ConfigurationError, match="memory_limit"):
+            plan.validate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(MemoryLimitError):
+        plan.validate(1)
+    assert plan.validate(plan.peak_bytes) is plan.validate(None) is plan

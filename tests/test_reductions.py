@@ -299,6 +299,17 @@ def test_groups_are_selected_by_label(tmp_path: Path) -> None:
     np.testing.assert_allclose(dataset.group_influence.sel(group="elm"), expected, rtol=1e-10)
 
 
+def test_labels_are_those_that_were_given(tmp_path: Path) -> None:
+    """A copy: the caller may go on with the array."""
+    model, labels = fitted(), np.arange(M) % 3
+    groups = GroupSum(labels)
+    labels[:] = 0
+    dataset = reduced(model, tmp_path / "run", groups)
+    expected = reduced(model, tmp_path / "other", GroupSum(np.arange(M) % 3))
+    np.testing.assert_array_equal(dataset.group_influence, expected.group_influence)
+    assert dataset.sizes["group"] == 3
+
+
 def test_a_group_for_each_point_keeps_every_score(tmp_path: Path) -> None:
     model = fitted()
     dataset = reduced(model, tmp_path / "run", GroupSum(np.arange(M)), tile_bytes=SMALL)
@@ -750,6 +761,9 @@ def test_modes_that_have_no_order(tmp_path: Path) -> None:
         ([1, "a"] * 5, "labels holds int, str"),
         (np.full(M, np.nan), "labels holds NaN"),
         (np.arange(M) * 1j, "labels has dtype complex128"),
+        (["a", "a\0"] * 5, r"labels holds 'a\\x00', of which numpy drops"),
+        (np.array(["a", "a\0"] * 5, object), r"labels holds 'a\\x00', of which numpy drops"),
+        (["a", "\ud800"] * 5, "labels holds text that no store can"),
     ],
 )
 def test_labels_of_other_kinds(labels: Any, named: str) -> None:

@@ -15,6 +15,7 @@ import optree
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dask_influence.core.elementary import differentiation, fused
@@ -131,7 +132,7 @@ def _scalar(objective: Objective, output: Any, y: Tree) -> Tensor:
             f"y: its shape {_described(y)} is broadcast against an output of {_described(output)}; "
             "give y the shape of the output"
         ) from broadcast
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as failure:
+    except Exception as failure:
         raise _explained(objective, output, y, failure) from failure
     if not isinstance(value, Tensor):
         raise LossError(f"loss returned {type(value).__name__}; it must return a scalar tensor")
@@ -166,6 +167,14 @@ def _explained(objective: Objective, output: Any, y: Tree, failure: Exception) -
 
 
 def _check_mean(objective: Objective, y: Tree, output: Any, value: Tensor) -> None:
+    count = leading_size(y)
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    if any(leaf.dim() == 0 or len(leaf) != count for leaf in leaves):
+        raise SampleMixingError(
+            f"model returns {_described(output)} for {count} samples, and the first axis of each must count samples; "
+            "wrap the model in a module that returns only what the loss uses, batch first (of a recurrent layer its "
+            "output without the state)"
+        )
     each = objective.losses(output, y)
     if each.shape != (leading_size(y),):
         raise LossError(f"loss of one sample has shape {tuple(each.shape[1:])}; it must be a scalar")
@@ -175,10 +184,9 @@ def _check_mean(objective: Objective, y: Tree, output: Any, value: Tensor) -> No
         raise DataError(
             f"loss is NaN or infinite {where}; look for NaN or inf in x, y and the model's weights there"
         )
-    scale, tolerance = each.abs().mean() + each.std(), _tolerance(value.dtype)
-    if (value - each.mean()).abs() <= tolerance * scale:
+    if is_mean(value, each):
         return
-    if (value - each.sum()).abs() <= tolerance * scale * len(each):
+    if is_mean(value / len(each), each):
         raise LossError("loss is a sum over samples; use reduction='mean'")
     raise LossError(
         f"loss is not a mean over samples: {value:.6g} for {len(each)} samples whose own losses average "
@@ -187,9 +195,15 @@ def _check_mean(objective: Objective, y: Tree, output: Any, value: Tensor) -> No
     )
 
 
+def is_mean(value: Tensor, each: Tensor) -> bool:
+    """Whether ``value`` is the mean of ``each`` (n,), to rounding."""
+    scale = each.abs().mean() + each.std(unbiased=False)
+    return bool((value - each.mean()).abs() <= _tolerance(value.dtype) * scale)
+
+
 # -- the model -------------------------------------------------------------------------
 def check_kind(module: nn.Module) -> None:
-    """Refuse modules that torch cannot call with other parameters than their own.
+    """Refuse modules without weights, and those that torch cannot call with other parameters than their own.
 
     Examples
     --------
@@ -197,6 +211,16 @@ def check_kind(module: nn.Module) -> None:
     Traceback (most recent call last):
     dask_influence.errors.ConfigurationError: model is an nn.DataParallel; pass model.module
     """
+    for name, parameter in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(parameter):
+            raise ConfigurationError(
+                f"model has {name!r} of a lazy layer that has not seen data; call the model once on a sample before"
+            )
+        if parameter.is_meta:
+            raise ConfigurationError(
+                f"model has {name!r} on the meta device, without values; load its weights before (model.to_empty "
+                "and load_state_dict)"
+            )
     for name, part in module.named_modules():
         where = f"model has an {{}} at {name!r}" if name else "model is an {}"
         if isinstance(part, nn.DataParallel):
@@ -321,6 +345,19 @@ def check_integer(name: str, value: object, least: int = 1, most: int | None = N
         return int(value)  # type: ignore[call-overload]
     allowed = f"an integer ≥ {least}" if most is None else f"an integer from {least} to {most}"
     raise ConfigurationError(f"{name} must be {allowed}; got {value!r} ({type(value).__name__})")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse all but True and False: what else is true, as the text "no" is, is rarely meant.
+
+    Examples
+    --------
+    >>> check_flag("resume", "no")
+    Traceback (most recent call last):
+    dask_influence.errors.ConfigurationError: resume must be True or False; got 'no' (str)
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} must be True or False; got {value!r} ({type(value).__name__})")
 
 
 def check_number(name: str, value: object) -> None:

@@ -131,25 +131,13 @@ def likelihood(at: Outputs) -> Likelihood:
     Its outputs are those of the model in their own shape; call within :func:`differentiation`.
     """
     f = at.only()
-    wide = _in_double(at)
+    wide = at.in_double()
     with torch.enable_grad():
         leaf = wide.flat.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(wide.loss(leaf), leaf)
     targets = optree.tree_leaves(wide.y)
     return recognise(
         at.objective.loss, f, gradient.reshape(f.shape), targets[0] if len(targets) == 1 else wide.y
-    )
-
-
-def _in_double(at: Outputs) -> Outputs:
-    """The loss of the same outputs in float64, where the gradient tells one family from another."""
-
-    def cast(value: object) -> object:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    leaves = tuple(cast(leaf) for leaf in at.leaves)
-    return Outputs(
-        at.objective, at.x, optree.tree_map(cast, at.y), at.flat.double(), at.used, leaves, at.structure
     )
 
 

@@ -163,7 +163,8 @@ GEOMETRY: dict[type[nn.Module], Callable[[nn.Module], Shapes]] = {
 def layout_of(objective: Objective) -> Layout:
     """θ in layers, and what is in none.
 
-    A parameter that several modules share is in none: its gradient is a sum over kinds of use.
+    A parameter that several modules share is in none: its gradient is a sum over kinds of use. Nor is the bias
+    beside a shared weight, since calls are told apart by their weight.
 
     Examples
     --------
@@ -173,14 +174,19 @@ def layout_of(objective: Objective) -> Layout:
     ('0', 3, (('1.weight', '1 (PReLU)'),))
     """
     shared = _shared(objective.module)
+    twice = {name for owners in shared.values() for name in owners}
     layers = [
         layer
         for path, module in objective.module.named_modules()
         for layer in _layers_in(path, module, set(objective.names) - shared.keys())
+        if layer.key[0] not in twice
     ]
     held = {name for layer in layers for name in (layer.weight, layer.bias)}
     unsupported = tuple(
-        (name, shared.get(name) or _owner(objective.module, name))
+        (
+            name,
+            f"shared by {' and '.join(shared[name])}" if name in shared else _owner(objective.module, name),
+        )
         for name in objective.names
         if name not in held
     )
@@ -212,13 +218,13 @@ def _layers_in(path: str, module: nn.Module, names: set[str]) -> Iterator[Layer]
             yield layer
 
 
-def _shared(module: nn.Module) -> dict[str, str]:
-    """Parameters held by more than one module, and by which."""
+def _shared(module: nn.Module) -> dict[str, list[str]]:
+    """Parameters held by more than one module, and all their names."""
     owners: dict[int, list[str]] = {}
     for path, part in module.named_modules():
         for name, parameter in part.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    return {names[0]: f"shared by {' and '.join(names)}" for names in owners.values() if len(names) > 1}
+    return {names[0]: names for names in owners.values() if len(names) > 1}
 
 
 def _owner(module: nn.Module, name: str) -> str:

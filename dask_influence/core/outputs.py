@@ -8,9 +8,10 @@ laid out as one array f (n, K).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
@@ -97,6 +98,15 @@ class Outputs:
         for i, part, shape in zip(self.used, parts, shapes, strict=True):
             leaves[i] = part.reshape(shape)
         return self.objective.loss(pytree.tree_unflatten(leaves, self.structure), self.y) * len(flat)
+
+    def in_double(self) -> Outputs:
+        """The same outputs in float64, where the gradient of the loss tells one family from another."""
+
+        def cast(value: object) -> object:
+            return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        leaves = tuple(cast(leaf) for leaf in self.leaves)
+        return replace(self, y=optree.tree_map(cast, self.y), flat=self.flat.double(), leaves=leaves)
 
     def only(self) -> Tensor:
         """The one output that the loss depends on, in its own shape.

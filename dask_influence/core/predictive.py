@@ -31,8 +31,9 @@ DENSE_OUTPUTS = 1024
 
 EXPECTATIONS = ("auto", "exact", "sampled")
 
-_NOISE = 1e-5
-"""Negative eigenvalues of ∂²ℓ/∂f², relative to the largest, that rounding may make in float32."""
+_NOISE, _ROUNDINGS = 1e-5, 8
+"""Negative eigenvalues of ∂²ℓ/∂f², relative to the largest, that rounding may make in float32; in a
+shorter dtype, so many times its eps."""
 
 
 @runtime_checkable
@@ -136,8 +137,10 @@ class Expectation:
     def _likelihood(self, outputs: Outputs) -> Likelihood | None:
         try:
             shaped = outputs.only()
-            gradient = _gradient(outputs).reshape(shaped.shape)
-            found = recognise(outputs.objective.loss, shaped, gradient, outputs.y)
+            # In half precision rounding hides the family; losses may hold float32 of their own.
+            wide = outputs.in_double() if outputs.flat.itemsize < 4 else outputs
+            gradient = _gradient(wide).reshape(shaped.shape)
+            found = recognise(outputs.objective.loss, shaped, gradient, wide.y)
         except ConfigurationError:
             if self.curvature == "fisher":
                 raise
@@ -196,7 +199,8 @@ def _roots(outputs: Outputs) -> Tensor:
     inner = outputs.curvature()
     # 0·u: vmap wants a result that depends on u, which that of a piecewise linear loss does not
     values, vectors = torch.linalg.eigh(outputs.matrices(lambda u: inner(u) + 0.0 * u))
-    bad = values[:, 0] < -_NOISE * values[:, -1].clamp_min(torch.finfo(torch.float64).tiny)
+    noise = max(_NOISE, _ROUNDINGS * torch.finfo(outputs.flat.dtype).eps)
+    bad = values[:, 0] < -noise * values[:, -1].clamp_min(torch.finfo(torch.float64).tiny)
     if bad.any():
         raise _without_curvature(outputs, f"has the eigenvalue {values[bad, 0].min().item():.3g}")
     return (vectors * values.clamp_min(0).sqrt()[:, None, :]).mT

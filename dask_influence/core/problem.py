@@ -9,11 +9,11 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from dask_influence.core.checks import check_loss
+from dask_influence.core.checks import check_loss, is_mean
 from dask_influence.core.derivatives import choose_forms, differentiation
 from dask_influence.core.forms import Forms, sample_gradients
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
-from dask_influence.errors import DataError, DerivativeError
+from dask_influence.errors import DataError, DerivativeError, LossError
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,34 @@ def check_gradients(objective: Objective, x: Tree, y: Tree, argument: str = "tra
 
 
 def check_losses(problem: Problem, x: Tree, y: Tree, argument: str, start: int) -> None:
-    """Refuse losses that are NaN or infinite, naming the first such sample, counted from ``start``."""
+    """Refuse losses that are NaN or infinite, or that do not average to that of the chunk.
+
+    Samples are counted from ``start``. The first samples of the data have passed :func:`check_loss`;
+    class weights, say, show where classes meet.
+
+    Raises
+    ------
+    DataError
+        Names the first sample whose loss is not finite.
+    LossError
+        Names the samples of which the loss is no mean.
+    """
     objective = problem.objective
     with torch.no_grad(), differentiation():
-        losses = objective.sample_losses(objective.parameters(), x, y)
+        outputs = objective.outputs(objective.parameters(), x)
+        losses, whole = objective.losses(outputs, y), objective.loss(outputs, y)
     bad = ~losses.isfinite()
     if bad.any():
         first = int(bad.nonzero()[0])
         raise DataError(
             f"{argument}: the loss of sample {start + first} is {losses[first].item()}; look at its inputs and "
             "its target, or leave the sample out"
+        )
+    if not is_mean(whole, losses):
+        raise LossError(
+            f"loss is not a mean over samples {start} to {start + len(losses) - 1} of {argument}: it is "
+            f"{whole:.6g} for them, and their own losses average {losses.mean():.6g} (class weights, ignore_index "
+            "or a mean over a varying number of tokens weigh samples unequally)"
         )
 
 

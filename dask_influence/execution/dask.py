@@ -40,6 +40,25 @@ SMALL_RESULT = 2**16
 """Bytes of sums that travel through the scheduler; larger ones go through the store."""
 
 
+def check_client(client: Any) -> None:
+    """Refuse what is no client: the address of a scheduler, a cluster.
+
+    Examples
+    --------
+    >>> check_client("tcp://scheduler:8786")
+    Traceback (most recent call last):
+    dask_influence.errors.ConfigurationError: client must be None or a distributed.Client; got \
+'tcp://scheduler:8786' (str): pass distributed.Client('tcp://scheduler:8786')
+    """
+    if client is not None and not isinstance(client, Client):
+        example = (
+            f"distributed.Client({client!r})" if isinstance(client, str) else "distributed.Client(address)"
+        )
+        raise ConfigurationError(
+            f"client must be None or a distributed.Client; got {client!r:.80} ({type(client).__name__}): pass {example}"
+        )
+
+
 class DaskExecutor(Executor):
     """Runs tasks on a cluster, a window at a time.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from dask_influence.core import directional
-from dask_influence.core.checks import check_integer
+from dask_influence.core.checks import check_integer, check_number
 from dask_influence.core.estimators.base import Inverse, without_rounds
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.problem import Problem
@@ -94,6 +94,8 @@ class Cluster:
         check_integer("threads_per_worker", self.threads)
         if self.memory is not None:
             check_integer("worker_memory", self.memory)
+        if self.bandwidth is not None:
+            check_number("bandwidth", self.bandwidth)
         if self.bandwidth is not None and not 0 < self.bandwidth < float("inf"):
             raise ConfigurationError(
                 f"bandwidth must be a positive number of bytes a second, such as 1e9; got {self.bandwidth!r}"

@@ -180,9 +180,17 @@ class Output:
             return False
         with suppress(CorruptStoreError):  # a damaged record is what overwrite=True replaces
             self._refuse_own_factors(self.ledger.read_begun())
+        own = dict.fromkeys((*WRITTEN, *self._arrays_of_record(), *templates, *self.ids, RUN_FOLDER))
+        held = (key.split("/") for key in self.location.list())
+        foreign = sorted({parts[0] for parts in held if parts[-1] == GROUP_KEY and parts[0] not in own})
+        if foreign:  # they would be in the group that readers open
+            raise StoreMismatchError(
+                f"{self.location.url} holds {', '.join(map(repr, foreign))} beside its run, which not even "
+                "overwrite=True replaces; choose another store, or delete them yourself"
+            )
         self.location.check_writable()
         # The folder of the run goes last: while it is there, a second overwrite knows whose data these are.
-        for name in dict.fromkeys((*WRITTEN, *self._arrays_of_record(), *templates, *self.ids, RUN_FOLDER)):
+        for name in own:
             self.location.delete(name)
         return True
 

@@ -244,9 +244,13 @@ class Plan:
 
         Raises
         ------
+        ConfigurationError
+            ``memory_limit`` is no number of bytes.
         MemoryLimitError
             Quoting the bytes needed and allowed, and the setting that would fit.
         """
+        if memory_limit is not None:
+            memory_limit = _bytes("memory_limit", memory_limit)
         needed = max(self.peak_bytes, self.factor_bytes)
         if memory_limit is not None and needed > memory_limit:
             raise MemoryLimitError(

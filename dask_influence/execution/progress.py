@@ -14,8 +14,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dask_influence.errors import ConfigurationError
+
 Report = Callable[[str, int, int], None]
 """Called with the stage's name, how much is done and how much there is to do."""
+
+
+def check_progress(progress: object) -> None:
+    """Refuse what is neither a flag nor callable."""
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise ConfigurationError(
+            f"progress must be True, False or a callable(stage, done, total); got {progress!r} "
+            f"({type(progress).__name__})"
+        )
 
 
 @contextmanager

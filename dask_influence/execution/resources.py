@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from dask_influence import settings
+from dask_influence.core.checks import check_flag, check_integer
 from dask_influence.core.problem import Problem
-from dask_influence.errors import ConfigurationError
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor
-from dask_influence.execution.dask import DaskExecutor
+from dask_influence.execution.dask import DaskExecutor, check_client
 from dask_influence.execution.drive import Passes
 from dask_influence.execution.forecast import Cluster
 from dask_influence.execution.local import LocalExecutor
@@ -42,7 +42,7 @@ class Resources:
     Raises
     ------
     ConfigurationError
-        No such device, or a chunk size that is no positive integer.
+        No such device, a client that is none, or a chunk size that is no positive integer.
     """
 
     def __init__(
@@ -53,8 +53,10 @@ class Resources:
         chunk_size: int | None = None,
         certify: bool = True,
     ) -> None:
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise ConfigurationError(f"chunk_size must be a positive integer; got {chunk_size!r}")
+        if chunk_size is not None:
+            chunk_size = check_integer("chunk_size", chunk_size)
+        check_flag("certify", certify)
+        check_client(client)
         resolve_device(device)
         self.client, self.device, self.artifacts = client, device, artifacts
         self.chunk_size, self.certify = chunk_size, certify

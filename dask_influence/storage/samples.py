@@ -245,8 +245,8 @@ def as_numpy(value: Any, name: str, argument: str) -> np.ndarray[Any, Any]:
         Where it is no array, or numpy has no such layout or dtype.
     """
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
         try:
+            value = value.detach().cpu()  # refused of a tensor on the meta device
             return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
         except (TypeError, RuntimeError) as error:
             raise DataError(

@@ -32,7 +32,7 @@ from zarr import storage as zarr_storage
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
 
-from dask_influence.errors import MissingObjectError, StoreError
+from dask_influence.errors import ConfigurationError, MissingObjectError, StoreError
 
 SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "azure": "az"}
 """Object stores by the scheme users write, and the scheme of the normalised URL."""
@@ -115,8 +115,17 @@ class Location:
         ------
         StoreError
             Where the scheme is not one of file, s3, gs, az and memory, the URL names no
-            folder or bucket, or credentials stand in the URL itself.
+            folder or bucket or holds NUL, or credentials stand in the URL itself.
+        ConfigurationError
+            Where ``storage_options`` is no mapping of names.
         """
+        if storage_options is not None and not (
+            isinstance(storage_options, Mapping) and all(isinstance(name, str) for name in storage_options)
+        ):
+            raise ConfigurationError(  # what arrived may be a secret: its type alone
+                "storage_options must be None or a mapping of names to values, such as {'endpoint': url}; got "
+                f"{type(storage_options).__name__}"
+            )
         if isinstance(store, Location):
             return store if storage_options is None else cls(store.url, dict(storage_options))
         if not isinstance(store, str | os.PathLike):
@@ -124,7 +133,10 @@ class Location:
                 f"store must be a path or a URL; got {type(store).__name__}. Pass for example "
                 "'results.zarr' or 's3://bucket/results.zarr'"
             )
-        return cls(_normalise(os.fspath(store)), dict(storage_options or {}))
+        path = os.fspath(store)
+        if not isinstance(path, str) or "\0" in path:
+            raise StoreError(f"store={path!r} cannot be the name of a store; pass a str without NUL")
+        return cls(_normalise(path), dict(storage_options or {}))
 
     def __reduce__(self) -> tuple[Any, ...]:
         home = _PROCESS if self.in_process else None

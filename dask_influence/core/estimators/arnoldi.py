@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dask_influence.core.checks import SEEDS, check_integer, check_number, plain_integers
+from dask_influence.core.checks import SEEDS, check_flag, check_integer, check_number, plain_integers
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -235,6 +235,7 @@ class Arnoldi(Estimator):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name))
         check_integer("maxiter", self.maxiter)
+        check_flag("complement", self.complement)
         check_integer("seed", self.seed, *SEEDS)
         check_number("tol", self.tol)
         if self.krylov_dimension is not None and not self.rank < self.krylov_dimension:

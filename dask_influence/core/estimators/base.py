@@ -236,7 +236,10 @@ def relative_residuals(products: Tensor, regularization: float, gradients: Tenso
 
 def check_regularization(value: float) -> float:
     """λ as a float, or a :class:`ConfigurationError` for a negative or non-finite one."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
     if not math.isfinite(number) or number < 0:
         raise ConfigurationError(f"hessian_regularization must be a finite number ≥ 0; got {value!r}")
     return number

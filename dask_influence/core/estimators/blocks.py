@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -43,12 +43,19 @@ Regularization = float | Mapping[str, float]
 # -- which parameters form which block ---------------------------------------------------
 def check_structure(structure: Any) -> None:
     """Raise :class:`ConfigurationError` where ``structure`` is of no kind that is known."""
-    mapping = isinstance(structure, Mapping) and structure
-    if structure is not None and structure not in ("layer", "parameter") and not mapping:
+    mapping = isinstance(structure, Mapping) and len(structure) > 0
+    known = structure is None or (isinstance(structure, str) and structure in ("layer", "parameter"))
+    if not known and not mapping:
         raise ConfigurationError(
             'block_structure must be None (the full matrix), "layer", "parameter" or a mapping of block name to '
             f"parameter names; got {structure!r}"
         )
+    for block, names in structure.items() if mapping else ():
+        if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+            raise ConfigurationError(
+                f"block_structure: block {block!r} must be a list of names or glob patterns of parameters; "
+                f"got {names!r}"
+            )
 
 
 def blocks_of(structure: Structure, names: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dask_influence.core.checks import check_number, plain_integers
+from dask_influence.core.checks import check_flag, check_number, plain_integers
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -336,6 +336,7 @@ class Cg(Estimator):
             isinstance(self.maxiter, bool) or not isinstance(self.maxiter, int) or self.maxiter < 1
         ):
             raise ConfigurationError(f"maxiter must be None or a positive integer; got {self.maxiter!r}")
+        check_flag("strict", self.strict)
         preconditioner = as_preconditioner(self.preconditioner)
         if preconditioner is not None:
             preconditioner.validate(system)

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from dask_influence.core import directional
 from dask_influence.core.capture import Captured, capture
+from dask_influence.core.checks import check_flag
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
 from dask_influence.core.kernel import Kernel
@@ -367,6 +368,8 @@ class Ekfac(Estimator):
             raise ConfigurationError(
                 f"expectation must be one of {', '.join(map(repr, EXPECTATIONS))}; got {self.expectation!r}"
             )
+        for name in ("update_diagonal", "skip_unsupported"):
+            check_flag(name, getattr(self, name))
         for name in ("draws", "exact_outputs"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dask_influence.core.checks import SEEDS, check_integer, plain_integers
 from dask_influence.core.estimators.base import Round, System
 from dask_influence.core.moments import Moments
 from dask_influence.errors import ConfigurationError
@@ -145,6 +146,14 @@ class Preconditioner(ABC):
         """Ask for passes over the data, then return the preconditioning."""
 
 
+def _check_integers(preconditioner: Any, count: str) -> None:
+    """Refuse a ``count`` that is not positive, and a seed that torch does not take."""
+    kind = type(preconditioner).__name__
+    plain_integers(preconditioner, count, "seed")
+    check_integer(f"{count} of {kind}", getattr(preconditioner, count))
+    check_integer(f"seed of {kind}", preconditioner.seed, *SEEDS)
+
+
 @dataclass(frozen=True)
 class JacobiPreconditioner(Preconditioner):
     """The diagonal of C by Hutchinson's estimator: mean of z ⊙ C z over random signs z; one pass.
@@ -165,12 +174,9 @@ class JacobiPreconditioner(Preconditioner):
     seed: int = 0
     kind: str = field(default="jacobi", init=False)
 
-    def validate(self, system: System) -> None:
+    def __post_init__(self) -> None:
         """At least one probe."""
-        if isinstance(self.probes, bool) or not isinstance(self.probes, int) or self.probes < 1:
-            raise ConfigurationError(
-                f"probes of JacobiPreconditioner must be a positive integer; got {self.probes!r}"
-            )
+        _check_integers(self, "probes")
 
     def fit(self, system: System) -> Generator[Round, Moments, Diagonal]:
         """One pass."""
@@ -201,12 +207,9 @@ class NystroemPreconditioner(Preconditioner):
     seed: int = 0
     kind: str = field(default="nystroem", init=False)
 
-    def validate(self, system: System) -> None:
+    def __post_init__(self) -> None:
         """A positive rank; one above P is taken as P, where the sketch is the whole of C."""
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigurationError(
-                f"rank of NystroemPreconditioner must be a positive integer; got {self.rank!r}"
-            )
+        _check_integers(self, "rank")
 
     def fit(self, system: System) -> Generator[Round, Moments, LowRank]:
         """One pass."""
@@ -246,6 +249,12 @@ def as_preconditioner(given: Any) -> Preconditioner | None:
         raise ConfigurationError(
             f"preconditioner must be None, {', '.join(map(repr, PRECONDITIONERS))} or a Preconditioner such as "
             f"NystroemPreconditioner(rank=50); got {given!r}"
+        )
+    known = [field.name for field in fields(PRECONDITIONERS[kind]) if field.init]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"preconditioner {kind!r} has no argument {unknown[0]!r}; its own are {', '.join(known)}"
         )
     return PRECONDITIONERS[kind](**values)
 

@@ -286,8 +286,8 @@ def test_digits_network_below_its_lowest_eigenvalue() -> None:
         ({"maxiter": 2.5}, "maxiter must be None or a positive integer"),
         ({"preconditioner": "ilu"}, "preconditioner must be None, 'jacobi', 'nystroem'"),
         ({"preconditioner": 3}, "preconditioner must be None"),
-        ({"preconditioner": JacobiPreconditioner(probes=0)}, "probes .* positive integer"),
-        ({"preconditioner": NystroemPreconditioner(rank=0)}, "rank .* positive integer"),
+        ({"preconditioner": {"kind": "jacobi", "probes": 0}}, "probes of JacobiPreconditioner .* ≥ 1"),
+        ({"preconditioner": {"kind": "nystroem", "rank": 0}}, "rank of NystroemPreconditioner .* ≥ 1"),
     ],
 )
 def test_arguments_that_cannot_be_used(how: dict[str, Any], message: str) -> None:

@@ -332,6 +332,13 @@ def test_fisher_by_name_needs_a_likelihood() -> None:
     assert oracles.relative_error(scores(held, curvature="ggn"), expected) <= EXACT
 
 
+def test_fisher_by_name_is_recognised_in_half_precision() -> None:
+    base = data.mlp_classification()
+    held = data.Case(base.model, functional.cross_entropy, base.train, base.test, 0.05)
+    rounded = scores(held, dtype=torch.bfloat16, curvature="fisher").double()
+    assert oracles.relative_error(rounded, scores(held)) <= 0.1
+
+
 def concave(output: Tensor, target: Tensor) -> Tensor:
     return functional.mse_loss(output, target) - 2 * output.square().mean()
 
@@ -345,6 +352,21 @@ def test_a_loss_without_curvature_in_the_outputs_is_refused(loss: Any, said: str
     with pytest.raises(LossError, match=f"{said}.*sample_targets"):
         fitted(held)
     assert torch.isfinite(scores(held, curvature="empirical_fisher")).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["categorical", "of no family"])
+def test_rounding_of_a_short_dtype_is_no_negative_curvature(smoothing: float, dtype: torch.dtype) -> None:
+    base = data.mlp_classification()
+    loss = partial(functional.cross_entropy, label_smoothing=smoothing)
+    held = data.Case(base.model, loss, base.train, base.test, 0.05)
+    rounded = scores(held, dtype=dtype).double()
+    assert oracles.relative_error(rounded, scores(held)) <= 8 * torch.finfo(dtype).eps ** 0.9
+    steep = data.Case(
+        base.model, lambda o, t: loss(o, t) - 0.2 * o.square().mean(), held.train, held.test, 0.05
+    )
+    with pytest.raises(LossError, match="eigenvalue -"):
+        scores(steep, dtype=dtype)
 
 
 class Laplace:
@@ -511,8 +533,21 @@ def test_tied_weights_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
     model[2].weight = model[0].weight
     pair = (data.normal(1, 9, 4), data.classes(2, 9, 4))
+    held = data.Case(model, functional.cross_entropy, pair, pair, 0.1)
     with pytest.raises(ConfigurationError, match=r"shared by 0\.weight and 2\.weight"):
-        fitted(data.Case(model, functional.cross_entropy, pair, pair, 0.1))
+        fitted(held)
+
+
+def test_tied_layers_are_left_out_on_request() -> None:
+    """With their biases: of two layers of one weight, calls cannot be told apart."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model[2].weight = model[0].weight
+    pair = (data.normal(1, 9, 4), data.classes(2, 9, 3))
+    held = data.Case(model, functional.cross_entropy, pair, pair, 0.1)
+    skipping = fitted(held, skip_unsupported=True)
+    assert skipping.diagnostics["left_out"] == ["0.weight", "0.bias", "2.bias"]
+    without = scores(held, parameters=["4.*"])
+    assert oracles.relative_error(skipping.influences(*pair, *pair), without) <= SAME
 
 
 def test_parametrised_weights_are_refused() -> None:
