@@ -293,6 +293,28 @@ def test_non_finite_gradients_are_named_by_sample(sample: int) -> None:
         model.fit((x, weighted))
 
 
+@pytest.mark.parametrize("estimator", [DirectInfluence, CgInfluence])
+def test_samples_of_later_dask_chunks_are_named_by_their_place_in_all_of_them(estimator: Any) -> None:
+    x, y = (array.numpy() for array in case().train)
+    wrong_x, wrong_y = x.copy(), np.where(np.arange(37) == 31, 7, y)
+    wrong_x[31, 0] = np.nan
+    fitted, (x_test, y_test) = fit(estimator=estimator), (array.numpy() for array in case().test)
+    chunked = lambda array: da.from_array(array, chunks=(8, *array.shape[1:]))  # noqa: E731
+    assert np.isfinite(fitted.influences(x_test, y_test, chunked(x), chunked(y)).compute()).all()
+    for pair, told in (
+        ((wrong_x, y), "x of sample 31 holds"),
+        ((x, wrong_y), "sample 31 raises .*: .*7 is out"),
+    ):
+        lazy = [chunked(array) for array in pair]
+        for ask in (
+            lambda lazy=lazy: fitted.influences(x_test, y_test, *lazy),
+            lambda lazy=lazy: fitted.influences(*lazy, x, y),
+            lambda lazy=lazy: fitted.influence_factors(*lazy),
+        ):
+            with pytest.raises(DataError, match=told):
+                ask().compute(scheduler="synchronous")
+
+
 # -- the loss -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_unreduced_and_summed_losses(reduction: str) -> None:

@@ -173,8 +173,19 @@ class _Shared:
     model: Model
     threads: int
 
-    def job(self, block: Any, argument: str) -> tasks.Job:
-        return tasks.Job(self.model, ArraySource(*block), argument, self.threads)
+    def job(self, block: Any, start: int, argument: str) -> tasks.Job:
+        return tasks.Job(self.model, _Block(block, start, argument), argument, self.threads)
+
+
+class _Block(Source):
+    """One chunk of the data that begins with sample ``start`` and is numbered so, as errors name samples."""
+
+    def __init__(self, block: Any, start: int, argument: str) -> None:
+        self._own, self._start = ArraySource(*block, argument=argument), start
+        super().__init__(start + len(self._own), self._own.spec, None, argument)
+
+    def _read(self, start: int, stop: int) -> Any:
+        return self._own.read(start - self._start, stop - self._start)
 
 
 @dataclass(frozen=True)
@@ -207,11 +218,11 @@ def _gather(structure: Any, *leaves: np.ndarray) -> Any:
 def _factors(
     shared: _Shared, solver: _Iterated | Solver, block: Any, start: int, batch: int, project: bool
 ) -> torch.Tensor:
-    job, count = shared.job(block, "test (x, y)"), leading_size(block[1])
+    job, stop = shared.job(block, start, "test (x, y)"), start + leading_size(block[1])
     if isinstance(solver, _Iterated):
         with tasks.torch_threads(shared.threads):
-            return solver.factors(tasks.query_gradients(job, 0, count, batch))
-    return tasks.closed_factors(job, solver, 0, count, batch, project=project, certify=False).rows
+            return solver.factors(tasks.query_gradients(job, start, stop, batch))
+    return tasks.closed_factors(job, solver, start, stop, batch, project=project, certify=False).rows
 
 
 def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -228,11 +239,11 @@ def _strip(
     perturbation: bool,
 ) -> np.ndarray:
     """Scores of all test points against one training chunk, differentiated once."""
-    job = shared.job(block, "x, y")
+    job = shared.job(block, start, "x, y")
     own = None if solver is None else solver.inverse().directions
     with tasks.torch_threads(shared.threads):
         query = tasks.Query.of(factors, own, shared.model.problem())
-        columns = range(leading_size(block[1]))
+        columns = range(start, start + leading_size(block[1]))
         derivatives = tasks.derivatives_of(job, query, columns, batch, perturbation)
         return tasks.tile_of(query, derivatives, slice(None))
 
