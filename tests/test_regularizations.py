@@ -105,9 +105,9 @@ def test_training_data_are_differentiated_once(
     model, samples = fitted(kind), []
     primitive = directional.directional_derivatives
 
-    def counted(problem: Any, x: Tensor, y: Tensor, *rest: Any) -> Tensor:
+    def counted(problem: Any, x: Tensor, y: Tensor, *rest: Any, **how: Any) -> Tensor:
         samples.append(len(x))
-        return primitive(problem, x, y, *rest)
+        return primitive(problem, x, y, *rest, **how)
 
     monkeypatch.setattr(directional, "directional_derivatives", counted)
     swept(model, tmp_path / "run")
