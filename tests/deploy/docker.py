@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 CLIENT = "/usr/bin/docker"
@@ -54,30 +55,35 @@ class Engine:
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + 60
-        while subprocess.run([CLIENT, "-H", f"unix://{self._socket}", "version"], capture_output=True).returncode:
+        while subprocess.run(
+            [CLIENT, "-H", f"unix://{self._socket}", "version"], capture_output=True
+        ).returncode:
             log = (self.folder / "engine.log").read_text()
-            assert process.poll() is None, f"dockerd ended; it needs root, iptables and overlayfs:\n{log[-2000:]}"
+            assert process.poll() is None, (
+                f"dockerd ended; it needs root, iptables and overlayfs:\n{log[-2000:]}"
+            )
             assert time.monotonic() < end, f"dockerd does not answer:\n{log[-2000:]}"
             time.sleep(0.2)
 
-    def __call__(self, *arguments: object, check: bool = True, timeout: float = 120, **how: object) -> str:
-        """What ``docker …`` prints."""
-        ran = subprocess.run(
-            [CLIENT, "-H", f"unix://{self._socket}", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            **how,  # type: ignore[call-overload]
-        )
-        assert not check or ran.returncode == 0, f"docker {arguments}: {ran.stdout[-3000:]} {ran.stderr[-3000:]}"
-        return str(ran.stdout).strip()
+    def run(
+        self, *arguments: object, timeout: float = 120, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """``docker …``, whatever comes of it."""
+        command = [CLIENT, "-H", f"unix://{self._socket}", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+    def __call__(self, *arguments: object, **how: Any) -> str:
+        """What ``docker …`` prints; it has to succeed."""
+        ran = self.run(*arguments, **how)
+        assert ran.returncode == 0, f"docker {arguments}: {ran.stdout[-3000:]} {ran.stderr[-3000:]}"
+        return ran.stdout.strip()
 
     def remove_all(self) -> None:
         """Containers and networks, of which nothing may outlive the tests."""
-        containers = self("ps", "--all", "--quiet", check=False).split()
+        containers = self.run("ps", "--all", "--quiet").stdout.split()
         if containers:
-            self("rm", "--force", "--volumes", *containers, check=False)
-        self("network", "prune", "--force", check=False)
+            self.run("rm", "--force", "--volumes", *containers)
+        self.run("network", "prune", "--force")
 
     # -- images ----------------------------------------------------------------------------
     def has(self, image: str) -> bool:
@@ -92,7 +98,7 @@ class Engine:
         self(
             *("build", *bases, *more, "-f", ROOT / "deploy/Dockerfile", "-t", IMAGE, ROOT),
             timeout=1800,
-            env=environment,
+            environment=environment,
         )
 
     def _bases(self) -> None:
@@ -116,7 +122,9 @@ class Engine:
         command = ["mmdebstrap", "--variant=minbase", f"--include={packages}", *customize]
         command += ["--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"]
         ran = subprocess.run(
-            [*command, "--aptopt=APT::Install-Recommends false", "bookworm", str(archive)], capture_output=True, text=True
+            [*command, "--aptopt=APT::Install-Recommends false", "bookworm", str(archive)],
+            capture_output=True,
+            text=True,
         )
         assert ran.returncode == 0, f"mmdebstrap: {ran.stderr[-3000:]}"
         self("import", archive, name, timeout=600)
