@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dask.cli import _register_command_ep
 from dask_influence import open_influences
 from dask_influence.cli.cluster import Scheduler
 from dask_influence.errors import ClusterError, ConfigurationError
-from tests.cli.jobs import Folder, command, finished, invoke, status_of, wait_for
+from tests.cli.jobs import Folder, command, dask, finished, free_port, invoke, status_of, wait_for
 
 Write = Callable[..., Path]
 
@@ -48,33 +48,6 @@ def net(seconds, password=None):
     SECONDS = seconds
     return Slow(64, 10)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-@contextmanager
-def dask(*arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A ``dask`` command as a process, ended with its children."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dask", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 @pytest.fixture(scope="module")

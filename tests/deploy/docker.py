@@ -47,11 +47,16 @@ class Engine:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             self._wait(process)
+            self.remove_all()  # of a call that was killed
             yield self
         finally:
             self.remove_all()
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + 60

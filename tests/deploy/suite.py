@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -151,9 +150,10 @@ class Stage:
         return Ledger(self.place(name)).entries("strip-")
 
     def job_file(self, name: str, **changed: object) -> str:
-        """The overlay's job file with a model that is slow enough, and a store of the test's own."""
+        """The overlay's job file with more data and a model that is slower, and a store of the test's own."""
         content = yaml.safe_load(self.held["ConfigMap", "dask-influence-job"]["job.yaml"])
         content["model"] = {"factory": "slow:net", "arguments": {"seconds": SECONDS}}
+        content["data"]["train"]["arguments"]["count"] = 20_000
         content["output"] = {"store": f"s3://bucket/{name}", "tile_bytes": "64 KiB"}
         content["artifacts"] = f"s3://bucket/{name}-fit"
         return yaml.safe_dump(content | changed)
@@ -317,7 +317,7 @@ def test_what_does_not_fit_is_refused_by_its_plan(cluster: Stage) -> None:
     model = {"factory": "slow:wide", "arguments": {"width": 4000}}
     cluster.start(cluster.job, "large", job=cluster.job_file("large", model=model, estimator=direct))
     assert cluster.ended("large") == 2
-    assert "GB" in _only_error(cluster, "large") or "GiB" in _only_error(cluster, "large")
+    assert "80.6 GiB" in _only_error(cluster, "large")
     assert not cluster.place("large").list()
     for name in ("scheduler", "worker-0", "worker-1", "worker-2"):
         assert cluster.state(name) == "true"
