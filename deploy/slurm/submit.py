@@ -3,8 +3,9 @@
     pip install -c constraints.txt '.[dashboard]' dask-jobqueue
     python submit.py job.yaml --workers 20 --cores 4 --memory 16GiB --queue cpu --walltime 08:00:00
 
-The scheduler and the client run here: on a login node, or in a batch job of their own (job.sbatch). All nodes see the same
-files, or the job file names an object store. Ended by the time limit, the same call goes on where it was.
+The scheduler and the client run here: on a login node, or in a batch job of their own (job.sbatch). All nodes
+see the same files, or the job file names an object store. Ended by the time limit, the same call goes on where
+it was.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ class Refuses(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(REFUSAL)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _refuse
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):
+            return self._refuse
+        raise AttributeError(name)
 
     def log_message(self, *arguments: Any) -> None:
         pass

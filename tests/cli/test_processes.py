@@ -177,6 +177,21 @@ def has_bokeh() -> bool:
     return find_spec("bokeh") is not None
 
 
+def test_workers_of_a_scheduler_verify(
+    folder: Folder, job: Write, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = job()
+    assert invoke("run", path).exit_code == 0
+    monkeypatch.setattr(
+        "dask_influence.execution.verify.ThreadPoolExecutor", None
+    )  # no threads of this process
+    whole = invoke("verify", path, "--scheduler-address", scheduler)
+    assert whole.exit_code == 0, whole.stderr
+    assert "all as written" in whole.stdout
+    next((folder.path / "scores.zarr" / "influence" / "c" / "0").iterdir()).write_bytes(b"")
+    assert invoke("verify", path, "--scheduler-address", scheduler).exit_code == 3
+
+
 def test_metrics_are_served_while_a_run_goes_on(folder: Folder, job: Write) -> None:
     pytest.importorskip("prometheus_client", reason="the extra [metrics]")
     port = free_port()
