@@ -56,7 +56,7 @@ class _Checked:
         problem, report = prepare(objective, *sample)
         check_curvature(problem, *sample, configuration.curvature)
         estimator.examine(system, problem, *sample)
-        if estimator.spectral(system) is not None:
+        if estimator.spectral(system) is not None or estimator.directions(system) is not None:
             problem, report["pairs"] = paired(problem, *sample)
         called = contents(objective.module, objective.loss)
         shown = behaviour(objective, *sample)

@@ -57,6 +57,8 @@ class _Part(ABC):
     width: int
     products: int
     """Multiplications of one pair of samples."""
+    written: int = 0
+    """Numbers that one projection of a sample makes on its way."""
 
     @abstractmethod
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
@@ -95,6 +97,7 @@ class _Product(_LayerPart):
         self._split = positions * layer.rows
         self.width = positions * (layer.rows + layer.width)
         self.products = positions**2 * (layer.rows + layer.width)
+        self.written = min(layer.rows, layer.columns) if positions == 1 else 0
 
     def held(self, seen: Captured, like: Tensor) -> Tensor:
         delta, inputs = seen.derivatives[:, 0].to(like), self.layer.homogeneous(seen.inputs.to(like))
@@ -131,8 +134,7 @@ class _Product(_LayerPart):
 
     def _bytes(self, rows: Tensor, directions: Tensor) -> int:
         """What :meth:`_along` makes of one sample."""
-        shorter = min(self.layer.rows, self.layer.columns)
-        each = len(directions) * shorter if self.positions == 1 else self.layer.size
+        each = len(directions) * self.written if self.positions == 1 else self.layer.size
         return rows.element_size() * each
 
     def _along(self, rows: Tensor, directions: Tensor) -> Tensor:
@@ -316,14 +318,16 @@ class Pairs:
         With a pairing.
     directions : Tensor
         V as rows (R, P); R may be 0.
+    dtype : torch.dtype, optional
+        Of rows; by default float64 where there are directions.
     """
 
-    def __init__(self, problem: Problem, directions: Tensor) -> None:
+    def __init__(self, problem: Problem, directions: Tensor, dtype: torch.dtype | None = None) -> None:
         pairing, objective = problem.pairing, problem.objective
         assert pairing is not None
         self.rank = len(directions)
         narrow = torch.promote_types(objective.dtype, torch.float32)
-        self.dtype = torch.float64 if self.rank else narrow
+        self.dtype = dtype or (torch.float64 if self.rank else narrow)
         self.score_dtype = objective.dtype
         self.directions = directions.to(objective.device, self.dtype)
         self.layout = _trusted(objective, pairing)
@@ -346,16 +350,33 @@ class Pairs:
             self.dtype.itemsize,
         )
 
+    @property
+    def written(self) -> int:
+        """Numbers that one projection of a sample makes on its way."""
+        return sum(part.written for part in self.parts)
+
     # -- rows -------------------------------------------------------------------------
     def rows(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
         """⟨v_r, g_j⟩ and the numbers of every part, (n, W)."""
+        parts = self._held(problem, x, y)
+        projected = [self._along(parts)] if self.rank else []
+        return torch.cat([*projected, *parts], dim=1)
+
+    def projections(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
+        """⟨v_r, g_j⟩ alone, (n, R)."""
+        return self._along(self._held(problem, x, y))
+
+    def _along(self, parts: Sequence[Tensor]) -> Tensor:
+        along = (part.along(rows, self.directions) for part, rows in zip(self.parts, parts, strict=True))
+        return sum(along, self.directions.new_zeros(()))
+
+    def _held(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
+        """The numbers of every part."""
         parts = self._captured(problem, x, y)
         if self.rest:
             own = Objective(problem.objective.module, problem.objective.loss, self.rest)
             parts.append(sample_gradients(own, x, y, problem.forms).to(self.directions))
-        along = (part.along(rows, self.directions) for part, rows in zip(self.parts, parts, strict=True))
-        projected = [sum(along, self.directions.new_zeros(()))] if self.rank else []
-        return torch.cat([*projected, *parts], dim=1)
+        return parts
 
     def _captured(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
         held: list[list[Tensor]] = [[] for _ in self._layers]

@@ -376,16 +376,14 @@ class Plan:
         return lines if work.diagonal else [*lines, ("tiles", f"{self.tiles:,} of {tile}, not written")]
 
     def _factors_text(self) -> list[tuple[str, str]]:
-        work, chunks = self.work, self.factor_chunks
-        if work.paired is not None:
-            held = f"{work.paired.numbers:,} of each sample, {self.directions:,} of them projections"
-            return [("numbers in place of factors", held)]
+        work, chunks, paired = self.work, self.factor_chunks, self.work.paired
+        lines = [("factor tasks", f"{len(chunks):,} of {min(self.factor_rows, work.tests):,} test points")]
+        if paired is not None:
+            held = f"{paired.numbers:,} of each sample, {self.directions:,} of them projections"
+            return [*([] if work.diagonal else lines), ("in place of factors", held)]
         if work.diagonal:
             return [("factors", f"of {self.tile[1]:,} training samples at a time")]
-        return [
-            ("factor tasks", f"{len(chunks):,} of {min(self.factor_rows, work.tests):,} test points"),
-            ("directions", f"{self.directions:,} of P = {work.parameters:,}"),
-        ]
+        return [*lines, ("directions", f"{self.directions:,} of P = {work.parameters:,}")]
 
 
 FACTORS = "factors-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dask_influence.core import layers
+from dask_influence.core import directional, layers
 from dask_influence.core import pairs as module
 from dask_influence.core.forms import Forms
 from dask_influence.core.objective import Objective
@@ -183,6 +184,38 @@ def test_what_projections_cancel_is_exact_in_single_precision() -> None:
     found = held.scores()
     assert found.dtype == torch.float32
     assert oracles.relative_error(found[0].double(), 1e-3 * gradients @ gradients.mT) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", MODELS)
+def test_directions_contracted_with_layers(name: str, dtype: torch.dtype) -> None:
+    held = Held(name, dtype)
+    along = held.form.directions.to(dtype)
+    contracted = Pairs(held.problem, along, dtype)
+    expected = held.gradients(held.train) @ held.form.directions.mT
+    for budget in (1, 2**20):
+        found = directional._by_layers(contracted, held.problem, *held.cast_train, along, budget)
+        assert found.dtype == dtype
+        assert oracles.relative_error(found.double(), expected) <= (SAME if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize(("width", "directions", "taken"), [(300, 20, True), (300, 2, False), (4, 20, False)])
+def test_directions_are_contracted_with_layers_where_it_is_cheaper(
+    width: int, directions: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = data.seeded(lambda: nn.Sequential(nn.Linear(50, width), nn.Tanh(), nn.Linear(width, 60)))
+    objective = Objective.of(model, functional.cross_entropy)
+    samples = data.normal(309, 500, 50).float(), data.classes(310, 500, 60)
+    problem, _ = paired(Problem(objective, Forms()), *samples)
+    calls = []
+    original = Pairs.projections
+    monkeypatch.setattr(Pairs, "projections", lambda *given: calls.append(1) or original(*given))
+    along = data.normal(311, directions, objective.size).float()
+    found = directional.directional_derivatives(problem, *samples, along)
+    assert bool(calls) is taken
+    plain = dataclasses.replace(problem, pairing=None)
+    expected = directional.directional_derivatives(plain, *samples, along)
+    assert oracles.relative_error(found.double(), expected.double()) <= 1e-5
 
 
 def test_half_precision() -> None:
