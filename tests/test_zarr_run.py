@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -353,15 +354,75 @@ def test_several_threads_in_a_worker_give_the_same_bits(tmp_path: Path) -> None:
     assert shards(tmp_path / "one") == shards(tmp_path / "four")
 
 
-def test_cluster_without_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, wait = data.mlp_regression(), Client.wait_for_workers
-    monkeypatch.setattr(Client, "wait_for_workers", lambda self, n, **_: wait(self, n, timeout=0.2))
+def test_cluster_without_workers_is_refused() -> None:
+    case = data.mlp_regression()
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        pytest.raises(ClusterError, match=r"(?i)worker"),
+        dask.config.set({"influence.wait-for-workers": "200 ms"}),
+        pytest.raises(ClusterError, match=r"no workers after 0\.2 s \(config influence\.wait-for-workers\)"),
     ):
         direct(case, client)
+
+
+def test_an_adaptive_cluster_of_no_workers_starts_some(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=0, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        cluster.adapt(minimum=0, maximum=1, interval="100 ms")
+        direct(case, client).influences_to_zarr(tmp_path / "run", case.test, case.train, tile_bytes=700)
+    direct(case).influences_to_zarr(tmp_path / "own", case.test, case.train, tile_bytes=700)
+    assert shards(tmp_path / "run") == shards(tmp_path / "own")
+
+
+def test_a_call_whose_workers_are_gone_ends_and_is_resumed(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        fitted, done = direct(case, client), list[int]()
+
+        def leave(stage: str, finished: int, total: int) -> None:
+            if stage == "strips" and finished == 1:
+                cluster.scale(0)
+
+        def write(progress: Callable[[str, int, int], None]) -> None:
+            fitted.influences_to_zarr(
+                tmp_path / "run", case.test, case.train, tile_bytes=100, progress=progress
+            )
+
+        with (
+            dask.config.set({"influence.workers-gone": "500 ms"}),
+            pytest.raises(ClusterError, match=r"no workers for .* tasks wait .*influence\.workers-gone"),
+        ):
+            write(leave)
+        cluster.scale(1)
+        write(lambda stage, finished, total: done.append(finished) if stage == "strips" else None)
+    assert done[0] >= 1
+    direct(case).influences_to_zarr(tmp_path / "own", case.test, case.train, tile_bytes=100)
+    assert shards(tmp_path / "run") == shards(tmp_path / "own")
+
+
+def test_a_fit_whose_workers_are_gone_ends() -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        fitted = DirectInfluence(case.model, case.loss, case.regularization, chunk_size=1, client=client)
+
+        def leave(stage: str, finished: int, total: int) -> None:
+            if finished == 1:
+                cluster.scale(0)
+
+        with (
+            dask.config.set({"influence.workers-gone": "500 ms"}),
+            pytest.raises(ClusterError, match=r"influence\.workers-gone"),
+        ):
+            fitted.fit(case.train, progress=leave)
 
 
 def test_closed_client_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ through obstore) and obstore for the rest.
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import json
 import os
@@ -21,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
+import zarr
 from obstore import exceptions as obstore_errors
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 from zarr import storage as zarr_storage
@@ -271,6 +274,7 @@ class Location:
 
     def zarr(self) -> Store:
         """The same folder as a store that zarr and xarray open."""
+        _start_zarr()
         if self.local_path is not None:
             return zarr_storage.LocalStore(self.local_path)
         if self.in_process:
@@ -299,6 +303,15 @@ class Location:
             return self.get(key)
         except MissingObjectError:
             return None
+
+
+@cache
+def _start_zarr() -> None:
+    """Start zarr's event loop, which holds the context of its first use as long as the process lives.
+
+    Of a ``with Client(...)`` block that context would hold the client, and so what is removed with it.
+    """
+    contextvars.Context().run(zarr.create_group, zarr_storage.MemoryStore())
 
 
 def _unpickled(url: str, storage_options: Mapping[str, Any], home: str | None) -> Location:
