@@ -162,7 +162,7 @@ class DaskExecutor(Executor):
         with self._connected():
             submit, retries = self.client.submit, settings.count("retries", 0)
             level = [submit(function, *call, pure=False, retries=retries) for call in calls]
-            leaves = as_completed(level if report is not None else [])  # lets go of each as it is reported
+            leaves = self._each(level if report is not None else [])  # lets go of each as it is reported
             while len(level) > 1:
                 level = [
                     submit(_merge, level[low : low + FAN_IN], pure=False, retries=retries)
@@ -173,7 +173,7 @@ class DaskExecutor(Executor):
             for done, _ in enumerate(self._completed(leaves), 1):
                 assert report is not None
                 report(done, len(calls))
-            (_,) = self._completed(as_completed([total]))
+            (_,) = self._completed(self._each([total]))
             answer = _result(total)
         if isinstance(answer, Moments):
             return answer
@@ -188,7 +188,7 @@ class DaskExecutor(Executor):
     ) -> Iterator[Any]:
         """Submit through a window and release each future as it completes."""
         pending, retries = iter(calls), settings.count("retries", 0)
-        running = as_completed()
+        running = self._each([])
         asked: dict[Any, tuple[Any, ...]] = {}  # by key of the future
 
         def submit(count: int) -> None:
@@ -213,6 +213,10 @@ class DaskExecutor(Executor):
                     yield result
         finally:
             running.clear()
+
+    def _each(self, futures: Sequence[Any]) -> as_completed:
+        """Futures of this client, which need not be the default one."""
+        return as_completed(futures, loop=self.client.loop)
 
     def _completed(self, running: as_completed) -> Iterator[Any]:
         """Futures as they complete, for as long as there is somebody to complete them.
