@@ -22,7 +22,7 @@ from dask_influence.errors import InfluenceError
 from dask_influence.storage.stores import Location
 from tests.faults import machines
 from tests.faults.problem import FORMS, unfitted, write
-from tests.faults.world import World, ended, killed, later, line, resumed, started
+from tests.faults.world import World, ended, killed, killed_with_children, later, line, resumed, started
 from tests.s3.server import program
 
 SCORED = ("scores", "top", "groups", "self")
@@ -174,13 +174,13 @@ def scheduler_killed(world: World, store: Location, form: str) -> None:
             spent = world.seconds[world.two.name]
 
             def lose() -> None:
-                machines.run("kill", "-9", f"-{process.pid}")
+                killed_with_children(process)
                 world.threads_lost += 2
 
             with later(world.moment(1.5 * (spent["fit"] + spent[form])), lose):
                 write(form, unfitted(client).fit(world.train), store)
     finally:
-        process.kill()
+        killed_with_children(process)
         ended(process)
 
 

@@ -400,8 +400,16 @@ def ended(process: subprocess.Popen[str]) -> None:
     process.wait(30)
 
 
+def killed_with_children(process: subprocess.Popen[str]) -> None:
+    """Kill one that :func:`started` made and that was not waited for, with all of its session's group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def killed(pid: int) -> None:
     """Kill a process, if it is there."""
+    if pid <= 1:  # 0 and below are groups, and -1 is everybody
+        raise ValueError(f"{pid} is no process that the suite began")
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
