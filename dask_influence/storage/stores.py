@@ -217,12 +217,7 @@ class Location:
 
     def exists(self, key: str) -> bool:
         """Whether an object of that name is there."""
-        try:
-            with store_errors(self, f"look for {key!r} in"):
-                obstore.head(self._client(), self._key(key))
-        except MissingObjectError:
-            return False
-        return True
+        return self.size(key) is not None
 
     def list(self, prefix: str = "") -> list[str]:
         """Names of all objects below the folder ``prefix``, sorted; empty where there are none."""
@@ -230,14 +225,19 @@ class Location:
 
     def stat(self, prefix: str = "") -> dict[str, tuple[int, str]]:
         """Size in bytes and a version mark (etag, or for files the time of change) by name."""
-        skip = len(self._key(""))
-        with store_errors(self, "list"):
-            listed = obstore.list(self._client(), self._key(prefix).rstrip("/") or None)
-            return {
-                found["path"][skip:]: (found["size"], str(found["e_tag"] or found["last_modified"]))
-                for batch in listed
-                for found in batch
-            }
+        return {found["path"]: _size_and_mark(found) for found in self._found(prefix)}
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Name and size in bytes of each object below the folder ``prefix``, in no order; none of them is kept."""
+        return ((found["path"], found["size"]) for found in self._found(prefix))
+
+    def size(self, key: str) -> int | None:
+        """Bytes of one object, None where there is none of that name."""
+        try:
+            with store_errors(self, f"look for {key!r} in"):
+                return int(obstore.head(self._client(), self._key(key))["size"])
+        except MissingObjectError:
+            return None
 
     def delete(self, prefix: str = "") -> None:
         """Remove the object ``prefix``, or everything below that folder."""
@@ -298,11 +298,23 @@ class Location:
             prefix = self.url.partition("://")[2].partition("/")[2] if self.in_process else ""
         return f"{prefix}/{key}" if prefix else key
 
+    def _found(self, prefix: str) -> Iterator[dict[str, Any]]:
+        """What the client says of each object below a folder, its path being the name here."""
+        skip = len(self._key(""))
+        with store_errors(self, "list"):
+            for batch in obstore.list(self._client(), self._key(prefix).rstrip("/") or None):
+                for found in batch:
+                    yield {**found, "path": found["path"][skip:]}
+
     def _get_or_none(self, key: str) -> bytes | None:
         try:
             return self.get(key)
         except MissingObjectError:
             return None
+
+
+def _size_and_mark(found: Mapping[str, Any]) -> tuple[int, str]:
+    return found["size"], str(found["e_tag"] or found["last_modified"])
 
 
 @cache

@@ -18,7 +18,7 @@ import numpy as np
 from distributed import Client
 
 from dask_influence import DirectInfluence, verify
-from dask_influence.errors import InfluenceError
+from dask_influence.errors import CorruptStoreError, InfluenceError
 from dask_influence.storage.stores import Location
 from tests.faults import machines
 from tests.faults.problem import FORMS, unfitted, write
@@ -334,10 +334,13 @@ def damage_withdrawn(world: World, store: Location, form: str) -> None:
 
 
 def damage_in_a_run(world: World, store: Location, form: str) -> None:
-    """Interrupted, damaged, and continued as if nothing had happened."""
+    """Interrupted, damaged, and continued as if nothing had happened, or with ``repair=True``."""
     _interrupted(world, store, form)
     print(" ", _damaged(world, store, world.random.choice(["*", "*.safetensors", "*.json"])), end="")
     write(form, world.two.model, store, repair=world.random.random() < 0.5)
+    found = verify(store)  # a flipped bit in a shard is no concern of a resume, which reads none
+    if not found:
+        raise CorruptStoreError(str(found))
 
 
 def ledger_truncated(world: World, store: Location, form: str) -> None:

@@ -67,10 +67,9 @@ class World:
         self._exits = ExitStack()
         self.train = data.mlp_classification().train
         os.environ[watch.LOG], os.environ["TMPDIR"] = str(folder / "strips"), str(folder)
-        os.environ |= {
-            f"DASK_{key.replace('.', '__').replace('-', '_').upper()}": value
-            for key, value in IMPATIENT.items()
-        }
+        os.environ["OMP_NUM_THREADS"] = "1"  # OpenMP's own threads do not survive a fork
+        for key, value in IMPATIENT.items():
+            os.environ[f"DASK_{key.replace('.', '__').replace('-', '_').upper()}"] = value
         dask.config.set(IMPATIENT)
         (folder / "strips").touch()
         watch.install()
