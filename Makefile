@@ -55,8 +55,9 @@ test-s3: $(READY) ## runs to an S3 server that enforces credentials, goes away a
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/s3/suite.py
 
 .PHONY: test-faults
-test-faults: $(READY) ## kill workers, clients and schedulers at random, damage stores, and see that nothing is lost
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.suite --scenarios $(or $(SCENARIOS),30) --seed $(or $(SEED),0)
+test-faults: $(READY) ## kill, cut, fill and damage what a run stands on, at random, and see that nothing is lost (as root: all of it)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.suite --scenarios $(or $(SCENARIOS),100) --seed $(or $(SEED),0)
 
 .PHONY: lint
 lint: $(READY) ## style, types and layers alone

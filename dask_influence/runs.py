@@ -182,7 +182,7 @@ def score_run(
             train,
             output,
             plan,
-            project=_projects(fitted, test),
+            project=plan.projects,
             perturbation=mode is InfluenceMode.Perturbation,
             progress=target.progress,
         )
@@ -222,11 +222,6 @@ def test_side(
     )
 
 
-def _projects(fitted: Fitted, test: Source | StoredFactors | None) -> bool:
-    """Whether the test side is coefficients of the inverse's own directions, rather than factors."""
-    return fitted.projects and not isinstance(test, StoredFactors)
-
-
 def _plan(
     fitted: Fitted,
     test: Source | StoredFactors | None,
@@ -238,7 +233,8 @@ def _plan(
     kept = None if reduced is None else reduced.kept
     if limits.get("tile_bytes") is None:
         limits["tile_bytes"] = settings.nbytes("tile.target-bytes")
-    return fitted.plan(test, train, mode, project=_projects(fitted, test), kept=kept, **limits)
+    project = False if isinstance(test, StoredFactors) else None
+    return fitted.plan(test, train, mode, project=project, kept=kept, **limits)
 
 
 def _reduced(

@@ -17,6 +17,7 @@ from torch import Tensor
 from dask_influence.core import forms
 from dask_influence.core.chain import Chain
 from dask_influence.core.objective import Tree, leading_size, sliced
+from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem
 
 BUDGET = 128 * 2**20
@@ -28,6 +29,9 @@ BUDGET = 128 * 2**20
 _FORWARD_PER_DIRECTION = 0.12
 _GRADIENT = 2.5
 _PRODUCT_PER_DIRECTION = 0.04
+_CAPTURED = 1.0  # the backward pass of a gradient, of which only what layers see is written
+_CAPTURE = 1e7  # of a call: the model is traced, and watched
+_WRITTEN = 2.0  # of a number that a contraction writes and reads again
 
 
 def directional_derivatives(
@@ -35,9 +39,13 @@ def directional_derivatives(
 ) -> Tensor:
     """E[j, d] = ⟨v_d, ∇θ ℓ(z_j)⟩ for directions (D, P): (n, D).
 
-    Chooses between pushing directions forward and forming gradients, by cost; either way
-    at most about ``budget`` bytes are alive beside the result.
+    Chooses between pushing directions forward, contracting them with what enters the layers and
+    what comes back, and forming gradients, by cost; either way at most about ``budget`` bytes are
+    alive beside the result.
     """
+    layers = _layers_if_cheaper(problem, leading_size(y), directions)
+    if layers is not None:
+        return _by_layers(layers, problem, x, y, directions, budget)
     if _gradients_are_cheaper(len(directions)):
         return _by_gradients(problem, x, y, directions, budget)
     return _by_blocks(forms.directional_derivatives, problem, x, y, directions, budget)
@@ -72,6 +80,28 @@ def _by_blocks(
     block = problem.block_of_vectors(leading_size(y), budget)
     parts = [derivatives(problem.objective, x, y, part, problem.forms) for part in directions.split(block)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _layers_if_cheaper(problem: Problem, samples: int, directions: Tensor) -> Pairs | None:
+    """θ in layers, where they hold less of a sample than a gradient and contracting is the cheapest."""
+    count, parameters = len(directions), problem.objective.size
+    others = min(_FORWARD_PER_DIRECTION * count, _GRADIENT + _PRODUCT_PER_DIRECTION * count)
+    saved = others - _CAPTURED - _PRODUCT_PER_DIRECTION * count
+    if problem.pairing is None or saved * samples * parameters <= _CAPTURE:
+        return None
+    layers = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
+    if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved * parameters:
+        return None
+    return layers
+
+
+def _by_layers(layers: Pairs, problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
+    """Contract directions with the inputs and output gradients of the layers, a few samples at a time."""
+    count = leading_size(y)
+    step = max(1, budget // (2 * layers.size.itemsize * layers.size.numbers))
+    parts = [slice(start, start + step) for start in range(0, count, step)]
+    found = [layers.projections(problem, sliced(x, part), sliced(y, part)) for part in parts]
+    return torch.cat(found).to(directions.dtype)
 
 
 def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:

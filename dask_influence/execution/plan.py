@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dask_influence.core.checks import check_integer
+from dask_influence.core.pairs import Size
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.tree import Tree, strip_name
 from dask_influence.execution.work import Kept, Work
@@ -40,6 +41,9 @@ PRIMITIVE_BYTES = 128 * 2**20
 # product and its write. They only set how coarse strips are and the estimate shown to people.
 _NS_PER_PARAMETER = 2.5
 _NS_PER_DIRECTION = 0.05
+_NS_PER_FORWARD_DIRECTION = 0.12  # pushed through the model instead, where there are few of them
+_NS_CAPTURED = 1.0  # a gradient's backward pass, of which only what layers see is written
+_NS_PER_PROJECTION = 0.1  # in float64
 _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
 _NS_PER_TILE = 1e6  # an object of its own, whatever its size
@@ -149,8 +153,16 @@ class Plan:
 
     # -- cost -------------------------------------------------------------------------
     @property
+    def projects(self) -> bool:
+        """Whether the test side is coefficients or rows of pairs, rather than factors."""
+        return self.work.rank is not None
+
+    @property
     def directions(self) -> int:
         """D: directions that one strip differentiates along."""
+        if self.work.paired is not None:
+            assert self.work.rank is not None
+            return self.work.rank
         block = min(self.query_rows, self.work.tests) * self.work.copies
         return block if self.work.rank is None else min(self.work.rank, block)
 
@@ -176,6 +188,8 @@ class Plan:
     def peak_bytes(self) -> int:
         """Bytes that one strip holds at once, beside the interpreter and its libraries."""
         work, directions = self.work, self.directions
+        if work.paired is not None:
+            return self._paired_bytes(work.paired)
         held = directions * work.parameters * work.itemsize  # directions
         held += work.parameters * work.itemsize  # weights
         if work.rank is not None:
@@ -189,6 +203,25 @@ class Plan:
         # tile, its copy in another order, and the product
         tiles = 3 * work.copies * self.tile_bytes
         return held + derivatives + reading + tiles + 3 * self.part_bytes + PRIMITIVE_BYTES
+
+    def _paired_bytes(self, size: Size) -> int:
+        """The same of pairs: weights, directions and a layer of them in order, rows of both sides, tiles."""
+        work, numbers = self.work, size.numbers * size.itemsize
+        held = work.parameters * (work.itemsize + 2 * 8 * self.directions)
+        reading = 2 * self.tile[1] * work.sample_bytes
+        if work.diagonal:
+            return (
+                held
+                + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers)
+                + reading
+                + PRIMITIVE_BYTES
+            )
+        rows = self.query_rows * work.copies * numbers + 2 * self.tile[1] * numbers
+        wide = (
+            2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
+        )  # a part of the product, and their sum
+        tiles = 3 * work.copies * self.tile_bytes + wide
+        return held + rows + reading + tiles + 3 * self.part_bytes + PRIMITIVE_BYTES
 
     @property
     def part_bytes(self) -> int:
@@ -212,6 +245,9 @@ class Plan:
     def derivative_seconds(self) -> float:
         """Rough time of one core for all derivatives of the training side."""
         work = self.work
+        if work.paired is not None:
+            each = _NS_CAPTURED + _NS_PER_PROJECTION * self.directions
+            return 1e-9 * self.passes * work.trains * work.parameters * each
         directions = 0 if work.diagonal else self.directions
         return self.passes * training_seconds(work.parameters, work.trains, directions, work.width > 1)
 
@@ -220,14 +256,30 @@ class Plan:
         """Rough time of one core for all products C Eᵀ, or factors of a diagonal, and for encoding what is written."""
         work = self.work
         scores = work.copies * work.tests * work.trains * work.width
-        each = _NS_PER_SCORE_DIRECTION * self.directions
-        if work.diagonal:
+        multiplied = self.directions if work.paired is None else work.paired.products
+        each = _NS_PER_SCORE_DIRECTION * multiplied
+        if work.diagonal and work.paired is None:
             solved = min(work.parameters, _LARGEST_SOLVED) if work.rank is None else work.rank
             each = _NS_PER_SOLVED_NUMBER * work.parameters * solved
         elif work.kept is not None:
             each += _NS_PER_SCORE_REDUCED
         written = _NS_PER_BYTE_WRITTEN * self.output_bytes + _NS_PER_TILE * self.tiles
         return 1e-9 * (scores * each + written)
+
+    def beats(self, general: Plan) -> bool:
+        """Whether pairs, of which this is the plan, cost a training sample less than the ``general`` way."""
+        work, directions = self.work, general.directions
+        assert work.paired is not None
+        if 2 * work.paired.numbers * work.paired.itemsize > work.parameters * work.itemsize:
+            return False  # rows as long as factors save nothing
+        if work.diagonal:
+            return True
+        along = min(
+            _NS_PER_FORWARD_DIRECTION * directions, _NS_PER_PARAMETER + _NS_PER_DIRECTION * directions
+        )
+        own = self.passes * work.parameters * (_NS_CAPTURED + _NS_PER_PROJECTION * self.directions)
+        own += _NS_PER_SCORE_DIRECTION * work.copies * work.tests * work.paired.products
+        return own < general.passes * work.parameters * along
 
     @property
     def seconds(self) -> float:
@@ -282,9 +334,11 @@ class Plan:
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """Inverse of :meth:`to_json`."""
         kept = values["work"].get("kept")
+        paired = values["work"].get("paired")
         own = {
             "features": tuple(values["work"]["features"]),
             "kept": None if kept is None else Kept(**kept),
+            "paired": None if paired is None else Size(**paired),
         }
         work = Work(**{**values["work"], **own})
         return cls(**{**values, "work": work, "tile": tuple(values["tile"])})
@@ -322,13 +376,14 @@ class Plan:
         return lines if work.diagonal else [*lines, ("tiles", f"{self.tiles:,} of {tile}, not written")]
 
     def _factors_text(self) -> list[tuple[str, str]]:
-        work, chunks = self.work, self.factor_chunks
+        work, chunks, paired = self.work, self.factor_chunks, self.work.paired
+        lines = [("factor tasks", f"{len(chunks):,} of {min(self.factor_rows, work.tests):,} test points")]
+        if paired is not None:
+            held = f"{paired.numbers:,} of each sample, {self.directions:,} of them projections"
+            return [*([] if work.diagonal else lines), ("in place of factors", held)]
         if work.diagonal:
             return [("factors", f"of {self.tile[1]:,} training samples at a time")]
-        return [
-            ("factor tasks", f"{len(chunks):,} of {min(self.factor_rows, work.tests):,} test points"),
-            ("directions", f"{self.directions:,} of P = {work.parameters:,}"),
-        ]
+        return [*lines, ("directions", f"{self.directions:,} of P = {work.parameters:,}")]
 
 
 FACTORS = "factors-"
@@ -396,7 +451,7 @@ def arrange(
         return _arrange_diagonal(work, tile_bytes, memory_limit, spread=spread)
     score_bytes = work.width * work.itemsize
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
-    per_row = work.itemsize * work.copies * (work.parameters if work.rank is None else work.rank)
+    per_row = _row_bytes(work)
     if work.kept is not None and work.kept.axis == "test":  # lists of a query block are held at once
         per_row = max(per_row, _kept_bytes(work, work.tests))
     query_rows = min(work.tests, max(1, share // per_row))
@@ -435,6 +490,13 @@ def _arrange_diagonal(work: Work, tile_bytes: int | None, memory_limit: int | No
         columns = _spread(columns, work.trains)
     plan = Plan(work, 1, (1, columns), columns, _batch(work), columns)
     return replace(plan, strip_columns=_strip_columns(plan) if spread else columns)
+
+
+def _row_bytes(work: Work) -> int:
+    """What a query block holds of one test point: a factor, coefficients or a row of pairs."""
+    if work.paired is not None:
+        return work.copies * work.paired.numbers * work.paired.itemsize
+    return work.copies * work.itemsize * (work.parameters if work.rank is None else work.rank)
 
 
 def _kept_bytes(work: Work, points: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dask_influence.core.estimators import Inverse
 from dask_influence.core.estimators.base import without_rounds
+from dask_influence.core.pairs import Pairs
 from dask_influence.errors import CorruptStoreError, DataError, MissingObjectError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Sealed
@@ -32,6 +33,7 @@ from dask_influence.execution.tasks import (
     Scoring,
     derivatives_of,
     query_gradients,
+    query_rows,
     stored,
     tile_of,
     torch_threads,
@@ -146,9 +148,14 @@ class Reducing:
 def reduce_node(
     job: Sealed, reducing: Sealed, node: Node, parts: Sequence[ShardRecord]
 ) -> tuple[Node, ShardRecord | None]:
-    """Do the work of one node of the tree: score a strip, or join ``parts``."""
+    """Do the work of one node of the tree: score a strip, or join ``parts``; what was done before is not again."""
     run: Reducing = reducing.open()
     began = time.perf_counter()
+    written = Ledger(run.location).read(run.scoring.plan.tree.name(node))
+    if written is not None:  # by a worker that was lost before it could say so, or for another client
+        held = part_of(written)
+        if held is None or run.location.size(held.key) == held.nbytes:
+            return node, held
     if node.level == 0:
         strip = run.scoring.plan.strip(run.scoring.plan.tree.strip(node))
         part, entry = _scored(job.open(), run, strip), entry_of(strip)
@@ -204,7 +211,13 @@ def _diagonal(job: Job, run: Reducing, strip: Strip) -> Iterator[tuple[range, ra
     plan, solver = run.scoring.plan, run.scoring.inverse
     assert solver is not None
     inverse = solver.inverse()
+    form = inverse.spectral if plan.work.paired is not None else None
+    pairs = None if form is None else Pairs(job.model.problem(), form.directions)
     for columns in plan.columns(strip):
+        if pairs is not None and form is not None:
+            held = query_rows(job, pairs.rows, columns.start, columns.stop, plan.batch)
+            yield strip.rows, columns, stored(pairs.alone(held, form))
+            continue
         gradients = query_gradients(job, columns.start, columns.stop, plan.batch)
         yield strip.rows, columns, self_scores(inverse, gradients, plan.work.copies)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dask_influence.core.pairs import Size
 from dask_influence.execution.tree import Axis
 
 
@@ -54,6 +55,8 @@ class Work:
         L, where scores are asked for at several λ; None is the one of the model.
     kept : Kept, optional
         What a reduction leaves of the scores; None keeps them all.
+    paired : Size, optional
+        What pairs of samples take, where they are scored without factors; R are the projections then.
     """
 
     tests: int
@@ -66,6 +69,7 @@ class Work:
     sample_bytes: int
     regularizations: int | None = None
     kept: Kept | None = None
+    paired: Size | None = None
 
     @property
     def diagonal(self) -> bool:

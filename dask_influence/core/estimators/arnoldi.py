@@ -31,6 +31,7 @@ from dask_influence.core.estimators.base import (
     relative_residuals,
 )
 from dask_influence.core.moments import Moments
+from dask_influence.core.pairs import Spectral
 from dask_influence.errors import (
     ConfigurationError,
     ConvergenceWarning,
@@ -115,6 +116,15 @@ class LowRankInverse(Inverse):
     def directions(self) -> Tensor | None:
         """V, unless the complement makes factors leave its span."""
         return None if self.complement else self.vectors
+
+    @property
+    def spectral(self) -> Spectral | None:
+        """w = 1/(Λ + λ) − 1/λ and μ = 1/λ, where the complement is kept."""
+        if not self.complement:
+            return None
+        plain = 1 / self.regularization
+        weights = 1 / (self.values + self.regularization) - plain
+        return Spectral(self.vectors, weights[None], torch.tensor([plain], dtype=torch.float64))
 
     def coefficients(self, gradients: Tensor) -> Tensor:
         """(g V)(Λ + λ)⁻¹, shape (n, R)."""
@@ -219,6 +229,10 @@ class Arnoldi(Estimator):
     def directions(self, system: System) -> int | None:
         """R, unless the complement is kept."""
         return None if self.complement else self.rank
+
+    def spectral(self, system: System) -> int | None:
+        """R, where the complement is kept."""
+        return self.rank if self.complement else None
 
     def __post_init__(self) -> None:
         """Integers of numpy as Python's."""
