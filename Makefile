@@ -64,8 +64,9 @@ test-deploy: $(READY) ## build the image and run the manifests' pods as containe
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s --timeout 1800 tests/deploy/suite.py
 
 .PHONY: test-faults
-test-faults: $(READY) ## kill workers, clients and schedulers at random, damage stores, and see that nothing is lost
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.suite --scenarios $(or $(SCENARIOS),30) --seed $(or $(SEED),0)
+test-faults: $(READY) ## kill, cut, fill and damage what a run stands on, at random, and see that nothing is lost (as root: all of it)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.suite --scenarios $(or $(SCENARIOS),100) --seed $(or $(SEED),0)
 
 .PHONY: lint
 lint: $(READY) ## style, types and layers alone
