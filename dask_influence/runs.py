@@ -17,7 +17,6 @@ import xarray as xr
 
 from dask_influence import arguments, settings
 from dask_influence.arguments import InfluenceMode
-from dask_influence.core.checks import check_flag
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
@@ -31,6 +30,7 @@ from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, factor_templates, score_templates, write_factors, write_scores
 from dask_influence.execution.stored import StoredFactors
 from dask_influence.fitted import Fitted
+from dask_influence.scalars import check_flag
 from dask_influence.storage.results import ArrayTemplate, open_influences
 from dask_influence.storage.sources import Source, as_source
 from dask_influence.storage.stores import Location

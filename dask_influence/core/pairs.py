@@ -35,6 +35,7 @@ from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.objective import Objective, Tree, sliced
 from dask_influence.core.predictive import Expectation
 from dask_influence.core.problem import Pairing, Problem
+from dask_influence.core.sizes import Size
 from dask_influence.errors import DerivativeError, InfluenceWarning
 
 BUDGET = 64 * 2**20
@@ -288,25 +289,6 @@ class Spectral:
     directions: Tensor
     weights: Tensor
     plain: Tensor
-
-
-@dataclass(frozen=True)
-class Size:
-    """What rows of pairs take.
-
-    Attributes
-    ----------
-    numbers : int
-        Held of one sample.
-    products : int
-        Multiplications for one pair of samples.
-    itemsize : int
-        Bytes of a number.
-    """
-
-    numbers: int
-    products: int
-    itemsize: int
 
 
 class Pairs:

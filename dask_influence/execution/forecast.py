@@ -13,12 +13,12 @@ from dataclasses import dataclass, fields
 import torch
 
 from dask_influence.core import directional
-from dask_influence.core.checks import check_integer, check_number
 from dask_influence.core.estimators.base import Inverse, without_rounds
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.plan import Plan, format_bytes, format_seconds, training_seconds
+from dask_influence.scalars import check_integer, check_number
 
 TASKS_PER_SECOND = 350.0
 """What one scheduler hands out: measured with empty tasks on a two-core machine."""

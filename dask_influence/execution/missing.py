@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from dask_influence.errors import ConfigurationError, PoisonedSamplesError
-from dask_influence.execution.ledger import Ledger
+from dask_influence.execution.ledger import Ledger, Standing
 from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan
 from dask_influence.storage.results import described
 from dask_influence.storage.stores import Location
@@ -40,10 +40,10 @@ class MissingSamples:
         """Samples of one side, by position."""
         self._reasons[side].update(reasons)
 
-    def add_entries(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
-        """What ledger entries say is missing from them."""
-        for name, entry in entries.items():
-            self.add(_side(name), {one["sample"]: one["reason"] for one in entry.get("missing", ())})
+    def add_entries(self, missing: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        """What ledger entries say is missing from them, by their name."""
+        for name, ones in missing.items():
+            self.add(_side(name), {one["sample"]: one["reason"] for one in ones})
 
     def positions(self, side: str) -> tuple[int, ...]:
         """Positions of the missing samples of one side."""
@@ -88,17 +88,17 @@ def check_on_missing(value: object) -> None:
         raise ConfigurationError(f'on_missing must be "raise" or "warn"; got {value!r}')
 
 
-def forget_missing(ledger: Ledger, plan: Plan, entries: dict[str, dict[str, Any]]) -> None:
-    """Forget the pieces that lack samples, so that these are tried again."""
-    without = {name for name, entry in entries.items() if entry.get("missing")}
-    tests = [one["sample"] for name in without if _side(name) == "test" for one in entries[name]["missing"]]
+def forget_missing(ledger: Ledger, plan: Plan, standing: Standing) -> Standing:
+    """Forget the pieces that lack samples, so that these are tried again; what is left."""
+    without = set(standing.missing)
+    tests = [one["sample"] for name in without if _side(name) == "test" for one in standing.missing[name]]
     for index in range(plan.strips if tests else 0):
         strip = plan.strip(index)
-        if strip.name in entries and any(test in strip.rows for test in tests):
+        if strip.name in standing.done and any(test in strip.rows for test in tests):
             without.add(strip.name)
     for name in without:
         ledger.forget(name)
-        del entries[name]
+    return standing.without(without)
 
 
 def _side(name: str) -> str:

@@ -115,11 +115,11 @@ class Output:
                 if repair is not None:
                     verify_with(self.location, repair, repair=True)
                     stored = self.ledger.read_begun() or stored
-                entries = self.ledger.forget_damaged()
+                standing = self.ledger.standing(templates)
                 if repair is not None:
-                    forget_missing(self.ledger, begun, entries)
-                self.missing.add_entries(entries)
-                complete = stored["state"] in FINAL and pieces(begun) <= self.ledger.done()
+                    standing = forget_missing(self.ledger, begun, standing)
+                self.missing.add_entries(standing.missing)
+                complete = stored["state"] in FINAL and pieces(begun) <= standing.done
                 if not complete:  # also where it was: readers are to be warned until it is again
                     self.ledger.write_run({**stored, "state": "running"})
                 self._restore(stored, empty)

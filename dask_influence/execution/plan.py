@@ -12,16 +12,16 @@ same plan gives the same bits on any cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dask_influence.core.checks import check_integer
-from dask_influence.core.pairs import Size
+from dask_influence.core.sizes import Size
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.tree import Tree, strip_name
 from dask_influence.execution.work import Kept, Work
 from dask_influence.grid import Chunks, balanced
+from dask_influence.scalars import check_integer
 
 DIRECTION_BYTES = 512 * 2**20
 """Bytes of directions that one query block may hold, unless a memory limit says less."""
@@ -409,6 +409,12 @@ def factor_names(plan: Plan) -> set[str]:
 def factor_name(index: int) -> str:
     """Ledger entry of one factor task."""
     return f"{FACTORS}{index:06d}"
+
+
+def expected_pieces(run: Mapping[str, Any]) -> set[str]:
+    """Ledger entries that make the run with this record complete."""
+    plan = Plan.from_json(run["plan"])
+    return factor_names(plan) if run["fingerprint"].get("kind") == "factors" else score_names(plan)
 
 
 def arrange(

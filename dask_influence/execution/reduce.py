@@ -151,13 +151,12 @@ class Schedule:
 
 def _held(output: Output, plan: Plan) -> dict[str, ShardRecord | None]:
     """Nodes that the ledger lists and whose part, if they left one, is there in its length."""
-    sizes = output.location.stat(PARTIALS)
+    sizes = dict(output.location.sizes(PARTIALS))  # few: a merge takes parts away
     found = {}
     for prefix in ("strip-", "merge-"):
-        for name, entry in output.ledger.entries(prefix).items():
+        for name, entry in output.ledger.stream(prefix):
             part = part_of(entry)
-            whole = part is None or sizes.get(part.key, (-1, ""))[0] == part.nbytes
-            if whole and "error" not in entry:
+            if part is None or sizes.get(part.key) == part.nbytes:
                 found[name] = part
     return found
 

@@ -148,9 +148,14 @@ class Reducing:
 def reduce_node(
     job: Sealed, reducing: Sealed, node: Node, parts: Sequence[ShardRecord]
 ) -> tuple[Node, ShardRecord | None]:
-    """Do the work of one node of the tree: score a strip, or join ``parts``."""
+    """Do the work of one node of the tree: score a strip, or join ``parts``; what was done before is not again."""
     run: Reducing = reducing.open()
     began = time.perf_counter()
+    written = Ledger(run.location).read(run.scoring.plan.tree.name(node))
+    if written is not None:  # by a worker that was lost before it could say so, or for another client
+        held = part_of(written)
+        if held is None or run.location.size(held.key) == held.nbytes:
+            return node, held
     if node.level == 0:
         strip = run.scoring.plan.strip(run.scoring.plan.tree.strip(node))
         part, entry = _scored(job.open(), run, strip), entry_of(strip)

@@ -179,7 +179,7 @@ def solve_factors(
     residuals = np.array([value for entry in entries for value in entry["residual"]], dtype=np.float64)
     if plan.work.regularizations is not None:  # rows are test-major
         residuals = residuals.reshape(-1, plan.work.regularizations).T
-    if missing or RESIDUAL not in output.ledger.done():
+    if missing or output.ledger.read(RESIDUAL) is None:
         write_residuals(output, residuals)
     return tuple(Artifact(entry["digest"], entry["nbytes"], output.artifacts) for entry in entries)
 

@@ -515,12 +515,16 @@ class Scoring:
 def score_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
     """Differentiate the strip's training samples once, write its tiles, then its ledger entry.
 
-    Columns of samples that cannot be used are NaN; they are in the entry, and returned.
+    Columns of samples that cannot be used are NaN; they are in the entry, and returned. A strip whose
+    entry is there is not computed again.
     """
     opened: Job = job.open()
     run: Scoring = scoring.open()
     began = time.perf_counter()
     strip = run.plan.strip(index)
+    written = Ledger(run.location).read(strip.name)
+    if written is not None:  # by a worker that was lost before it could say so, or for another client
+        return {one["sample"]: one["reason"] for one in written.get("missing", ())}
     records, missing = [], Missing()
     with torch_threads(opened.threads):
         query = run.query(strip.rows, opened.model.problem())

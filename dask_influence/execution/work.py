@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dask_influence.core.pairs import Size
+from dask_influence.core.sizes import Size
 from dask_influence.execution.tree import Axis
 
 

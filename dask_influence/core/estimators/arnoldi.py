@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dask_influence.core.checks import SEEDS, check_flag, check_integer, check_number, plain_integers
+from dask_influence.core.checks import SEEDS
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -38,6 +38,7 @@ from dask_influence.errors import (
     IndefiniteCurvatureWarning,
     SingularCurvatureError,
 )
+from dask_influence.scalars import check_flag, check_integer, check_number, plain_integers
 
 
 class LowRankInverse(Inverse):

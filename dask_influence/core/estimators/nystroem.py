@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dask_influence.core.checks import SEEDS, check_integer, plain_integers
+from dask_influence.core.checks import SEEDS
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -31,6 +31,7 @@ from dask_influence.errors import (
     IndefiniteCurvatureWarning,
     SingularCurvatureError,
 )
+from dask_influence.scalars import check_integer, plain_integers
 
 
 class SketchInverse(Inverse):
