@@ -90,10 +90,7 @@ class Tally:
         yield "by kind (at once + after a named error + lost):"
         for name in names:
             yield "  {}: {}".format(
-                name, " + ".join(str(self.ends[name, end]) for end in (MOST_MISSES = 2
-"""Faults that may come too late, for each scenario that is asked for."""
-
-AT_ONCE, NAMED, LOST))
+                name, " + ".join(str(self.ends[name, end]) for end in (AT_ONCE, NAMED, LOST))
             )
         missed = ", ".join(f"{count} {name}" for name, count in sorted(self.missed.items()))
         yield f"beside them, faults that came when all was done: {missed or 'none'}"
