@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dask_influence.core import forms
 from dask_influence.core.objective import Tree, leading_size, sliced
-from dask_influence.core.problem import Problem
+from dask_influence.core.problem import Problem, bytes_of_a_vector
 
 BUDGET = 128 * 2**20
 """Bytes that one call may keep alive beside its result, unless the caller says otherwise."""
@@ -52,6 +52,40 @@ def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
     return forms.sample_gradients(problem.objective, x, y, problem.forms)
 
 
+def working_bytes(
+    samples: int,
+    activations: int,
+    parameters: int,
+    itemsize: int,
+    directions: int,
+    *,
+    features: int | None = None,
+    budget: int = BUDGET,
+) -> int:
+    """Bytes that one call keeps alive beside its result: for plans, which have no model at hand.
+
+    ``features`` are those of one input where the derivatives are mixed. A single vector, or the gradient
+    of a single sample, may exceed ``budget``; results of several blocks of directions are there twice while
+    they are joined.
+
+    >>> few, many = (working_bytes(1024, 100, 5000, 4, directions) for directions in (1, 1000))
+    >>> few, many
+    (2577600, 43417600)
+    """
+    if features is None and _gradients_are_cheaper(directions):
+        rows = min(samples, _rows_at_once(parameters, itemsize, budget))
+        return itemsize * rows * (2 * parameters + 6 * activations)
+    each = bytes_of_a_vector(samples, activations, parameters, itemsize)
+    block = min(directions, max(1, budget // each))
+    joined = itemsize * samples * directions * (features or 1)
+    return max(each * block, joined if block < directions else 0)
+
+
+def _rows_at_once(parameters: int, itemsize: int, budget: int) -> int:
+    """Gradients that fit: each is there twice while its parts are joined."""
+    return max(1, int(budget // (2 * itemsize * parameters)))
+
+
 def _gradients_are_cheaper(directions: int) -> bool:
     forward = directions * _FORWARD_PER_DIRECTION
     return forward > _GRADIENT + directions * _PRODUCT_PER_DIRECTION
@@ -68,11 +102,12 @@ def _by_blocks(
 
 def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
     """Form gradients of a few samples at a time, in memory that is reused, and multiply."""
-    count, itemsize = leading_size(y), problem.objective.dtype.itemsize
-    step = max(1, int(budget // (2 * itemsize * problem.objective.size)))
+    count = leading_size(y)
+    step = _rows_at_once(problem.objective.size, problem.objective.dtype.itemsize, budget)
     result = torch.empty(count, len(directions), dtype=directions.dtype, device=directions.device)
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = gradients(problem, sliced(x, part), sliced(y, part))
         torch.matmul(rows, directions.mT, out=result[part])
+        del rows  # before the next ones are formed
     return result

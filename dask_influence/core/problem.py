@@ -41,9 +41,18 @@ class Problem:
         A derivative of first or second order keeps about six arrays as large as the
         activations, and one perturbed copy of θ, for each vector.
         """
-        itemsize = self.objective.dtype.itemsize
-        per_vector = 6 * itemsize * (samples * self.activations + self.objective.size)
+        size, itemsize = self.objective.size, self.objective.dtype.itemsize
+        per_vector = bytes_of_a_vector(samples, self.activations, size, itemsize)
         return max(1, int(budget // max(1, per_vector)))
+
+
+def bytes_of_a_vector(samples: int, activations: int, parameters: int, itemsize: int) -> int:
+    """Bytes that one vector keeps alive while it is pushed through ``samples`` samples.
+
+    >>> bytes_of_a_vector(samples=10, activations=3, parameters=20, itemsize=4)
+    1200
+    """
+    return 6 * itemsize * (samples * activations + parameters)
 
 
 def prepare(objective: Objective, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,11 @@ from dask_influence.storage.results import described
 from dask_influence.storage.stores import Location
 
 CHOICES = ("raise", "warn")
+
+Missing = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Position, id and reason of samples, by side."""
+
+_NOTHING: Missing = {}
 
 
 class MissingSamples:
@@ -44,6 +49,11 @@ class MissingSamples:
         """What ledger entries say is missing from them."""
         for name, entry in entries.items():
             self.add(_side(name), {one["sample"]: one["reason"] for one in entry.get("missing", ())})
+
+    def add_recorded(self, recorded: Missing) -> None:
+        """What the record of the run says is missing."""
+        for side, ones in recorded.items():
+            self.add(side, {one["sample"]: one["reason"] for one in ones})
 
     def positions(self, side: str) -> tuple[int, ...]:
         """Positions of the missing samples of one side."""
@@ -76,7 +86,7 @@ class MissingSamples:
         if missing:
             raise PoisonedSamplesError(
                 f"{location.url} was written without {described(missing)}. Everything else is there, and what "
-                "belongs to these samples is NaN: leave them out or mend them, take the store as it is with "
+                "belongs to these samples is NaN, or left out of a reduction: leave them out or mend them, take the store as it is with "
                 'on_missing="warn", or try them again with repair=True',
                 missing,
             )
@@ -88,17 +98,31 @@ def check_on_missing(value: object) -> None:
         raise ConfigurationError(f'on_missing must be "raise" or "warn"; got {value!r}')
 
 
-def forget_missing(ledger: Ledger, plan: Plan, entries: dict[str, dict[str, Any]]) -> None:
-    """Forget the pieces that lack samples, so that these are tried again."""
+def forget_missing(
+    ledger: Ledger, plan: Plan, entries: dict[str, dict[str, Any]], recorded: Missing = _NOTHING
+) -> None:
+    """Forget the pieces that lack samples, so that these are tried again.
+
+    Those are in their entries, and in the run's record, ``recorded``, where an entry is lost.
+    """
     without = {name for name, entry in entries.items() if entry.get("missing")}
-    tests = [one["sample"] for name in without if _side(name) == "test" for one in entries[name]["missing"]]
-    for index in range(plan.strips if tests else 0):
-        strip = plan.strip(index)
-        if strip.name in entries and any(test in strip.rows for test in tests):
-            without.add(strip.name)
+    lacking = {side: {one["sample"] for one in recorded.get(side, ())} for side in ("test", "train")}
     for name in without:
-        ledger.forget(name)
-        del entries[name]
+        lacking[_side(name)].update(one["sample"] for one in entries[name]["missing"])
+    for index in range(plan.strips if any(lacking.values()) else 0):
+        strip = plan.strip(index)
+        if _any_in(lacking["test"], strip.rows) or _any_in(lacking["train"], strip.columns):
+            without.add(strip.name)
+    # what joined them goes first: while it is there, it stands for parts that are gone
+    above = [] if plan.work.kept is None else plan.tree.above(without)
+    for name in [*above, *without]:
+        if name in entries:
+            ledger.forget(name)
+            del entries[name]
+
+
+def _any_in(samples: Iterable[int], among: range) -> bool:
+    return any(sample in among for sample in samples)
 
 
 def _side(name: str) -> str:

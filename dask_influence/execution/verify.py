@@ -274,7 +274,9 @@ class _Survey:
 def expected_pieces(run: Mapping[str, Any]) -> set[str]:
     """Ledger entries that make a run complete."""
     plan = Plan.from_json(run["plan"])
-    return factor_names(plan) if run["fingerprint"].get("kind") == "factors" else score_names(plan)
+    if run["fingerprint"].get("kind") == "factors":
+        return factor_names(plan)
+    return score_names(plan, solves=run.get("solves", False))
 
 
 def same_metadata(run: Mapping[str, Any], key: str, stored: bytes) -> bool:

@@ -54,6 +54,8 @@ class Work:
         L, where scores are asked for at several λ; None is the one of the model.
     kept : Kept, optional
         What a reduction leaves of the scores; None keeps them all.
+    inverse_bytes : int
+        Of the tensors of the inverse, which a process keeps once it has solved with them.
     """
 
     tests: int
@@ -66,6 +68,7 @@ class Work:
     sample_bytes: int
     regularizations: int | None = None
     kept: Kept | None = None
+    inverse_bytes: int = 0
 
     @property
     def diagonal(self) -> bool:

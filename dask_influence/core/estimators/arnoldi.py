@@ -220,6 +220,10 @@ class Arnoldi(Estimator):
         """R, unless the complement is kept."""
         return None if self.complement else self.rank
 
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """V and its images, float64."""
+        return 16 * self.rank * system.size
+
     def __post_init__(self) -> None:
         """Integers of numpy as Python's."""
         plain_integers(self, "rank", "krylov_dimension", "seed", "block_size", "maxiter")

@@ -216,6 +216,10 @@ class Estimator(ABC):
         """R, the number of directions that its inverse will have of its own, or None; known before a fit."""
         return None
 
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """Bytes of its inverse at so many λ, about, where that is more than a few gradients; known before a fit."""
+        return 0
+
     def validate(self, system: System) -> None:  # noqa: B027 - most estimators accept any system
         """Raise :class:`ConfigurationError` where this configuration cannot be fitted to ``system``."""
 
