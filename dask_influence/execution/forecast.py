@@ -112,7 +112,7 @@ class Cluster:
 
     @property
     def memory_limit(self) -> int | None:
-        """Bytes that one task may hold: what interpreter and libraries leave of the 80 % at which Dask pauses a worker."""
+        """Bytes that one task may hold: what a worker's process leaves of the memory at which Dask pauses it."""
         if self.memory is None:
             return None
         return max(1, int((PAUSE * self.memory - PROCESS_BYTES) / self.threads))

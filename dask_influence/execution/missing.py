@@ -86,8 +86,8 @@ class MissingSamples:
         if missing:
             raise PoisonedSamplesError(
                 f"{location.url} was written without {described(missing)}. Everything else is there, and what "
-                "belongs to these samples is NaN, or left out of a reduction: leave them out or mend them, take the store as it is with "
-                'on_missing="warn", or try them again with repair=True',
+                "belongs to these samples is NaN, or left out of a reduction: leave them out or mend them, take "
+                'the store as it is with on_missing="warn", or try them again with repair=True',
                 missing,
             )
 
