@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dask_influence.core import forms
+from dask_influence.core.chain import Chain
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.problem import Problem, bytes_of_a_vector
 
@@ -44,7 +45,14 @@ def directional_derivatives(
 
 def mixed_derivatives(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET) -> Tensor:
     """E[j, d, :] = ∇x ⟨v_d, ∇θ ℓ(z_j)⟩ for directions (D, P): (n, D, *features)."""
+    if problem.forms.mixed == "chain":
+        return chain_of(problem, x, y).mixed_derivatives(directions)
     return _by_blocks(forms.mixed_derivatives, problem, x, y, directions, budget)
+
+
+def chain_of(problem: Problem, x: Tree, y: Tree) -> Chain:
+    """What :func:`mixed_derivatives` of these samples begins with, where the problem's form is a chain."""
+    return Chain(problem.objective, problem.objective.parameters(), x, y)
 
 
 def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from dask_influence.core import directional
+from dask_influence.core.chain import Chain
 from dask_influence.core.kernel import Kernel, Part
 from dask_influence.execution import tasks
 from dask_influence.execution.drive import iterated_factors
@@ -28,6 +32,13 @@ def influences_in_memory(
         kernel = fit.inverse.kernel(*_job(fit, test).batch(0, 1))
         if kernel is not None:
             return scores_by_kernel(fit, kernel, test, train, plan)
+    if (
+        perturbation
+        and not project
+        and not fit.inverse.needs_rounds
+        and fit.model.problem().forms.mixed == "chain"
+    ):
+        return _perturbations_by_chain(fit, test, train, plan)
     factors = factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
     return scores_in_memory(
         fit, factors, train, train.argument, plan, project=project, perturbation=perturbation
@@ -73,9 +84,54 @@ def factors_in_memory(
         bounds = (chunk.start, chunk.stop, batch)
         return tasks.closed_factors(job, fit.solver, *bounds, project=project, certify=False).rows
 
-    # Tasks of one torch thread leave cores free: as on a cluster, each takes a chunk, for the same bits.
-    with ThreadPoolExecutor(max(1, torch.get_num_threads() // fit.threads)) as pool:
-        return torch.cat(list(pool.map(solve, chunks)))
+    return torch.cat(list(_lanes(fit.threads).map(solve, chunks)))
+
+
+def _lanes(threads: int) -> ThreadPoolExecutor:
+    """Threads for tasks of ``threads`` torch threads, which leave cores free: as on a cluster, for the same bits.
+
+    They stay: to start some takes milliseconds beside others that compute.
+    """
+    return _pool(max(1, torch.get_num_threads() // threads))
+
+
+@functools.cache
+def _pool(lanes: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(lanes, thread_name_prefix="dask-influence")
+
+
+# a child of this process has the pool, but none of its threads
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _perturbations_by_chain(fit: Fit, test: Source, train: Source, plan: Plan) -> np.ndarray:
+    """Perturbations (N, M, *features): each lane solves a chunk of test points, then goes on to its scores.
+
+    What the training samples of a batch need for all test points is computed here in the meantime.
+    """
+    problem, work, lanes = fit.model.problem(), plan.work, _lanes(fit.threads)
+    scores = np.empty((work.tests, work.trains, *work.features), dtype=fit.score_dtype)
+    queries = _job(fit, test)
+
+    def query(chunk: range) -> torch.Tensor:
+        bounds = (chunk.start, chunk.stop, plan.batch)
+        factors = tasks.closed_factors(queries, fit.solver, *bounds, project=False, certify=False)
+        return tasks.Query.of(factors.rows, None, problem).directions
+
+    def score(chain: Chain, solved: Future[torch.Tensor], chunk: range, columns: range) -> None:
+        part = torch.from_numpy(scores[chunk.start : chunk.stop, columns.start : columns.stop])
+        with tasks.torch_threads(fit.threads):
+            derivatives = chain.mixed_derivatives(solved.result(), out=part)
+        tasks.refuse_non_finite(derivatives, train.argument, columns.start)
+
+    solving = [(lanes.submit(query, chunk), chunk) for chunk in Chunks(work.tests, plan.factor_rows)]
+    for columns in Chunks(work.trains, plan.batch):
+        with tasks.torch_threads(fit.threads):
+            chain = _job(fit, train).computed(directional.chain_of, columns.start, columns.stop)
+        scoring = [lanes.submit(score, chain, solved, chunk, columns) for solved, chunk in solving]
+        for part in scoring:
+            part.result()
+    return scores
 
 
 def _by_rounds(fit: Fit, job: tasks.Job, chunk: range, batch: int) -> torch.Tensor:

@@ -543,17 +543,23 @@ _THREADS_BEFORE = 0
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """torch's thread count while tasks run, restored when the last one of the process ends."""
+    """torch's thread count while tasks run.
+
+    OpenMP keeps a count for every thread, which is restored with each task, and torch one for threads
+    to come, restored when the last task of the process ends.
+    """
     global _THREADS_DEPTH, _THREADS_BEFORE
+    own = torch.get_num_threads()
     with _THREADS_LOCK:
         if _THREADS_DEPTH == 0:
-            _THREADS_BEFORE = torch.get_num_threads()
-        torch.set_num_threads(count)  # in each thread: OpenMP keeps a count for every one of them
+            _THREADS_BEFORE = own
+        torch.set_num_threads(count)
         _THREADS_DEPTH += 1
     try:
         yield
     finally:
         with _THREADS_LOCK:
             _THREADS_DEPTH -= 1
+            torch.set_num_threads(own)
             if _THREADS_DEPTH == 0:
                 torch.set_num_threads(_THREADS_BEFORE)

@@ -75,7 +75,7 @@ def chosen_for(name: str) -> tuple[Forms, dict[str, Any]]:
 def raises_or(call: Callable[[], Tensor]) -> Tensor | None:
     try:
         return call()
-    except RuntimeError:
+    except (RuntimeError, ConfigurationError):  # the second where the model is no chain
         return None
 
 
@@ -120,7 +120,9 @@ def test_no_model_of_ordinary_layers_needs_a_slow_form(name: str) -> None:
     chosen, report = chosen_for(name)
     assert chosen == Forms(product="reverse_over_reverse", mixed=chosen.mixed)
     assert not any(report[kind]["rejected"] for kind in ("gradient", "directional", "product"))
-    assert chosen.mixed == ("reverse_over_reverse" if specimen.perturbable else "forward_over_reverse")
+    assert chosen.mixed in (
+        ("chain", "reverse_over_reverse") if specimen.perturbable else ("reverse_over_reverse",)
+    )
 
 
 def test_models_that_vmap_refuses_take_the_loops() -> None:

@@ -1,0 +1,415 @@
+"""Derivatives along a chain of modules, each step of which is known: matrix products and little else.
+
+Where the model is a sequence of modules, what enters a module is a, what leaves it h, and ā, h̄ are
+the derivatives of the loss by them. A direction v in θ moves all four: ȧ, ḣ on the way forward, the
+derivatives of a and h along v, and ā̇, h̄̇ on the way back. The last of these is the mixed derivative
+∇x ⟨v, ∇θ ℓ⟩. (Pearlmutter 1994, the R operator, in the input instead of the weights.) Of a linear
+layer with weights W and V the part of v that belongs to them,
+
+    ḣ = W ȧ + V a,        ā̇ = Wᵀ h̄̇ + Vᵀ h̄;
+
+of an elementwise function φ
+
+    ḣ = φ'(a) ∘ ȧ,        ā̇ = φ'(a) ∘ h̄̇ + φ''(a) ∘ h̄ ∘ ȧ;
+
+and of the loss, whose second derivative A is small, h̄̇ = A ḣ. Everything without a dot is the same
+for all directions and is computed once. Directions go through in blocks that stay in the cache.
+
+A kind of module is one class here; any other module takes its derivatives from ``torch.func``.
+
+Notation: n samples, D directions, F input features.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+
+from dask_influence.core.elementary import differentiation
+from dask_influence.core.objective import Objective, Tree
+from dask_influence.errors import ConfigurationError
+
+Along = Mapping[str, Tensor]
+"""Directions by the names of θ, each (D, *shape)."""
+
+CACHE = 2**20
+"""Bytes that the widest array of a block of directions may take."""
+
+ROWS = 256
+"""Rows that a matrix product should have, whatever the cache holds."""
+
+SMALL_OUTPUT = 64
+"""Outputs of a sample up to which the loss's second derivative is formed."""
+
+
+class Chain:
+    """One batch of samples along the chain: all that does not depend on a direction.
+
+    Parameters
+    ----------
+    objective : Objective
+        Its module is a sequence of modules with one tensor between each two.
+    theta : mapping of str to Tensor
+        θ by name.
+    x, y : Tensor and tree
+        The samples.
+
+    Raises
+    ------
+    ConfigurationError
+        Where the model is no chain.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    >>> objective = Objective.of(net, nn.functional.mse_loss)
+    >>> chain = Chain(objective, objective.parameters(), torch.ones(5, 3), torch.zeros(5, 2))
+    >>> chain.mixed_derivatives(torch.ones(7, objective.size)).shape
+    torch.Size([5, 7, 3])
+    """
+
+    def __init__(self, objective: Objective, theta: Mapping[str, Tensor], x: Tree, y: Tree) -> None:
+        self._objective = objective
+        with differentiation(), torch.no_grad():
+            self._steps = list(_steps(objective, theta, x))
+            output = self._steps[-1].output
+            self._loss = _Loss(objective, output, y)
+            adjoint = self._loss.adjoint
+            for step in reversed(self._steps):
+                adjoint = step.back(adjoint)
+
+    def mixed_derivatives(self, directions: Tensor, out: Tensor | None = None) -> Tensor:
+        """∇x ⟨v_d, ∇θ ℓ(z_j)⟩ for ``directions`` (D, P): (n, D, *features).
+
+        ``out`` (D, n, *features) is memory to take for it. Several threads may call this at once.
+        """
+        first = self._steps[0].input
+        result = first.new_empty(len(directions), *first.shape) if out is None else out
+        block = self._block(len(directions))
+        with torch.no_grad():
+            for start in range(0, len(directions), block):
+                part = slice(start, start + block)
+                self._mixed(self._objective.unflatten(directions[part]), result[part])
+        return result.transpose(0, 1)
+
+    def _mixed(self, along: Along, result: Tensor) -> None:
+        tangents: list[Tensor | None] = [None]
+        for step in self._steps:
+            tangents.append(step.push(along, tangents[-1]))
+        moved = tangents.pop()
+        adjoint = None if moved is None else self._loss.pull(moved)
+        for step, tangent in zip(reversed(self._steps), reversed(tangents), strict=True):
+            adjoint = step.pull(along, tangent, adjoint)
+        if adjoint is None:
+            result.zero_()
+        else:
+            result.copy_(adjoint)
+
+    def _block(self, directions: int) -> int:
+        """Directions at a time: what the cache holds, but enough for products of a fair size."""
+        samples = len(self._steps[0].input)
+        widest = max(step.input.nbytes for step in self._steps)
+        return max(1, min(directions, max(CACHE // max(1, widest), ROWS // max(1, samples))))
+
+
+# -- the steps -------------------------------------------------------------------------
+class _Step(abc.ABC):
+    """One module, at what enters it here.
+
+    Attributes
+    ----------
+    input, output : Tensor
+        a and h, (n, ...).
+    adjoint : Tensor
+        h̄, known after :meth:`back`.
+    """
+
+    def __init__(self, entering: Tensor, output: Tensor) -> None:
+        self.input, self.output = entering, output
+
+    def back(self, adjoint: Tensor) -> Tensor:
+        """ā of h̄, which is remembered."""
+        self.adjoint = adjoint
+        return self._back(adjoint)
+
+    @abc.abstractmethod
+    def _back(self, adjoint: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+        """ḣ (D, n, ...) of ȧ; None stands for zero."""
+
+    @abc.abstractmethod
+    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+        """ā̇ of ȧ and h̄̇, whose memory it may take."""
+
+
+class _Linear(_Step):
+    """h = W a + b."""
+
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
+        self._names = theta.names
+        self._weight = theta.values["weight"]
+        super().__init__(entering, nn.functional.linear(entering, self._weight, theta.values.get("bias")))
+
+    def _back(self, adjoint: Tensor) -> Tensor:
+        return adjoint @ self._weight
+
+    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+        weights, biases = self._of(along, "weight"), self._of(along, "bias")
+        moved = None
+        if weights is not None:
+            moved = torch.matmul(_rows(self.input), weights.mT)
+        if tangent is not None:
+            flat = _rows(tangent, 1)
+            if moved is None:
+                moved = flat @ self._weight.mT
+            else:
+                _merged(moved).addmm_(_merged(flat), self._weight.mT)
+        if biases is not None:
+            rows = len(_rows(self.input))
+            moved = (
+                biases[:, None].expand(-1, rows, -1).clone() if moved is None else moved.add_(biases[:, None])
+            )
+        return None if moved is None else moved.reshape(len(moved), *self.output.shape)
+
+    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+        weights = self._of(along, "weight")
+        moved = None if adjoint is None else _rows(adjoint, 1) @ self._weight
+        if weights is not None:
+            own = _rows(self.adjoint)
+            if moved is None:
+                moved = torch.matmul(own, weights)
+            else:
+                moved.baddbmm_(own.expand(len(weights), *own.shape), weights)
+        return None if moved is None else moved.reshape(len(moved), *self.input.shape)
+
+    def _of(self, along: Along, name: str) -> Tensor | None:
+        return along[self._names[name]] if name in self._names else None
+
+
+class _Elementwise(_Step):
+    """h = φ(a), entry by entry."""
+
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
+        self._module = module
+        super().__init__(entering, module(entering.clone()))  # some work in place
+
+    def _back(self, adjoint: Tensor) -> Tensor:
+        with torch.enable_grad():
+            entering = self.input.detach().requires_grad_()
+            slope = _derivative(self._module(entering.clone()).sum(), entering, keep=True)
+            bend = _derivative((slope * adjoint).sum(), entering)
+        self._slope = slope.detach()
+        self._bend = bend if bend.any() else None  # piecewise linear ones have none
+        return self._slope * adjoint
+
+    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+        return None if tangent is None else self._slope * tangent
+
+    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+        moved = None if adjoint is None else adjoint.mul_(self._slope)
+        if tangent is None or self._bend is None:
+            return moved
+        return self._bend * tangent if moved is None else moved.addcmul_(self._bend, tangent)
+
+
+class _Reshaped(_Step):
+    """h holds the entries of a in their order."""
+
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
+        super().__init__(entering, module(entering))
+
+    def _back(self, adjoint: Tensor) -> Tensor:
+        return adjoint.reshape(self.input.shape)
+
+    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+        return None if tangent is None else tangent.reshape(len(tangent), *self.output.shape)
+
+    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+        return None if adjoint is None else adjoint.reshape(len(adjoint), *self.input.shape)
+
+
+class _General(_Step):
+    """Any module of one tensor, by ``torch.func``."""
+
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
+        self._names, self._theta = theta.names, {name: theta.values[name] for name in theta.names}
+        self._call = lambda own, a: functional_call(module, own, (a,))
+        super().__init__(entering, self._call(self._theta, entering))
+        if not isinstance(self.output, Tensor):
+            raise ConfigurationError(
+                f"{type(module).__name__} returns {type(self.output).__name__}, no tensor"
+            )
+
+    def _back(self, adjoint: Tensor) -> Tensor:
+        return self._pulled(self._theta, self.input, adjoint)
+
+    def _pulled(self, own: Mapping[str, Tensor], entering: Tensor, adjoint: Tensor) -> Tensor:
+        result: Any = vjp(lambda a: self._call(own, a), entering)
+        return result[1](adjoint)[0]
+
+    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+        return self._moved(self._call, along, (self.input, tangent))
+
+    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+        return self._moved(self._pulled, along, (self.input, tangent), (self.adjoint, adjoint))
+
+    def _moved(
+        self, function: Callable[..., Tensor], along: Along, *pairs: tuple[Tensor, Tensor | None]
+    ) -> Tensor | None:
+        """The derivative of ``function`` of θ and values, along directions and the values' tangents."""
+        own = {name: along[full] for name, full in self._names.items()}
+        given = [tangent for _, tangent in pairs if tangent is not None]
+        if not own and not given:
+            return None
+        count = len(next(iter([*own.values(), *given])))
+        values = [value for value, _ in pairs]
+        tangents = [
+            torch.zeros_like(value).expand(count, *value.shape) if tangent is None else tangent
+            for value, tangent in pairs
+        ]
+
+        def of(direction: Mapping[str, Tensor], *moved: Tensor) -> Tensor:
+            result: Any = jvp(function, (self._theta, *values), (direction, *moved))
+            return result[1]
+
+        with differentiation(), torch.no_grad():
+            return vmap(of, in_dims=(0,) * (1 + len(tangents)))(own, *tangents)
+
+
+class _Loss:
+    """Σ_j ℓ as a function of the chain's output."""
+
+    def __init__(self, objective: Objective, output: Tensor, y: Tree) -> None:
+        with torch.enable_grad():
+            self._output = output.detach().requires_grad_()
+            total = objective.loss(self._output, y) * len(output)
+            self._adjoint = _derivative(total, self._output, keep=True)
+        self.adjoint, size = self._adjoint.detach(), math.prod(output.shape[1:])
+        self._matrices: Tensor | None = None
+        if size <= SMALL_OUTPUT:
+            unit = torch.eye(size, dtype=output.dtype, device=output.device)
+            seeds = unit[:, None].expand(-1, len(output), -1).reshape(size, *output.shape)
+            self._matrices = self._times(seeds).reshape(size, len(output), size).transpose(0, 1).contiguous()
+
+    def _times(self, tangents: Tensor) -> Tensor:
+        return _derivative(self._adjoint, self._output, seeds=tangents)
+
+    def pull(self, tangent: Tensor) -> Tensor:
+        """h̄̇ = A ḣ, (D, n, ...)."""
+        if self._matrices is None:
+            with differentiation():
+                return self._times(tangent)
+        flat = tangent.flatten(2).transpose(0, 1)  # (n, D, K)
+        return torch.bmm(flat, self._matrices).transpose(0, 1).reshape(tangent.shape)
+
+
+def _derivative(value: Tensor, at: Tensor, *, keep: bool = False, seeds: Tensor | None = None) -> Tensor:
+    """∇ of a scalar, differentiable if it is to be kept; or products with each of the ``seeds``."""
+    shape = at.shape if seeds is None else (len(seeds), *at.shape)
+    if not value.requires_grad:  # a linear function's second derivative
+        return at.new_zeros(shape)
+    (found,) = torch.autograd.grad(
+        value,
+        at,
+        seeds,
+        create_graph=keep,
+        retain_graph=keep or seeds is not None,
+        is_grads_batched=seeds is not None,
+        allow_unused=True,
+    )
+    return at.new_zeros(shape) if found is None else found
+
+
+def _rows(tensor: Tensor, leading: int = 0) -> Tensor:
+    """All but the last axis and the ``leading`` ones as one."""
+    return tensor.flatten(leading, -2) if tensor.dim() > leading + 2 else tensor
+
+
+def _merged(tensor: Tensor) -> Tensor:
+    return tensor.view(-1, tensor.shape[-1])
+
+
+# -- which step a module is ------------------------------------------------------------
+class _Own:
+    """A module's own parameters: those in θ by name, and the values of all."""
+
+    def __init__(self, module: nn.Module, theta: Mapping[str, Tensor], known: Mapping[int, str]) -> None:
+        held = dict(module.named_parameters())
+        self.names = {name: known[id(value)] for name, value in held.items() if id(value) in known}
+        self.values = {
+            name: theta[self.names[name]] if name in self.names else value.detach()
+            for name, value in held.items()
+        }
+
+
+_Maker = Callable[[nn.Module, _Own, Tensor], _Step]
+
+_KINDS: dict[type[nn.Module], _Maker] = {
+    nn.Linear: _Linear,
+    **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.Identity), _Reshaped),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), _Reshaped),
+    **dict.fromkeys(
+        (
+            nn.CELU,
+            nn.ELU,
+            nn.GELU,
+            nn.Hardtanh,
+            nn.LeakyReLU,
+            nn.LogSigmoid,
+            nn.Mish,
+            nn.ReLU,
+            nn.ReLU6,
+            nn.SELU,
+            nn.SiLU,
+            nn.Sigmoid,
+            nn.Softplus,
+            nn.Softsign,
+            nn.Tanh,
+            nn.Tanhshrink,
+        ),
+        _Elementwise,
+    ),
+}
+"""Modules by their exact class: a subclass may do anything. (Dropout is the identity in eval mode.)"""
+
+
+def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree) -> Iterator[_Step]:
+    modules = list(_links(objective.module))
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        raise ConfigurationError("the model's input is not one floating tensor with features")
+    if nn.Linear not in map(type, modules):
+        raise ConfigurationError("the model is no chain of modules with linear layers")
+    known = {id(value): name for name, value in objective.module.named_parameters() if name in theta}
+    entering = x
+    for module in modules:
+        kind: _Maker = _General if _hooked(module) else _KINDS.get(type(module), _General)
+        step = kind(module, _Own(module, theta, known), entering)
+        yield step
+        entering = step.output
+
+
+def _links(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of nested sequences, in order."""
+    if type(module) is nn.Sequential and not _hooked(module):
+        for part in module:
+            yield from _links(part)
+    else:
+        yield module
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.utils.parametrize.is_parametrized(module)
+    )

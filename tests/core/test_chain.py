@@ -1,0 +1,234 @@
+"""Derivatives along a chain of modules, against classic autograd, one sample and one direction at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from dask_influence.core import chain
+from dask_influence.core.chain import Chain
+from dask_influence.core.derivatives import choose_forms
+from dask_influence.core.objective import Objective
+from dask_influence.errors import ConfigurationError
+from tests import data, oracles
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A chain, its loss, the shape of its input and its target."""
+
+    build: Callable[[], nn.Module]
+    features: tuple[int, ...] = (5,)
+    target: tuple[int, ...] | int = 3
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy
+    parameters: list[str] | None = None
+
+    def objective(self) -> Objective:
+        return Objective.of(data.seeded(self.build).double(), self.loss, self.parameters)
+
+    def samples(self, n: int) -> tuple[Tensor, Tensor]:
+        x = data.normal(1, n, *self.features)
+        y = (
+            data.classes(2, n, self.target)
+            if isinstance(self.target, int)
+            else data.normal(2, n, *self.target)
+        )
+        return x, y
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def frozen() -> nn.Module:
+    net = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    net[0].requires_grad_(False)
+    net[4].bias.requires_grad_(False)
+    return net
+
+
+def hooked() -> nn.Module:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    net[0].register_forward_hook(lambda module, given, output: 2 * output)
+    return net
+
+
+def pairs_of_tokens(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output.flatten(1), target)
+
+
+CHAINS = {
+    "one layer": Specimen(lambda: nn.Linear(5, 3)),
+    "no bias": Specimen(lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.Softplus(), nn.Linear(4, 3))),
+    "perceptron": Specimen(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))),
+    "rectified, in place": Specimen(
+        lambda: nn.Sequential(
+            nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 4), nn.ELU(inplace=True), nn.Linear(4, 3)
+        )
+    ),
+    "activation at the end": Specimen(
+        lambda: nn.Sequential(nn.Linear(5, 7), nn.Sigmoid(), nn.Linear(7, 2), nn.Softsign()),
+        target=(2,),
+        loss=F.mse_loss,
+    ),
+    "activation at the start": Specimen(lambda: nn.Sequential(nn.Tanh(), nn.Linear(5, 3))),
+    "nested, dropped out": Specimen(
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5)),
+            nn.Identity(),
+            nn.Sequential(nn.Mish(), nn.Linear(6, 3)),
+        )
+    ),
+    "tied": Specimen(tied),
+    "frozen": Specimen(frozen),
+    "hooked": Specimen(lambda: nn.Sequential(hooked(), nn.SiLU(), nn.Linear(3, 3))),
+    "subset": Specimen(
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), parameters=["0.bias", "2.weight"]
+    ),
+    "first layer": Specimen(
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), parameters=["0.weight"]
+    ),
+    "last bias": Specimen(
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), parameters=["2.bias"]
+    ),
+    "positions": Specimen(
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), (3, 4), (6,), pairs_of_tokens
+    ),
+    "images": Specimen(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 6, 6)),
+            nn.Conv2d(1, 2, 3),
+            nn.BatchNorm2d(2),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        ),
+        (36,),
+    ),
+    "normalised": Specimen(
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3), nn.LogSoftmax(-1)
+        ),
+        loss=F.nll_loss,
+    ),
+    "many outputs": Specimen(lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 70)), target=70),
+    "piecewise linear loss": Specimen(
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)), target=(2,), loss=F.l1_loss
+    ),
+}
+
+
+def mixed(objective: Objective, x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """∇x ⟨v, ∇θ ℓ⟩ by classic autograd, (n, D, *features)."""
+    held = dict(objective.module.named_parameters())
+    leaves = [held[name] for name in objective.names]
+    rows = []
+    for j in range(len(x)):
+        leaf = x[j : j + 1].clone().requires_grad_()
+        loss = objective.loss(objective.module(leaf), y[j : j + 1])
+        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, leaves, create_graph=True)])
+        rows.append(
+            torch.stack(
+                [torch.autograd.grad(gradient @ v, leaf, retain_graph=True)[0][0] for v in directions]
+            )
+        )
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("cache", [1, 2**20], ids=["one direction at a time", "all at once"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_mixed_derivatives_equal_those_of_autograd(
+    name: str, cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "CACHE", cache)
+    monkeypatch.setattr(chain, "ROWS", 1)
+    specimen = CHAINS[name]
+    objective, (x, y) = specimen.objective(), specimen.samples(4)
+    directions = data.normal(3, 5, objective.size)
+    value = Chain(objective, objective.parameters(), x, y).mixed_derivatives(directions)
+    assert value.shape == (4, 5, *specimen.features)
+    assert oracles.relative_error(value, mixed(objective, x, y, directions)) <= 1e-12
+
+
+def test_result_goes_where_it_is_asked_for() -> None:
+    specimen = CHAINS["perceptron"]
+    objective, (x, y) = specimen.objective(), specimen.samples(4)
+    directions = data.normal(3, 6, objective.size)
+    whole = torch.zeros(6, 9, 5, dtype=torch.float64)
+    along = Chain(objective, objective.parameters(), x, y)
+    along.mixed_derivatives(directions, out=whole[:, 2:6])
+    assert torch.equal(whole[:, 2:6].transpose(0, 1), along.mixed_derivatives(directions))
+    assert not whole[:, :2].any()
+    assert not whole[:, 6:].any()
+
+
+@pytest.mark.parametrize("name", ["perceptron", "images", "many outputs"])
+def test_threads_share_a_chain(name: str) -> None:
+    specimen = CHAINS[name]
+    objective, (x, y) = specimen.objective(), specimen.samples(6)
+    along = Chain(objective, objective.parameters(), x, y)
+    parts = data.normal(3, 24, objective.size).split(3)
+    together = threading.Barrier(4)
+
+    def one(part: Tensor) -> Tensor:
+        together.wait()
+        return along.mixed_derivatives(part)
+
+    with ThreadPoolExecutor(4) as pool:
+        values = list(pool.map(one, parts))
+    for part, value in zip(parts, values, strict=True):
+        assert torch.equal(value, along.mixed_derivatives(part))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_are_taken_as_such(name: str) -> None:
+    specimen = CHAINS[name]
+    forms, report = choose_forms(specimen.objective(), *specimen.samples(4), perturbation=True)
+    assert forms.mixed == "chain"
+    assert report["mixed"]["error"] <= 1e-5
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Plain(nn.Sequential):
+    """Its forward could be anything."""
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Sequential(Residual(), nn.Tanh()), torch.ones(2, 5)),
+        (Plain(nn.Linear(5, 3)), torch.ones(2, 5)),
+        (nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 2)), torch.ones(2, 5, dtype=torch.int64)),
+        (nn.Sequential(nn.Linear(5, 3)), (torch.ones(2, 5),)),
+    ],
+    ids=["no linear layer", "subclass", "integers", "tuple"],
+)
+def test_what_is_no_chain_is_refused(model: nn.Module, x: Any) -> None:
+    objective = Objective.of(model, F.mse_loss)
+    with pytest.raises(ConfigurationError, match=r"chain|floating tensor"):
+        Chain(objective, objective.parameters(), x, torch.ones(2, 3))
+
+
+def test_a_module_of_two_outputs_breaks_the_chain() -> None:
+    objective = Objective.of(nn.Sequential(nn.Linear(5, 3), nn.GRU(3, 2)), F.mse_loss)
+    with pytest.raises(ConfigurationError, match="GRU returns tuple"):
+        Chain(objective, objective.parameters(), torch.ones(2, 5), torch.ones(2, 2))
