@@ -123,8 +123,9 @@ class Reducing:
     def _write(self, node: Node, part: Part) -> list[ShardRecord]:
         plan, axis = self.scoring.plan, self.reducer.axis
         size = {"test": plan.query_rows, "train": plan.strip_columns, None: 0}[axis]
+        own = {name: array for name, array in part.items() if name != LACKING}
         records = []
-        for name, array in self.reducer.finish(part, self.loaded()).items():
+        for name, array in self.reducer.finish(own, self.loaded()).items():
             dims = self.reducer.arrays[name].dims
             array = _without(array, dims, axis, part[LACKING][0])
             origin = tuple(node.cell * size if dim == axis else 0 for dim in dims)
