@@ -24,7 +24,9 @@ help: ## list these commands
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): minutes the first time"
-	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[demo,lint,test]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[demo,deploy,lint,test]'
+	@# for its schemas alone: what it needs to run is no part of the tested set
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --no-deps dask-kubernetes
 	touch $@
 
 $(PEERS_READY): tests/benchmarks/peers-requirements.txt tests/benchmarks/peers-constraints.txt
@@ -54,9 +56,17 @@ test-s3: $(READY) ## runs to an S3 server that enforces credentials, goes away a
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/s3/suite.py
 
+.PHONY: test-deploy
+test-deploy: $(READY) ## build the image and run the manifests' pods as containers, with faults (root; Debian)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
+	@command -v dockerd mmdebstrap iptables > /dev/null \
+	    || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends docker.io mmdebstrap iptables; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s --timeout 1800 tests/deploy/suite.py
+
 .PHONY: test-faults
-test-faults: $(READY) ## kill workers, clients and schedulers at random, damage stores, and see that nothing is lost
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.suite --scenarios $(or $(SCENARIOS),30) --seed $(or $(SEED),0)
+test-faults: $(READY) ## kill, cut, fill and damage what a run stands on, at random, and see that nothing is lost (as root: all of it)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.suite --scenarios $(or $(SCENARIOS),100) --seed $(or $(SEED),0)
 
 .PHONY: lint
 lint: $(READY) ## style, types and layers alone

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import optree
 import torch
 
 from dask_influence import arguments
@@ -22,6 +23,7 @@ from dask_influence.core.estimators import Inverse, SweepInverse, SweepSystem, S
 from dask_influence.core.estimators.blocks import Regularization
 from dask_influence.core.estimators.sweep import check_sweep
 from dask_influence.core.objective import Objective
+from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem, behaviour, with_mixed_form
 from dask_influence.errors import DataError, DataWarning, LossError, StoreMismatchError
 from dask_influence.execution import persistence, tasks
@@ -268,9 +270,27 @@ class Fitted:
     ) -> Plan:
         """How scores of ``test`` and ``train`` are cut; ``project`` wherever the inverse allows it, by default.
 
-        Without test data (None), training points are scored on themselves.
+        Without test data (None), training points are scored on themselves. Where the inverse and the model's
+        layers allow it, and it is cheaper, pairs of samples are scored without factors.
         """
         tests = 1 if test is None else len(test)
         work = self.work(tests, train, mode, project=self.projects if project is None else project)
         work = dataclasses.replace(work, kept=kept)
-        return arrange(work, spread=not self.inverse.needs_rounds, **limits)
+        limits["spread"] = not self.inverse.needs_rounds
+        general, form = arrange(work, **limits), self.inverse.spectral
+        if project is False or form is None or not self._pairs(test, train, mode):
+            return general
+        rank = len(form.directions)
+        size = Pairs(self.problem, torch.empty(rank, 0)).size
+        pairs = arrange(dataclasses.replace(work, rank=rank, paired=size), **limits)
+        return pairs if pairs.beats(general) else general
+
+    def _pairs(self, test: Source | StoredFactors | None, train: Source, mode: InfluenceMode) -> bool:
+        """Whether samples of both sides are such as pairs were found for."""
+        pairing = self.problem.pairing
+        if pairing is None or mode is not InfluenceMode.Up or isinstance(test, StoredFactors):
+            return False
+        sides = [source.spec[0] for source in (test, train) if source is not None]
+        return all(
+            tuple(tuple(leaf.shape) for leaf in optree.tree_leaves(side)) == pairing.sample for side in sides
+        )

@@ -258,11 +258,12 @@ class InfluenceFunctionModel:
         if (x is None) != (y is None):
             raise DataError("x and y must be given together, or neither (then the test data are both sides)")
         train = test if x is None else as_source((x, y), "x, y")
-        how = {"project": fitted.projects, "perturbation": mode is InfluenceMode.Perturbation}
+        perturbation = mode is InfluenceMode.Perturbation
         if isinstance(test, DaskSource) or isinstance(train, DaskSource):
             problem = fitted.problem_of(mode, train)
             fit = fitted.shipped(self._resources, self._resources.executor(), problem)
-            return lazy_influences(fit, test, train, fitted.plan(test, train, mode), **how)
+            plan = fitted.plan(test, train, mode)
+            return lazy_influences(fit, test, train, plan, project=plan.projects, perturbation=perturbation)
         fitted.check_query(test, "x_test, y_test")
         if train is not test:
             fitted.check_query(train, "x, y")
@@ -270,9 +271,10 @@ class InfluenceFunctionModel:
             return arguments.like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
         fit = fitted.shipped(self._resources, LocalExecutor(), fitted.problem_of(mode, train))
         plan = fitted.plan(test, train, mode, alone=True)
-        return arguments.like(
-            influences_in_memory(fit, test, train, plan, **how), x_test, fitted.system.dtype
+        scores = influences_in_memory(
+            fit, test, train, plan, project=plan.projects, perturbation=perturbation
         )
+        return arguments.like(scores, x_test, fitted.system.dtype)
 
     def influence_factors(self, x: Any, y: Any) -> Any:
         """Influence factors (C + λI)⁻¹ g_i, shape (N, P), of the kind of ``x``.

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from dask_influence.arguments import digest_of, labels_of
-from dask_influence.core.checks import check_integer
 from dask_influence.errors import ConfigurationError, DataError
 from dask_influence.execution.reducer import Array, Part, Reducer, Reduction, Scores
 from dask_influence.execution.tree import Axis
+from dask_influence.scalars import check_integer
 from dask_influence.storage.results import ArrayTemplate, fill_of
 
 SIDES = ("helpful", "harmful")

@@ -17,7 +17,6 @@ import xarray as xr
 
 from dask_influence import arguments, settings
 from dask_influence.arguments import InfluenceMode
-from dask_influence.core.checks import check_flag
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
@@ -31,6 +30,7 @@ from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, factor_templates, score_templates, write_factors, write_scores
 from dask_influence.execution.stored import StoredFactors
 from dask_influence.fitted import Fitted
+from dask_influence.scalars import check_flag
 from dask_influence.storage.results import ArrayTemplate, open_influences
 from dask_influence.storage.sources import Source, as_source
 from dask_influence.storage.stores import Location
@@ -183,7 +183,7 @@ def score_run(
             train,
             output,
             plan,
-            project=_projects(fitted, test),
+            project=plan.projects,
             perturbation=mode is InfluenceMode.Perturbation,
             progress=target.progress,
         )
@@ -224,11 +224,6 @@ def test_side(
     )
 
 
-def _projects(fitted: Fitted, test: Source | StoredFactors | None) -> bool:
-    """Whether the test side is coefficients of the inverse's own directions, rather than factors."""
-    return fitted.projects and not isinstance(test, StoredFactors)
-
-
 def _plan(
     fitted: Fitted,
     test: Source | StoredFactors | None,
@@ -240,7 +235,8 @@ def _plan(
     kept = None if reduced is None else reduced.kept
     if limits.get("tile_bytes") is None:
         limits["tile_bytes"] = settings.nbytes("tile.target-bytes")
-    return fitted.plan(test, train, mode, project=_projects(fitted, test), kept=kept, **limits)
+    project = False if isinstance(test, StoredFactors) else None
+    return fitted.plan(test, train, mode, project=project, kept=kept, **limits)
 
 
 def _reduced(

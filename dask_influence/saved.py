@@ -11,7 +11,7 @@ from dask_influence.configuration import Configuration
 from dask_influence.core.content import Content, contents
 from dask_influence.core.forms import Forms
 from dask_influence.core.objective import Objective
-from dask_influence.core.problem import Problem
+from dask_influence.core.problem import Pairing, Problem
 from dask_influence.errors import StoreError, StoreMismatchError
 from dask_influence.execution import persistence
 from dask_influence.execution.persistence import Saved
@@ -24,7 +24,7 @@ CLASS = "class"
 
 def save(fitted: Fitted, location: Location) -> None:
     """Write the inverse, and beside it all that is needed to use it with the same model again."""
-    asked = fitted.configuration.described()
+    asked, pairing = fitted.configuration.described(), fitted.problem.pairing
     record = {
         CLASS: asked.pop("estimator"),
         **asked,
@@ -34,6 +34,7 @@ def save(fitted: Fitted, location: Location) -> None:
         "dtype": fitted.dtype,
         "forms": dataclasses.asdict(fitted.problem.forms),
         "activations": fitted.problem.activations,
+        "pairing": None if pairing is None else dataclasses.asdict(pairing),
         "fit": fitted.digest,
         "counts": fitted.counts,
         "behaviour": fitted.behaviour,
@@ -70,9 +71,11 @@ def restored(saved: Saved, location: Location, configuration: Configuration, obj
         raise StoreMismatchError(
             f"{location.url} was fitted with another model or loss: {', '.join(others[:5])} differ; give the same"
         )
+    held = record.get("pairing")
+    pairing = None if held is None else Pairing.from_json(held)
     return Fitted(
         configuration,
-        Problem(objective, Forms(**record["forms"]), record["activations"]),
+        Problem(objective, Forms(**record["forms"]), record["activations"], pairing),
         configuration.system(objective, record["samples"]),
         saved.inverse,
         None,

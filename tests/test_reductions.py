@@ -604,9 +604,15 @@ def test_damage_is_found_and_mended(
 @pytest.mark.parametrize("name", ["strip-000001", "merge-000000-1-000000", "factors-000000"])
 @pytest.mark.parametrize("reduce", [TopK(3), GroupSum(CLASSES)], ids=repr)
 def test_lost_entries_are_found_and_mended(
-    tmp_path: Path, query_blocks: int, calls: Counter[str], reduce: Any, name: str
+    tmp_path: Path,
+    query_blocks: int,
+    calls: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    reduce: Any,
+    name: str,
 ) -> None:
     """Of nodes below those that hold the result, and of factors that nobody needs any more."""
+    monkeypatch.setattr("dask_influence.execution.tree.FAN_IN", 4)
     model, store = fitted(), tmp_path / "run"
     expected = reduced(model, store, reduce, tile_bytes=SMALL // 4).load()
     entry = store / "_run" / "ledger" / f"{name}.json"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ import torch
 import xarray as xr
 import zarr
 from distributed import Client, LocalCluster
+from distributed.client import _get_global_client
 from torch.utils.data import DataLoader, TensorDataset
 
-from dask_influence import ArnoldiInfluence, DirectInfluence, open_influences
+from dask_influence import ArnoldiInfluence, DirectInfluence, TopK, open_influences
 from dask_influence.arguments import id_digests
 from dask_influence.errors import (
     ClusterError,
@@ -28,9 +30,10 @@ from dask_influence.errors import (
     StoreError,
     StoreMismatchError,
 )
-from dask_influence.execution import plan
+from dask_influence.execution import plan, reduce_tasks, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.ledger import Ledger
+from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.output import Output
 from dask_influence.storage.stores import Location
 from tests import data, oracles
@@ -353,15 +356,140 @@ def test_several_threads_in_a_worker_give_the_same_bits(tmp_path: Path) -> None:
     assert shards(tmp_path / "one") == shards(tmp_path / "four")
 
 
-def test_cluster_without_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, wait = data.mlp_regression(), Client.wait_for_workers
-    monkeypatch.setattr(Client, "wait_for_workers", lambda self, n, **_: wait(self, n, timeout=0.2))
+def test_cluster_without_workers_is_refused() -> None:
+    case = data.mlp_regression()
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        pytest.raises(ClusterError, match=r"(?i)worker"),
+        dask.config.set({"influence.wait-for-workers": "200 ms"}),
+        pytest.raises(ClusterError, match=r"no workers after 0\.2 s \(config influence\.wait-for-workers\)"),
     ):
         direct(case, client)
+
+
+def test_an_adaptive_cluster_of_no_workers_starts_some(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=0, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        cluster.adapt(minimum=0, maximum=1, interval="100 ms")
+        direct(case, client).influences_to_zarr(tmp_path / "run", case.test, case.train, tile_bytes=700)
+    direct(case).influences_to_zarr(tmp_path / "own", case.test, case.train, tile_bytes=700)
+    assert shards(tmp_path / "run") == shards(tmp_path / "own")
+
+
+def test_a_call_whose_workers_are_gone_ends_and_is_resumed(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        fitted, done = direct(case, client), list[int]()
+
+        def leave(stage: str, finished: int, total: int) -> None:
+            if stage == "strips" and finished == 1:
+                cluster.scale(0)
+
+        def write(progress: Callable[[str, int, int], None]) -> None:
+            fitted.influences_to_zarr(
+                tmp_path / "run", case.test, case.train, tile_bytes=100, progress=progress
+            )
+
+        with (
+            dask.config.set({"influence.workers-gone": "500 ms"}),
+            pytest.raises(ClusterError, match=r"no workers for .* tasks wait .*influence\.workers-gone"),
+        ):
+            write(leave)
+        cluster.scale(1)
+        write(lambda stage, finished, total: done.append(finished) if stage == "strips" else None)
+    assert done[0] >= 1
+    direct(case).influences_to_zarr(tmp_path / "own", case.test, case.train, tile_bytes=100)
+    assert shards(tmp_path / "run") == shards(tmp_path / "own")
+
+
+def test_a_client_need_not_be_the_default_one(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        assert _get_global_client() is not client
+        direct(case, client).influences_to_zarr(tmp_path / "run", case.test, case.train, tile_bytes=700)
+    direct(case).influences_to_zarr(tmp_path / "own", case.test, case.train, tile_bytes=700)
+    assert shards(tmp_path / "run") == shards(tmp_path / "own")
+
+
+@pytest.mark.parametrize("reduction", [None, TopK(3)], ids=repr)
+def test_tasks_that_run_twice_compute_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reduction: TopK | None
+) -> None:
+    """As those of a worker that was lost before it could say what it had done."""
+    case, calls = data.mlp_regression(), list[range]()
+    module = tasks if reduction is None else reduce_tasks
+    compute, run = module.derivatives_of, LocalExecutor.map
+
+    def counted(job: Any, query: Any, columns: range, *rest: Any) -> Any:
+        calls.append(columns)
+        return compute(job, query, columns, *rest)
+
+    def twice(self: LocalExecutor, function: Any, calls: Any, lost: Any = None) -> Any:
+        return run(self, lambda *call: (function(*call), function(*call))[1], calls, lost)
+
+    def write(store: Path) -> int:
+        calls.clear()
+        direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=100, reduce=reduction)
+        return len(calls)
+
+    monkeypatch.setattr(module, "derivatives_of", counted)
+    once = write(tmp_path / "once")
+    monkeypatch.setattr(LocalExecutor, "map", twice)
+    assert write(tmp_path / "twice") == once > 1
+    name = "influence" if reduction is None else "helpful_score"
+    stores = [open_influences(tmp_path / one)[name].values for one in ("once", "twice")]
+    np.testing.assert_array_equal(*stores)
+
+
+def test_another_client_shares_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls, compute = data.mlp_regression(), list[range](), tasks.derivatives_of
+
+    def counted(job: Any, query: Any, columns: range, *rest: Any) -> Any:
+        calls.append(columns)
+        return compute(job, query, columns, *rest)
+
+    def write(store: Path, progress: Any = None) -> int:
+        calls.clear()
+        direct(case).influences_to_zarr(store, case.test, case.train, tile_bytes=100, progress=progress)
+        return len(calls)
+
+    def another(stage: str, done: int, total: int) -> None:
+        if stage == "strips" and done == 1:
+            others.append(write(tmp_path / "two"))
+
+    others = list[int]()
+    monkeypatch.setattr(tasks, "derivatives_of", counted)
+    alone = write(tmp_path / "one")
+    assert write(tmp_path / "two", another) == others[0] < alone
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+
+
+def test_a_fit_whose_workers_are_gone_ends() -> None:
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        fitted = DirectInfluence(case.model, case.loss, case.regularization, chunk_size=1, client=client)
+
+        def leave(stage: str, finished: int, total: int) -> None:
+            if finished == 1:
+                cluster.scale(0)
+
+        with (
+            dask.config.set({"influence.workers-gone": "500 ms"}),
+            pytest.raises(ClusterError, match=r"influence\.workers-gone"),
+        ):
+            fitted.fit(case.train, progress=leave)
 
 
 def test_closed_client_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ Modules: :mod:`~dask_influence.cli.document` (YAML with lines and variables) car
 :mod:`~dask_influence.cli.job` (the schema), :mod:`~dask_influence.cli.loading` (what its strings
 mean) and :mod:`~dask_influence.cli.cluster` (who does the work); :mod:`~dask_influence.cli.status`
 and :mod:`~dask_influence.cli.progress` tell how far it is; :mod:`~dask_influence.cli.session` has
-logs, secrets and exit codes, :mod:`~dask_influence.cli.commands` what each command does. Nothing of it is imported
+logs, secrets and exit codes, :mod:`~dask_influence.cli.places` which store is meant,
+:mod:`~dask_influence.cli.commands` what each command does. Nothing of it is imported
 before a command runs: every ``dask`` command loads this module.
 """
 
@@ -65,12 +66,14 @@ def cli() -> None:
 
 
 def _command(name: str) -> Callable[..., Any]:
-    """What the command does, imported when it runs."""
-    return getattr(importlib.import_module("dask_influence.cli.commands"), name)
+    """What the command does, imported when it runs; ``status`` without what computes, which takes seconds."""
+    module = "places" if name == "status" else "commands"
+    return getattr(importlib.import_module(f"dask_influence.cli.{module}"), name)
 
 
 def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command for what is said on standard error, and a session that it runs in."""
+    name = function.__name__.removeprefix("_")
 
     @click.option("-v", "--verbose", is_flag=True, help="Debug messages, and tracebacks of errors.")
     @click.option(
@@ -80,7 +83,7 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def told(verbose: bool, log_level: str | None, log_format: str | None, **arguments: Any) -> None:
         try:
-            _command("run")  # with it Dask, whose loggers the session takes over
+            _command(name)  # with it Dask, whose loggers the session takes over
             from dask_influence.cli.session import session
         except KeyboardInterrupt:  # imports take seconds
             raise SystemExit(128 + signal.SIGINT) from None
@@ -162,10 +165,14 @@ def _status(session: Any, **arguments: Any) -> None:
 @click.option(
     "--repair", is_flag=True, help="Withdraw what is damaged, so that the job recomputes just that."
 )
+@_scheduled
 @_json
 @_told
 def _verify(session: Any, **arguments: Any) -> None:
-    """Read every object of a STORE and compare it with what was recorded when it was written."""
+    """Read every object of a STORE and compare it with what was recorded when it was written.
+
+    Workers of a scheduler read, where one is given, else threads of this process.
+    """
     _command("verify")(session, **arguments)
 
 

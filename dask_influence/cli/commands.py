@@ -9,7 +9,6 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +20,7 @@ from dask_influence.cli import top as lists
 from dask_influence.cli.cluster import Scheduler
 from dask_influence.cli.job import Job
 from dask_influence.cli.job import schema as job_schema
+from dask_influence.cli.places import place, read
 from dask_influence.cli.session import Exit, Session, Stopped, exit_code, stoppable
 from dask_influence.cli.status import NOT_BEGUN, Report, StatusFile
 from dask_influence.errors import ConfigurationError, IncompleteRunError, InfluenceWarning
@@ -48,7 +48,7 @@ def plan(
 ) -> None:
     """Print the plan of a job; a scheduler is asked for its workers, and none is started."""
     with ExitStack() as stack:
-        asked = _read(session, job)
+        asked = read(session, job)
         where = _scheduler(scheduler)
         machines = asked.cluster
         client = stack.enter_context(cluster.cluster(machines, where)) if where.given else None
@@ -83,7 +83,7 @@ def run(
 ) -> None:
     """Fit, score, and say in the store how far it is."""
     with stoppable():
-        asked = _read(session, job)
+        asked = read(session, job)
         where = _scheduler(scheduler)
         store = loading.output(asked)
         session.fields["run"] = name = uuid.uuid4().hex[:12]
@@ -184,14 +184,6 @@ def _asked_for(asked: Job) -> dict[str, Any]:
     }
 
 
-def _read(session: Session, job: str) -> Job:
-    """The job, with its secrets and its wishes for the log known to the session."""
-    asked = Job.read(job)
-    session.secrets = asked.secrets
-    session.settle(asked.logging.level, asked.logging.format)
-    return asked
-
-
 def _digest(asked: Job) -> str:
     """Names the job: the file as it is written, so that nothing of the environment is in it."""
     content = json.dumps(asked.document.raw, sort_keys=True, default=str)
@@ -210,22 +202,16 @@ def _nbytes(option: str, given: str | None) -> int | None:
 
 
 # -- what a store holds --------------------------------------------------------------------
-def status(session: Session, store: str, as_json: bool) -> None:
-    """Print how far a run is; 3 where it is not complete."""
-    found = Report.of(_place(session, store))
-    click.echo(json.dumps(found.to_json(), indent=1) if as_json else found)
-    if not found.complete:
-        raise SystemExit(Exit.INCOMPLETE)
-
-
-def verify(session: Session, store: str, repair: bool, as_json: bool) -> None:
-    """Print what is damaged; 3 where anything is."""
-    place = _place(session, store)
-    begun = Report.of(place)
+def verify(session: Session, store: str, repair: bool, as_json: bool, **scheduler: str | None) -> None:
+    """Print what is damaged; 3 where anything is. Workers read where a scheduler is given."""
+    where, held = _scheduler(scheduler), place(session, store)
+    begun = Report.of(held)
     if begun.state == NOT_BEGUN:
         click.echo(json.dumps(begun.to_json(), indent=1) if as_json else begun)
         raise SystemExit(Exit.INCOMPLETE)
-    found = verification.verify(place, repair=repair)
+    with ExitStack() as stack:
+        client = stack.enter_context(where.join()) if where.given else None
+        found = verification.verify(held, repair=repair, client=client)
     if as_json:
         damaged = [vars(one) for one in found.damaged]
         click.echo(json.dumps({**vars(found), "damaged": damaged, "ok": found.ok}, indent=1))
@@ -246,7 +232,7 @@ def top(
     """Print the most helpful and the most harmful training points; 3 where some scores are not there yet."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InfluenceWarning)  # said below, of the rows that are asked for
-        scores = open_influences(_place(session, store))
+        scores = open_influences(place(session, store))
     found = lists.top(scores, tests, count, regularization)
     if as_json:
         click.echo(json.dumps([one.to_json() for one in found], indent=1))
@@ -257,13 +243,6 @@ def top(
         rows = ", ".join(f"{one.test} ({one.missing})" for one in missing)
         log.warning("scores of these test points are not there yet: %s", rows)
         raise SystemExit(Exit.INCOMPLETE)
-
-
-def _place(session: Session, store: str) -> Location:
-    """The store, or the one that a job file names, with its credentials."""
-    if Path(store).suffix in (".yaml", ".yml"):
-        return loading.output(_read(session, store))
-    return Location.of(store)
 
 
 def schema() -> None:

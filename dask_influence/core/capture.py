@@ -20,13 +20,13 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import grad, vjp, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.layers import CALLS, Layer, Layout
-from dask_influence.core.objective import Tree, sliced
+from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.outputs import Outputs, blocks_of_samples
 from dask_influence.core.problem import Problem
 
@@ -51,6 +51,28 @@ class Captured:
 
     inputs: Tensor
     derivatives: Tensor
+
+
+@dataclass(frozen=True)
+class Response:
+    """How n samples respond to shifts c of the outputs of their layers, each called once in one position.
+
+    Attributes
+    ----------
+    inputs : list of Tensor
+        a (n, p) of each layer.
+    derivatives : list of Tensor
+        δ = ∂ℓ/∂c (n, q) of each.
+    curvature : list of list of Tensor
+        ∂²ℓ/∂c_l∂c_m (n, q, q') at [l][m].
+    jacobians : list of list of (Tensor or None)
+        ∂a_m/∂c_l (n, p', q) at [m][l]; None where the model calls m before l.
+    """
+
+    inputs: list[Tensor]
+    derivatives: list[Tensor]
+    curvature: list[list[Tensor]]
+    jacobians: list[list[Tensor | None]]
 
 
 Columns = Callable[[Outputs], Tensor]
@@ -78,12 +100,28 @@ def capture(
             yield tracer.capture(outputs, sliced(outputs.x, part), pulled[part])
 
 
+def responses(problem: Problem, x: Tree, y: Tree, layout: Layout, step: int) -> Iterator[Response] | None:
+    """First and second derivatives in the layers' outputs, ``step`` samples at a time.
+
+    None where a layer of ``layout`` is no linear one, is not called just once, or has several positions.
+    """
+    tracer = _Tracer(problem, layout)
+    tracer.examined(x)
+    order = tracer.single_calls()
+    if order is None:
+        return None
+    starts = range(0, leading_size(y), step)
+    parts = (slice(start, start + step) for start in starts)
+    return (tracer.response(sliced(x, part), sliced(y, part), order) for part in parts)
+
+
 class _Tracer:
     """The calls of one model, found by a forward pass of one sample."""
 
     def __init__(self, problem: Problem, layout: Layout) -> None:
         self.objective, self.layout = problem.objective, layout
         self.batched = problem.forms.gradient == "vmap"
+        self.reverses = problem.forms.product == "reverse_over_reverse"
         self.theta = self.objective.parameters()
         wanted = {layer.key[0] for layer in layout.layers}
         held = {**dict(self.objective.module.named_parameters()), **self.theta}
@@ -95,6 +133,51 @@ class _Tracer:
         with differentiation(), torch.no_grad(), self.trace:
             self.objective.outputs(self.theta, sliced(x, slice(0, 1)))
         return 1 + sum(a.numel() for a in self.trace.inputs) + sum(s.numel() for s in self.trace.shapes)
+
+    def single_calls(self) -> list[int] | None:
+        """Which call is that of each layer, if those are linear ones of one position and there are no others."""
+        keys, layers = self.trace.keys, self.layout.layers
+        if not (self.batched and self.reverses) or sorted(keys) != sorted(layer.key for layer in layers):
+            return None
+        order = [keys.index(layer.key) for layer in layers]
+        single = all(
+            self.trace.functions[i] is functional.linear and self.trace.shapes[i].numel() == layer.rows
+            for i, layer in zip(order, layers, strict=True)
+        )
+        return order if single else None
+
+    def response(self, x: Tree, y: Tree, order: Sequence[int]) -> Response:
+        """Of samples ``x`` and ``y``: reverse over reverse, a pullback for each output and each later input."""
+        zeros = [torch.zeros(shape).to(self.theta[self.objective.names[0]]) for shape in self.trace.shapes]
+        later = range(1, len(zeros))  # what enters the first call depends on no shift
+
+        def of_one(x: Tree, y: Tree) -> Any:
+            def loss(shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+                with _Recorder(self.watched, shifts) as recorder:
+                    return self.objective.sample_loss(self.theta, x, y), recorder.inputs
+
+            def first(shifts: list[Tensor]) -> tuple[Tensor, ...]:
+                derivatives, inputs = grad(loss, has_aux=True)(shifts)
+                return (*derivatives, *inputs)
+
+            found, pull = vjp(first, zeros)  # type: ignore[misc] # two without has_aux
+            seeds = _unit_seeds(found, [*range(len(zeros)), *(len(zeros) + i for i in later)])
+            return found, vmap(lambda seed: pull(seed)[0])(seeds)
+
+        with differentiation(), torch.no_grad():
+            found, pulled = vmap(of_one)(x, y)
+        derivatives, inputs = (
+            [part.flatten(1) for part in half] for half in (found[: len(zeros)], found[len(zeros) :])
+        )
+        sizes = [part.shape[1] for part in (*derivatives, *(inputs[i] for i in later))]
+        # [l] is by the shift of call l; its rows are those of all seeds
+        by_shift = [part.flatten(2).split(sizes, 1) for part in pulled]
+        return Response(
+            [inputs[i] for i in order],
+            [derivatives[i] for i in order],
+            [[by_shift[m][i] for m in order] for i in order],
+            [[by_shift[i][len(zeros) + m - 1] if m > i else None for i in order] for m in order],
+        )
 
     def capture(self, outputs: Outputs, x: Tree, columns: Tensor) -> list[Captured | None]:
         """Of samples ``x``, pulling ``columns`` (n, r, K) back."""
@@ -136,6 +219,18 @@ class _Tracer:
             outputs = partial(CALLS[self.trace.functions[i]].outputs, layer.groups)
             rows.append(vmap(vmap(outputs))(derivatives[i]))
         return Captured(torch.cat([inputs[i] for i in calls], dim=1), torch.cat(rows, dim=2))
+
+
+def _unit_seeds(values: Sequence[Tensor], wanted: Sequence[int]) -> tuple[Tensor, ...]:
+    """A unit vector for each entry of the ``wanted`` ones of ``values``, with zeros for all the others."""
+    sizes = [values[i].numel() for i in wanted]
+    unit = torch.eye(sum(sizes)).to(values[0])
+    parts = dict(zip(wanted, unit.split(sizes, 1), strict=True))
+    none = unit[:, :1] * 0
+    return tuple(
+        (parts[i] if i in parts else none.expand(-1, value.numel())).reshape(-1, *value.shape)
+        for i, value in enumerate(values)
+    )
 
 
 class _Recorder(TorchFunctionMode):

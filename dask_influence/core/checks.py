@@ -1,14 +1,12 @@
 """Whether model and loss are what the mathematics assumes: a mean over independent samples.
 
 Everything downstream rests on ℓ(θ; batch) = 1/n Σ_j ℓ(θ; z_j). :func:`check_loss` runs a few
-samples forward, no derivative, and refuses by name what breaks that. What numbers among the
-arguments must be is below.
+samples forward, no derivative, and refuses by name what breaks that.
 """
 
 from __future__ import annotations
 
 import warnings
-from numbers import Integral, Real
 from typing import Any
 
 import optree
@@ -315,55 +313,6 @@ def _records(objective: Objective, x: Tree) -> dict[str, tuple[nn.Module, list[T
         for hook in hooks:
             hook.remove()
     return records
-
-
-# -- numbers among the arguments -------------------------------------------------------
-def plain_integers(configuration: object, *names: str) -> None:
-    """Make integers of other kinds (numpy's) Python's own, which can be written as JSON.
-
-    For ``__post_init__`` of frozen dataclasses; whatever is no integer is left to be refused.
-    """
-    for name in names:
-        value = getattr(configuration, name)
-        if isinstance(value, Integral) and not isinstance(value, bool):
-            object.__setattr__(configuration, name, int(value))
-
-
-def check_integer(name: str, value: object, least: int = 1, most: int | None = None) -> int:
-    """``value`` as an int, or a ConfigurationError where it is none or out of range.
-
-    Examples
-    --------
-    >>> check_integer("rank", 3)
-    3
-    >>> check_integer("rank", "3")
-    Traceback (most recent call last):
-    dask_influence.errors.ConfigurationError: rank must be an integer ≥ 1; got '3' (str)
-    """
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if is_integer and least <= int(value) and (most is None or int(value) <= most):  # type: ignore[call-overload]
-        return int(value)  # type: ignore[call-overload]
-    allowed = f"an integer ≥ {least}" if most is None else f"an integer from {least} to {most}"
-    raise ConfigurationError(f"{name} must be {allowed}; got {value!r} ({type(value).__name__})")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Refuse all but True and False: what else is true, as the text "no" is, is rarely meant.
-
-    Examples
-    --------
-    >>> check_flag("resume", "no")
-    Traceback (most recent call last):
-    dask_influence.errors.ConfigurationError: resume must be True or False; got 'no' (str)
-    """
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} must be True or False; got {value!r} ({type(value).__name__})")
-
-
-def check_number(name: str, value: object) -> None:
-    """Refuse what has no order among numbers: text, None, tensors."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigurationError(f"{name} must be a number; got {value!r} ({type(value).__name__})")
 
 
 # -- words and numbers -----------------------------------------------------------------

@@ -19,6 +19,7 @@ method"; Kunstner et al. 2019, "Limitations of the empirical Fisher approximatio
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import optree
@@ -33,7 +34,8 @@ from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.outputs import Inner, Outputs
 from dask_influence.core.problem import Problem
-from dask_influence.errors import ConfigurationError, DerivativeError
+from dask_influence.core.structured import hessian_sum
+from dask_influence.errors import ConfigurationError, DerivativeError, InfluenceWarning
 
 VECTOR_BUDGET = 256 * 2**20
 """Bytes that the vectors pushed through the model at once may keep alive."""
@@ -65,10 +67,15 @@ def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor],
 def matrix_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:
     """Chunk function: Σ_j C(z_j) as a symmetric (P, P) matrix, as ``"matrix"``.
 
-    The Hessian from products with the unit vectors; the others from the rows of a factor, which
-    are first derivatives, unless those would not fit.
+    The Hessian from the responses of its layers where they are linear, else from products with the
+    unit vectors; the others from the rows of a factor, which are first derivatives, unless those
+    would not fit.
     """
     count = leading_size(y)
+    if curvature == "hessian":
+        structured = _structured_hessian(problem, x, y)
+        if structured is not None:
+            return Moments({"matrix": structured}, count)
     rows = _factor_rows(problem, x, y, curvature)
     if rows is None:
         return Moments({"matrix": _matrix_of_products(problem, x, y, PRODUCTS[curvature])}, count)
@@ -165,6 +172,32 @@ def _weighted_gradients(problem: Problem, x: Tree, y: Tree, weights: Tensor) -> 
 
 
 # -- matrices --------------------------------------------------------------------------
+def _structured_hessian(problem: Problem, x: Tree, y: Tree) -> Tensor | None:
+    """Σ_j ∇²ℓ(z_j) layer by layer, compared with one product; None where that is no way or not the right one."""
+    objective = problem.objective
+    try:
+        matrix = hessian_sum(problem, x, y)
+    except (RuntimeError, NotImplementedError) as failure:  # the model has operations without the derivatives
+        found = f"raises {type(failure).__name__} ({str(failure).splitlines()[0][:100]})"
+    else:
+        if matrix is None:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        vector = torch.randn(1, objective.size, generator=generator, dtype=torch.float64)
+        expected = hessian_products(problem, x, y, vector.to(objective.device, objective.dtype))
+        expected = expected.to("cpu", torch.float64)
+        error, scale = float((vector @ matrix - expected).norm()), float(expected.norm())
+        if error <= 4 * torch.finfo(objective.dtype).eps ** 0.5 * scale:
+            return matrix
+        found = f"is off by {error:.1e} of {scale:.1e}"
+    warnings.warn(
+        f"the Hessian layer by layer {found} for this model; it is computed column by column, which is slower",
+        InfluenceWarning,
+        stacklevel=2,
+    )
+    return None
+
+
 def _matrix_of_products(problem: Problem, x: Tree, y: Tree, products: Products) -> Tensor:
     """Columns are products with the unit vectors, a block at a time."""
     objective = problem.objective

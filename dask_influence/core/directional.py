@@ -17,17 +17,21 @@ from torch import Tensor
 from dask_influence.core import forms
 from dask_influence.core.chain import Chain
 from dask_influence.core.objective import Tree, leading_size, sliced
-from dask_influence.core.problem import Problem, bytes_of_a_vector
+from dask_influence.core.pairs import Pairs
+from dask_influence.core.problem import Problem
+from dask_influence.core.sizes import (
+    BUDGET,
+    FORWARD_PER_DIRECTION,
+    GRADIENT,
+    PRODUCT_PER_DIRECTION,
+    gradients_are_cheaper,
+    gradients_at_once,
+)
 
-BUDGET = 128 * 2**20
-"""Bytes that one call may keep alive beside its result, unless the caller says otherwise."""
-
-# Costs in nanoseconds per (sample × parameter), measured on one core; only their ratio
-# matters. A direction pushed forward costs two products with the weights; a gradient
-# costs its backward pass and, above all, being written and read again.
-_FORWARD_PER_DIRECTION = 0.12
-_GRADIENT = 2.5
-_PRODUCT_PER_DIRECTION = 0.04
+# Further costs, in the unit of those of ``sizes``.
+_CAPTURED = 1.0  # the backward pass of a gradient, of which only what layers see is written
+_CAPTURE = 1e7  # of a call: the model is traced, and watched
+_WRITTEN = 2.0  # of a number that a contraction writes and reads again
 
 
 def directional_derivatives(
@@ -35,10 +39,14 @@ def directional_derivatives(
 ) -> Tensor:
     """E[j, d] = ⟨v_d, ∇θ ℓ(z_j)⟩ for directions (D, P): (n, D).
 
-    Chooses between pushing directions forward and forming gradients, by cost; either way
-    at most about ``budget`` bytes are alive beside the result.
+    Chooses between pushing directions forward, contracting them with what enters the layers and
+    what comes back, and forming gradients, by cost; either way at most about ``budget`` bytes are
+    alive beside the result.
     """
-    if _gradients_are_cheaper(len(directions)):
+    layers = _layers_if_cheaper(problem, leading_size(y), directions)
+    if layers is not None:
+        return _by_layers(layers, problem, x, y, directions, budget)
+    if gradients_are_cheaper(len(directions)):
         return _by_gradients(problem, x, y, directions, budget)
     return _by_blocks(forms.directional_derivatives, problem, x, y, directions, budget)
 
@@ -60,45 +68,6 @@ def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
     return forms.sample_gradients(problem.objective, x, y, problem.forms)
 
 
-def working_bytes(
-    samples: int,
-    activations: int,
-    parameters: int,
-    itemsize: int,
-    directions: int,
-    *,
-    features: int | None = None,
-    budget: int = BUDGET,
-) -> int:
-    """Bytes that one call keeps alive beside its result: for plans, which have no model at hand.
-
-    ``features`` are those of one input where the derivatives are mixed. A single vector, or the gradient
-    of a single sample, may exceed ``budget``; results of several blocks of directions are there twice while
-    they are joined.
-
-    >>> few, many = (working_bytes(1024, 100, 5000, 4, directions) for directions in (1, 1000))
-    >>> few, many
-    (2577600, 43417600)
-    """
-    if features is None and _gradients_are_cheaper(directions):
-        rows = min(samples, _rows_at_once(parameters, itemsize, budget))
-        return itemsize * rows * (2 * parameters + 6 * activations)
-    each = bytes_of_a_vector(samples, activations, parameters, itemsize)
-    block = min(directions, max(1, budget // each))
-    joined = itemsize * samples * directions * (features or 1)
-    return max(each * block, joined if block < directions else 0)
-
-
-def _rows_at_once(parameters: int, itemsize: int, budget: int) -> int:
-    """Gradients that fit: each is there twice while its parts are joined."""
-    return max(1, int(budget // (2 * itemsize * parameters)))
-
-
-def _gradients_are_cheaper(directions: int) -> bool:
-    forward = directions * _FORWARD_PER_DIRECTION
-    return forward > _GRADIENT + directions * _PRODUCT_PER_DIRECTION
-
-
 def _by_blocks(
     derivatives: Callable[..., Tensor], problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int
 ) -> Tensor:
@@ -108,10 +77,32 @@ def _by_blocks(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def _layers_if_cheaper(problem: Problem, samples: int, directions: Tensor) -> Pairs | None:
+    """θ in layers, where they hold less of a sample than a gradient and contracting is the cheapest."""
+    count, parameters = len(directions), problem.objective.size
+    others = min(FORWARD_PER_DIRECTION * count, GRADIENT + PRODUCT_PER_DIRECTION * count)
+    saved = others - _CAPTURED - PRODUCT_PER_DIRECTION * count
+    if problem.pairing is None or saved * samples * parameters <= _CAPTURE:
+        return None
+    layers = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
+    if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved * parameters:
+        return None
+    return layers
+
+
+def _by_layers(layers: Pairs, problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
+    """Contract directions with the inputs and output gradients of the layers, a few samples at a time."""
+    count = leading_size(y)
+    step = max(1, budget // (2 * layers.size.itemsize * layers.size.numbers))
+    parts = [slice(start, start + step) for start in range(0, count, step)]
+    found = [layers.projections(problem, sliced(x, part), sliced(y, part)) for part in parts]
+    return torch.cat(found).to(directions.dtype)
+
+
 def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
     """Form gradients of a few samples at a time, in memory that is reused, and multiply."""
     count = leading_size(y)
-    step = _rows_at_once(problem.objective.size, problem.objective.dtype.itemsize, budget)
+    step = gradients_at_once(problem.objective.size, problem.objective.dtype.itemsize, budget)
     result = torch.empty(count, len(directions), dtype=directions.dtype, device=directions.device)
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optree
@@ -13,7 +13,30 @@ from dask_influence.core.checks import check_loss, is_mean
 from dask_influence.core.derivatives import choose_forms, differentiation
 from dask_influence.core.forms import Forms, sample_gradients
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
+from dask_influence.core.sizes import bytes_of_a_vector
 from dask_influence.errors import DataError, DerivativeError, LossError
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Layers whose gradient is known to be the product of inputs and output gradients (``core.pairs``).
+
+    Attributes
+    ----------
+    layers : tuple of (str, int)
+        Their paths, and their positions in one sample.
+    sample : tuple of tuple of int
+        Shapes of the leaves of that sample, without its leading axis.
+    """
+
+    layers: tuple[tuple[str, int], ...]
+    sample: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Pairing:
+        """From what ``dataclasses.asdict`` makes of it, through JSON or not."""
+        layers = tuple((str(path), int(positions)) for path, positions in values["layers"])
+        return cls(layers, tuple(tuple(shape) for shape in values["sample"]))
 
 
 @dataclass(frozen=True)
@@ -29,11 +52,14 @@ class Problem:
     activations : int
         Elements that one forward pass keeps per sample; bounds how many vectors are
         pushed through the model at once.
+    pairing : Pairing, optional
+        Which layers may be taken in pairs; None where that is not known.
     """
 
     objective: Objective
     forms: Forms
     activations: int = 1
+    pairing: Pairing | None = None
 
     def block_of_vectors(self, samples: int, budget: int) -> int:
         """How many vectors fit ``budget`` bytes when pushed through ``samples`` samples at once.
@@ -44,15 +70,6 @@ class Problem:
         size, itemsize = self.objective.size, self.objective.dtype.itemsize
         per_vector = bytes_of_a_vector(samples, self.activations, size, itemsize)
         return max(1, int(budget // max(1, per_vector)))
-
-
-def bytes_of_a_vector(samples: int, activations: int, parameters: int, itemsize: int) -> int:
-    """Bytes that one vector keeps alive while it is pushed through ``samples`` samples.
-
-    >>> bytes_of_a_vector(samples=10, activations=3, parameters=20, itemsize=4)
-    1200
-    """
-    return 6 * itemsize * (samples * activations + parameters)
 
 
 def prepare(objective: Objective, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]:
@@ -149,7 +166,7 @@ def check_losses(problem: Problem, x: Tree, y: Tree, argument: str, start: int) 
 def with_mixed_form(problem: Problem, x: Tree, y: Tree) -> Problem:
     """The same problem with the form of the input gradient checked too, for perturbation mode."""
     forms, _ = choose_forms(problem.objective, x, y, perturbation=True)
-    return Problem(problem.objective, forms, problem.activations)
+    return replace(problem, forms=forms)
 
 
 def activation_size(objective: Objective, x: Tree, y: Tree) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -38,6 +39,9 @@ FAN_IN = 8
 
 SMALL_RESULT = 2**16
 """Bytes of sums that travel through the scheduler; larger ones go through the store."""
+
+LOOK = 1.0
+"""Seconds between two looks at whether there are workers, while nothing comes back."""
 
 
 def check_client(client: Any) -> None:
@@ -158,7 +162,7 @@ class DaskExecutor(Executor):
         with self._connected():
             submit, retries = self.client.submit, settings.count("retries", 0)
             level = [submit(function, *call, pure=False, retries=retries) for call in calls]
-            leaves = as_completed(level if report is not None else [])  # lets go of each as it is reported
+            leaves = self._each(level if report is not None else [])  # lets go of each as it is reported
             while len(level) > 1:
                 level = [
                     submit(_merge, level[low : low + FAN_IN], pure=False, retries=retries)
@@ -166,9 +170,10 @@ class DaskExecutor(Executor):
                 ]
             total = submit(_deliver, level[0], self.location, pure=False, retries=retries)
             del level
-            for done, _ in enumerate(leaves, 1):
+            for done, _ in enumerate(self._completed(leaves), 1):
                 assert report is not None
                 report(done, len(calls))
+            (_,) = self._completed(self._each([total]))
             answer = _result(total)
         if isinstance(answer, Moments):
             return answer
@@ -183,7 +188,7 @@ class DaskExecutor(Executor):
     ) -> Iterator[Any]:
         """Submit through a window and release each future as it completes."""
         pending, retries = iter(calls), settings.count("retries", 0)
-        running = as_completed()
+        running = self._each([])
         asked: dict[Any, tuple[Any, ...]] = {}  # by key of the future
 
         def submit(count: int) -> None:
@@ -195,7 +200,7 @@ class DaskExecutor(Executor):
         try:
             with self._connected():
                 submit(self._window())
-                for future in running:
+                for future in self._completed(running):
                     call = asked.pop(future.key)
                     if lost is not None and _killed_its_worker(future):
                         future.release()
@@ -208,6 +213,40 @@ class DaskExecutor(Executor):
                     yield result
         finally:
             running.clear()
+
+    def _each(self, futures: Sequence[Any]) -> as_completed:
+        """Futures of this client, which need not be the default one."""
+        return as_completed(futures, loop=self.client.loop)
+
+    def _completed(self, running: as_completed) -> Iterator[Any]:
+        """Futures as they complete, for as long as there is somebody to complete them.
+
+        Raises
+        ------
+        ClusterError
+            There have been no workers for as long as the configuration allows.
+        """
+        patience, interval = settings.seconds("workers-gone"), LOOK
+        looked = seen = time.monotonic()
+        while not running.is_empty():
+            if running.has_ready():
+                yield next(running)
+                looked = seen = time.monotonic()
+                continue
+            with running.thread_condition:
+                running.thread_condition.wait(0.1)
+            now = time.monotonic()
+            if now < looked + interval:
+                continue
+            looked = now
+            if self.client.nthreads():
+                seen = now
+            elif now > seen + patience:
+                raise ClusterError(
+                    f"the cluster has had no workers for {now - seen:.0f} s, and {running.count()} tasks wait for one; "
+                    "start workers and make the same call again, which goes on where this one was "
+                    f"(config influence.workers-gone allows {patience:g} s)"
+                )
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -240,15 +279,7 @@ class DaskExecutor(Executor):
             raise ConfigurationError("client is asynchronous; pass a synchronous distributed.Client")
         if self.client.status != "running":
             raise ClusterError(f"client is {self.client.status}; connect it to a running scheduler")
-        patience = settings.seconds("wait-for-workers")
-        try:
-            with self._connected():
-                self.client.wait_for_workers(1, timeout=patience)
-                workers = frozenset(self.client.nthreads())
-        except TimeoutError as error:
-            raise ClusterError(
-                f"the cluster has no workers after {patience:.0f} s; start at least one"
-            ) from error
+        workers = self._workers()
         if workers <= self._checked:
             return
         mine = versions()
@@ -261,8 +292,28 @@ class DaskExecutor(Executor):
                     )
         self._checked = workers
 
+    def _workers(self) -> frozenset[str]:
+        """Addresses of the workers, of which there is at least one; an adaptive cluster of none starts one."""
+        patience = settings.seconds("wait-for-workers")
+        with self._connected():
+            workers = frozenset(self.client.nthreads())
+            if workers:
+                return workers
+            asked = self.client.submit(versions, pure=False)  # workers are started for work alone
+            try:
+                self.client.wait_for_workers(1, timeout=patience)
+            except TimeoutError as error:
+                raise ClusterError(
+                    f"the cluster has no workers after {patience:g} s (config influence.wait-for-workers); "
+                    "start at least one"
+                ) from error
+            finally:
+                asked.release()
+            return frozenset(self.client.nthreads())
+
     def _run(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """Answers of all workers but those that die meanwhile."""
+        self._workers()
         try:
             with self._connected():
                 answers = self.client.run(function, *arguments, on_error="return")

@@ -13,8 +13,10 @@ import torch
 
 from dask_influence.core.estimators.base import Inverse, Round, System
 from dask_influence.core.moments import Moments
+from dask_influence.errors import MemoryLimitError
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor, Sealed
+from dask_influence.execution.plan import format_bytes
 from dask_influence.grid import Chunks
 
 MOST_GROUPS = 64
@@ -48,11 +50,30 @@ class Passes:
         """Sum ``request.function`` over the chunks, in an order that depends on the chunks alone.
 
         ``report`` is told how many of the pass's tasks are done, and how many there are.
+
+        Raises
+        ------
+        MemoryLimitError
+            The sums alone are more than one task may hold; no task has run.
         """
+        self._check_memory(request.result_bytes)
         operand = self.executor.publish(request.operand)
         groups = self._groups(self._pieces(request.samples), request.result_bytes)
         calls = [(self.job, request.function, operand, group, first) for group in groups]
         return self.executor.reduce(tasks.sum_group, calls, report)
+
+    def _check_memory(self, result_bytes: int) -> None:
+        needed, allowed = (
+            2 * result_bytes,
+            self.executor.memory_limit,
+        )  # those of a chunk, and of all before it
+        if allowed is not None and needed > allowed:
+            raise MemoryLimitError(
+                f"the fit sums {format_bytes(result_bytes)} over each chunk, for which a task needs at least "
+                f"{format_bytes(needed)} ({needed} bytes), but one may hold {format_bytes(allowed)} ({allowed} bytes) "
+                "on the smallest worker; take an estimator without a matrix over all parameters (ArnoldiInfluence, "
+                "EkfacInfluence), narrow parameters= or block_structure=, or give workers more memory"
+            )
 
     def _pieces(self, samples: Sequence[range] | None) -> list[range]:
         if samples is None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 import torch
 
 from dask_influence.core import directional
-from dask_influence.core.checks import check_integer, check_number
 from dask_influence.core.estimators.base import Inverse, without_rounds
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.plan import PROCESS_BYTES, Plan, format_bytes, format_seconds, training_seconds
 from dask_influence.grid import MOST_BYTES
+from dask_influence.scalars import check_integer, check_number
 
 PAUSE = 0.8
 """Share of its memory at which Dask gives a worker no more tasks (``distributed.worker.memory.pause``)."""

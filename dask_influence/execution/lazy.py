@@ -240,9 +240,9 @@ def _strip(
 ) -> np.ndarray:
     """Scores of all test points against one training chunk, differentiated once."""
     job = shared.job(block, start, "x, y")
-    own = None if solver is None else solver.inverse().directions
+    inverse = None if solver is None else solver.inverse()
     with tasks.torch_threads(shared.threads):
-        query = tasks.Query.of(factors, own, shared.model.problem())
+        query = tasks.Query.of(factors, inverse, shared.model.problem())
         columns = range(start, start + leading_size(block[1]))
         derivatives = tasks.derivatives_of(job, query, columns, batch, perturbation)
         return tasks.tile_of(query, derivatives, slice(None))

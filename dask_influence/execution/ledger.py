@@ -8,9 +8,13 @@ what was flipped on the disk is named instead of believed.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from dask_influence.errors import CorruptStoreError, MissingObjectError
 from dask_influence.storage.results import RUN_KEY, checksum
@@ -25,6 +29,52 @@ _DONE, _FAILED = ".json", ".failed.json"
 _REDO = "delete it and run the same call again"
 _REPLACE = "pass overwrite=True to replace the run"
 _CHECKSUM = "checksum"
+
+
+_BATCH_ENTRIES, _BATCH_BYTES = 512, 4 * 2**20
+"""What is read at once where all entries are."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is.
+
+    Attributes
+    ----------
+    done : set of str
+        Names of the pieces whose data are stored.
+    missing : dict of str to list
+        Of those that lack samples, what their entries say of these.
+    """
+
+    done: set[str]
+    missing: dict[str, list[dict[str, Any]]]
+
+    def without(self, names: Iterable[str]) -> Standing:
+        """The same with those pieces still to be done."""
+        gone = set(names)
+        return Standing(self.done - gone, {n: held for n, held in self.missing.items() if n not in gone})
+
+
+class _Seen:
+    """Names and sizes of objects, eight bytes for each: a hash, by which one in 10¹³ may be taken for another."""
+
+    def __init__(self, objects: Iterable[tuple[str, int]]) -> None:
+        self._hashes = np.fromiter((self._hash(*found) for found in objects), np.uint64)
+        self._hashes.sort()
+
+    def __contains__(self, found: tuple[str, int]) -> bool:
+        wanted = np.uint64(self._hash(*found))
+        place = int(np.searchsorted(self._hashes, wanted))
+        return place < len(self._hashes) and bool(self._hashes[place] == wanted)
+
+    @staticmethod
+    def _hash(key: str, size: int) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{size} {key}".encode(), digest_size=8).digest(), "little")
+
+
+def _name(key: str) -> str:
+    return key.removeprefix(f"{LEDGER}/").partition(".")[0]
 
 
 def entry_key(name: str) -> str:
@@ -140,32 +190,68 @@ class Ledger:
 
     def done(self, prefix: str = "") -> set[str]:
         """Names of the pieces whose data are stored, from one listing; nothing is read."""
-        return {name for name, key in self._listed(prefix).items() if not key.endswith(_FAILED)}
+        return {_name(key) for key, _ in self._found(prefix) if not key.endswith(_FAILED)}
 
     def forget(self, name: str) -> None:
         """Remove the entry of one piece of work, which so is to be done again."""
         self.location.delete(entry_key(name))
 
-    def forget_damaged(self) -> dict[str, dict[str, Any]]:
-        """Forget the pieces of which a shard is missing or has another length than was recorded.
+    def standing(self, folders: Iterable[str] = ("",)) -> Standing:
+        """What is done and what of it lacks samples; pieces that lost a shard are forgotten.
 
-        Entries are read and everything is listed once; no shard is read. What is left is returned.
+        A shard is lost where it is missing or has another length than was recorded. Objects below
+        ``folders``, where shards are to be looked for, are listed once and entries read a few
+        MiB at a time: of a million shards next to nothing is held. No shard is read.
+
+        Raises
+        ------
+        CorruptStoreError
+            Names the entry that is not JSON, and what to do about it.
         """
-        entries = self.entries()  # before the listing, so that shards written meanwhile are not missed
-        sizes = self.location.stat()
-        for name, entry in list(entries.items()):
-            shards = entry.get("shards", ())
-            if any(sizes.get(key, (-1, ""))[0] != nbytes for key, nbytes, _ in shards):
+        seen = _Seen((key, size) for folder in folders for key, size in self.location.sizes(folder))
+        found = Standing(set(), {})
+        for name, entry in self.stream():
+            # what the listing does not show may have been written since
+            if all((k, n) in seen or self.location.size(k) == n for k, n, _ in entry.get("shards", ())):
+                found.done.add(name)
+                if entry.get("missing"):
+                    found.missing[name] = entry["missing"]
+            else:
                 self.forget(name)
-                del entries[name]
-        return entries
+        return found
+
+    def stream(self, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """:meth:`entries` of what was done, in no order, of which a few MiB are held at a time."""
+        for batch in self._batches(prefix):
+            fetched = self.location.get_many(batch)
+            while fetched:
+                key, data = fetched.popitem()
+                yield _name(key), self._decode(key, data)
+
+    def _batches(self, prefix: str) -> Iterator[list[str]]:
+        batch: list[str] = []
+        nbytes = 0
+        for key, size in self._found(prefix):
+            if key.endswith(_FAILED):
+                continue
+            if len(batch) == _BATCH_ENTRIES or nbytes + size > _BATCH_BYTES:
+                yield batch
+                batch, nbytes = [], 0
+            batch.append(key)
+            nbytes += size
+        yield batch
+
+    def _found(self, prefix: str) -> Iterator[tuple[str, int]]:
+        begin = f"{LEDGER}/{prefix}"
+        found = self.location.sizes(LEDGER)
+        return ((key, size) for key, size in found if key.startswith(begin) and key.endswith(_DONE))
 
     def _listed(self, prefix: str) -> dict[str, str]:
         """Key of each entry by its name; of a failure and a success, the success."""
-        begin = f"{LEDGER}/{prefix}"
-        keys = [k for k in self.location.list(LEDGER) if k.startswith(begin) and k.endswith(_DONE)]
-        keys.sort(key=lambda key: not key.endswith(_FAILED))
-        return {key.removeprefix(f"{LEDGER}/").partition(".")[0]: key for key in keys}
+        keys = sorted(
+            (key for key, _ in self._found(prefix)), key=lambda key: (not key.endswith(_FAILED), key)
+        )
+        return {_name(key): key for key in keys}
 
     def _decode(self, key: str, data: bytes, advice: str = _REDO) -> dict[str, Any]:
         try:

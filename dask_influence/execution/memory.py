@@ -153,14 +153,14 @@ def scores_in_memory(
     """Scores (N, M, *features), strip by strip."""
     job = tasks.Job(fit.model, source, argument, fit.threads)
     problem = fit.model.problem()
-    own = fit.inverse.directions if project else None
+    inverse = fit.inverse if project else None
     scores = np.empty((plan.work.tests, plan.work.trains, *plan.work.features), dtype=fit.score_dtype)
     with tasks.torch_threads(fit.threads):
         block, query = -1, None
         for strip in map(plan.strip, range(plan.strips)):
             rows, columns = (slice(part.start, part.stop) for part in (strip.rows, strip.columns))
             if query is None or strip.block != block:
-                block, query = strip.block, tasks.Query.of(factors[rows], own, problem)
+                block, query = strip.block, tasks.Query.of(factors[rows], inverse, problem)
             derivatives = tasks.derivatives_of(job, query, strip.columns, plan.batch, perturbation)
             scores[rows, columns] = tasks.tile_of(query, derivatives, slice(None))
     return scores

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dask_influence.errors import ConfigurationError, PoisonedSamplesError
-from dask_influence.execution.ledger import Ledger
+from dask_influence.execution.ledger import Ledger, Standing
 from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan
 from dask_influence.storage.results import described
 from dask_influence.storage.stores import Location
@@ -17,8 +17,6 @@ CHOICES = ("raise", "warn")
 
 Missing = Mapping[str, Sequence[Mapping[str, Any]]]
 """Position, id and reason of samples, by side."""
-
-_NOTHING: Missing = {}
 
 
 class MissingSamples:
@@ -45,10 +43,10 @@ class MissingSamples:
         """Samples of one side, by position."""
         self._reasons[side].update(reasons)
 
-    def add_entries(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
-        """What ledger entries say is missing from them."""
-        for name, entry in entries.items():
-            self.add(_side(name), {one["sample"]: one["reason"] for one in entry.get("missing", ())})
+    def add_entries(self, missing: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        """What ledger entries say is missing from them, by their name."""
+        for name, ones in missing.items():
+            self.add(_side(name), {one["sample"]: one["reason"] for one in ones})
 
     def add_recorded(self, recorded: Missing) -> None:
         """What the record of the run says is missing."""
@@ -98,27 +96,25 @@ def check_on_missing(value: object) -> None:
         raise ConfigurationError(f'on_missing must be "raise" or "warn"; got {value!r}')
 
 
-def forget_missing(
-    ledger: Ledger, plan: Plan, entries: dict[str, dict[str, Any]], recorded: Missing = _NOTHING
-) -> None:
-    """Forget the pieces that lack samples, so that these are tried again.
+def forget_missing(ledger: Ledger, plan: Plan, standing: Standing, recorded: Missing) -> Standing:
+    """Forget the pieces that lack samples, so that these are tried again; what is left.
 
     Those are in their entries, and in the run's record, ``recorded``, where an entry is lost.
     """
-    without = {name for name, entry in entries.items() if entry.get("missing")}
+    without = set(standing.missing)
     lacking = {side: {one["sample"] for one in recorded.get(side, ())} for side in ("test", "train")}
-    for name in without:
-        lacking[_side(name)].update(one["sample"] for one in entries[name]["missing"])
+    for name, ones in standing.missing.items():
+        lacking[_side(name)].update(one["sample"] for one in ones)
     for index in range(plan.strips if any(lacking.values()) else 0):
         strip = plan.strip(index)
         if _any_in(lacking["test"], strip.rows) or _any_in(lacking["train"], strip.columns):
             without.add(strip.name)
     # what joined them goes first: while it is there, it stands for parts that are gone
     above = [] if plan.work.kept is None else plan.tree.above(without)
-    for name in [*above, *without]:
-        if name in entries:
-            ledger.forget(name)
-            del entries[name]
+    gone = [name for name in [*above, *without] if name in standing.done]
+    for name in gone:
+        ledger.forget(name)
+    return standing.without(gone)
 
 
 def _any_in(samples: Iterable[int], among: range) -> bool:

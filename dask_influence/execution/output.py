@@ -121,17 +121,17 @@ class Output:
                 if repair is not None:
                     verify_with(self.location, repair, repair=True)
                     stored = self.ledger.read_begun() or stored
-                entries = self.ledger.forget_damaged()
+                standing = self.ledger.standing(templates)
                 if repair is not None:
                     recorded, stored = stored.get("missing", {}), {**stored, "missing": {}}
                     self.ledger.write_run(stored)  # first: a reduction believes it
-                    forget_missing(self.ledger, begun, entries, recorded)
+                    standing = forget_missing(self.ledger, begun, standing, recorded)
                 elif (
                     begun.work.kept is not None
-                ):  # lost entries may be made again without the samples that failed once
+                ):  # entries that are lost may be made again with these samples
                     self.missing.add_recorded(stored.get("missing", {}))
-                self.missing.add_entries(entries)
-                complete = stored["state"] in FINAL and pieces(begun) <= self.ledger.done()
+                self.missing.add_entries(standing.missing)
+                complete = stored["state"] in FINAL and pieces(begun) <= standing.done
                 if not complete:  # also where it was: readers are to be warned until it is again
                     self.ledger.write_run({**stored, "state": "running"})
                 self._restore(stored, empty)

@@ -12,16 +12,17 @@ same plan gives the same bits on any cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dask_influence.core import directional
-from dask_influence.core.checks import check_integer
+from dask_influence.core import sizes
+from dask_influence.core.sizes import Size
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.tree import Tree, strip_name
 from dask_influence.execution.work import Kept, Work
 from dask_influence.grid import MOST_BYTES, Chunks, balanced
+from dask_influence.scalars import check_integer
 
 DIRECTION_BYTES = 512 * 2**20
 """Bytes of directions that one query block may hold, unless a memory limit says less."""
@@ -41,6 +42,9 @@ PROCESS_BYTES = 480 * 2**20
 # product and its write. They only set how coarse strips are and the estimate shown to people.
 _NS_PER_PARAMETER = 2.5
 _NS_PER_DIRECTION = 0.05
+_NS_PER_FORWARD_DIRECTION = 0.12  # pushed through the model instead, where there are few of them
+_NS_CAPTURED = 1.0  # a gradient's backward pass, of which only what layers see is written
+_NS_PER_PROJECTION = 0.1  # in float64
 _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
 _NS_PER_TILE = 1e6  # an object of its own, whatever its size
@@ -150,8 +154,16 @@ class Plan:
 
     # -- cost -------------------------------------------------------------------------
     @property
+    def projects(self) -> bool:
+        """Whether the test side is coefficients or rows of pairs, rather than factors."""
+        return self.work.rank is not None
+
+    @property
     def directions(self) -> int:
         """D: directions that one strip differentiates along."""
+        if self.work.paired is not None:
+            assert self.work.rank is not None
+            return self.work.rank
         block = min(self.query_rows, self.work.tests) * self.work.copies
         return block if self.work.rank is None else min(self.work.rank, block)
 
@@ -198,9 +210,9 @@ class Plan:
             return self.solving_bytes
         columns, samples = self.tile[1], min(self.batch, self.tile[1])
         derivatives = columns * directions * work.width * work.itemsize
-        sizes = (samples, work.activations, work.parameters, work.itemsize, directions)
-        differentiating = 2 * samples * work.sample_bytes + directional.working_bytes(
-            *sizes, features=work.width if work.features else None
+        of_call = (samples, work.activations, work.parameters, work.itemsize, directions)
+        differentiating = 2 * samples * work.sample_bytes + sizes.working_bytes(
+            *of_call, features=work.width if work.features else None
         )
         joining = derivatives if columns > samples else 0
         # the tile, its bytes on their way through the codecs, and the product that made it; of a reduction the
@@ -211,6 +223,8 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Bytes that one strip holds at once, beside the interpreter and its libraries."""
+        if self.work.paired is not None:
+            return self._paired_bytes(self.work.paired)
         return self.resident_bytes + self.query_bytes + max(self.strip_bytes, self._chunk_bytes)
 
     @property
@@ -230,8 +244,29 @@ class Plan:
 
         Interpreter and libraries are taken as ``PROCESS_BYTES``.
         """
+        if self.work.paired is not None:
+            return PROCESS_BYTES + threads * self.task_bytes
         strips = self.query_bytes + threads * self.strip_bytes
         return PROCESS_BYTES + self.resident_bytes + max(strips, threads * self.solving_bytes)
+
+    def _paired_bytes(self, size: Size) -> int:
+        """The same of pairs: weights, directions and a layer of them in order, rows of both sides, tiles."""
+        work, numbers = self.work, size.numbers * size.itemsize
+        held = work.parameters * (work.itemsize + 2 * 8 * self.directions)
+        reading = 2 * self.tile[1] * work.sample_bytes
+        if work.diagonal:
+            return (
+                held
+                + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers)
+                + reading
+                + sizes.BUDGET
+            )
+        rows = self.query_rows * work.copies * numbers + 2 * self.tile[1] * numbers
+        wide = (
+            2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
+        )  # a part of the product, and their sum
+        tiles = 3 * work.copies * self.tile_bytes + wide
+        return held + rows + reading + tiles + 3 * self.part_bytes + sizes.BUDGET
 
     @property
     def part_bytes(self) -> int:
@@ -260,6 +295,9 @@ class Plan:
     def derivative_seconds(self) -> float:
         """Rough time of one core for all derivatives of the training side."""
         work = self.work
+        if work.paired is not None:
+            each = _NS_CAPTURED + _NS_PER_PROJECTION * self.directions
+            return 1e-9 * self.passes * work.trains * work.parameters * each
         directions = 0 if work.diagonal else self.directions
         return self.passes * training_seconds(work.parameters, work.trains, directions, work.width > 1)
 
@@ -268,14 +306,30 @@ class Plan:
         """Rough time of one core for all products C Eᵀ, or factors of a diagonal, and for encoding what is written."""
         work = self.work
         scores = work.copies * work.tests * work.trains * work.width
-        each = _NS_PER_SCORE_DIRECTION * self.directions
-        if work.diagonal:
+        multiplied = self.directions if work.paired is None else work.paired.products
+        each = _NS_PER_SCORE_DIRECTION * multiplied
+        if work.diagonal and work.paired is None:
             solved = min(work.parameters, _LARGEST_SOLVED) if work.rank is None else work.rank
             each = _NS_PER_SOLVED_NUMBER * work.parameters * solved
         elif work.kept is not None:
             each += _NS_PER_SCORE_REDUCED
         written = _NS_PER_BYTE_WRITTEN * self.output_bytes + _NS_PER_TILE * self.tiles
         return 1e-9 * (scores * each + written)
+
+    def beats(self, general: Plan) -> bool:
+        """Whether pairs, of which this is the plan, cost a training sample less than the ``general`` way."""
+        work, directions = self.work, general.directions
+        assert work.paired is not None
+        if 2 * work.paired.numbers * work.paired.itemsize > work.parameters * work.itemsize:
+            return False  # rows as long as factors save nothing
+        if work.diagonal:
+            return True
+        along = min(
+            _NS_PER_FORWARD_DIRECTION * directions, _NS_PER_PARAMETER + _NS_PER_DIRECTION * directions
+        )
+        own = self.passes * work.parameters * (_NS_CAPTURED + _NS_PER_PROJECTION * self.directions)
+        own += _NS_PER_SCORE_DIRECTION * work.copies * work.tests * work.paired.products
+        return own < general.passes * work.parameters * along
 
     @property
     def seconds(self) -> float:
@@ -333,9 +387,11 @@ class Plan:
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """Inverse of :meth:`to_json`."""
         kept = values["work"].get("kept")
+        paired = values["work"].get("paired")
         own = {
             "features": tuple(values["work"]["features"]),
             "kept": None if kept is None else Kept(**kept),
+            "paired": None if paired is None else Size(**paired),
         }
         work = Work(**{**values["work"], **own})
         return cls(**{**values, "work": work, "tile": tuple(values["tile"])})
@@ -373,13 +429,14 @@ class Plan:
         return lines if work.diagonal else [*lines, ("tiles", f"{self.tiles:,} of {tile}, not written")]
 
     def _factors_text(self) -> list[tuple[str, str]]:
-        work, chunks = self.work, self.factor_chunks
+        work, chunks, paired = self.work, self.factor_chunks, self.work.paired
+        lines = [("factor tasks", f"{len(chunks):,} of {min(self.factor_rows, work.tests):,} test points")]
+        if paired is not None:
+            held = f"{paired.numbers:,} of each sample, {self.directions:,} of them projections"
+            return [*([] if work.diagonal else lines), ("in place of factors", held)]
         if work.diagonal:
             return [("factors", f"of {self.tile[1]:,} training samples at a time")]
-        return [
-            ("factor tasks", f"{len(chunks):,} of {min(self.factor_rows, work.tests):,} test points"),
-            ("directions", f"{self.directions:,} of P = {work.parameters:,}"),
-        ]
+        return [*lines, ("directions", f"{self.directions:,} of P = {work.parameters:,}")]
 
 
 FACTORS = "factors-"
@@ -409,6 +466,14 @@ def factor_names(plan: Plan) -> set[str]:
 def factor_name(index: int) -> str:
     """Ledger entry of one factor task."""
     return f"{FACTORS}{index:06d}"
+
+
+def expected_pieces(run: Mapping[str, Any]) -> set[str]:
+    """Ledger entries that make the run with this record complete."""
+    plan = Plan.from_json(run["plan"])
+    if run["fingerprint"].get("kind") == "factors":
+        return factor_names(plan)
+    return score_names(plan, solves=run.get("solves", False))
 
 
 def arrange(
@@ -451,7 +516,7 @@ def arrange(
         return _arrange_diagonal(work, tile_bytes, memory_limit, spread=spread)
     score_bytes = work.width * work.itemsize
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
-    per_row = work.itemsize * work.copies * (work.parameters if work.rank is None else work.rank)
+    per_row = _row_bytes(work)
     if work.kept is not None and work.kept.axis == "test":  # lists of a query block are held at once
         per_row = max(per_row, _kept_bytes(work, work.tests))
     query_rows = min(work.tests, max(1, share // per_row))
@@ -492,6 +557,13 @@ def _arrange_diagonal(work: Work, tile_bytes: int | None, memory_limit: int | No
     return replace(plan, strip_columns=_strip_columns(plan) if spread else columns)
 
 
+def _row_bytes(work: Work) -> int:
+    """What a query block holds of one test point: a factor, coefficients or a row of pairs."""
+    if work.paired is not None:
+        return work.copies * work.paired.numbers * work.paired.itemsize
+    return work.copies * work.itemsize * (work.parameters if work.rank is None else work.rank)
+
+
 def _kept_bytes(work: Work, points: int) -> int:
     """What is kept of one of ``points``, and of its parts while they are joined."""
     assert work.kept is not None
@@ -512,7 +584,7 @@ def _bytes(name: str, value: object) -> int:
 
 def _batch(work: Work) -> int:
     """Samples per derivative call: enough to feed the matrix products, few enough to bound memory."""
-    return int(min(1024, max(16, directional.BUDGET // (24 * work.activations * work.itemsize))))
+    return int(min(1024, max(16, sizes.BUDGET // (24 * work.activations * work.itemsize))))
 
 
 def _strip_columns(plan: Plan) -> int:

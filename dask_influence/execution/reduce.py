@@ -165,14 +165,13 @@ class Schedule:
 
 def _held(output: Output, plan: Plan) -> dict[str, ShardRecord | None]:
     """Nodes that the ledger lists and whose part, if they left one, is there in its length."""
-    sizes = output.location.stat(PARTIALS)
+    sizes = dict(output.location.sizes(PARTIALS))  # few: a merge takes parts away
     roots = {plan.tree.name(root) for root in plan.tree.roots()}
     found = {}
     for prefix in ("strip-", "merge-"):
-        for name, entry in output.ledger.entries(prefix).items():
+        for name, entry in output.ledger.stream(prefix):
             part = part_of(entry)
-            whole = name in roots if part is None else sizes.get(part.key, (-1, ""))[0] == part.nbytes
-            if whole and "error" not in entry:
+            if name in roots if part is None else sizes.get(part.key) == part.nbytes:
                 found[name] = part
     return found
 

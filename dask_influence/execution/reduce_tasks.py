@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dask_influence.core.estimators import Inverse
 from dask_influence.core.estimators.base import without_rounds
+from dask_influence.core.pairs import Pairs
 from dask_influence.errors import CorruptStoreError, DataError, MissingObjectError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Sealed
@@ -39,6 +40,7 @@ from dask_influence.execution.tasks import (
     probe_column,
     probe_gradient,
     query_gradients,
+    query_rows,
     stored,
     tile_of,
     torch_threads,
@@ -164,10 +166,19 @@ class Reducing:
 def reduce_node(
     job: Sealed, reducing: Sealed, node: Node, parts: Sequence[ShardRecord]
 ) -> tuple[Node, ShardRecord | None, Missing]:
-    """Do the work of one node of the tree: score a strip, or join ``parts``; what is missing of the strip."""
+    """Do the work of one node of the tree: score a strip, or join ``parts``; and what is missing of a strip.
+
+    What was done before is not done again.
+    """
     run: Reducing = reducing.open()
-    began = time.perf_counter()
+    began, tree = time.perf_counter(), run.scoring.plan.tree
     missing = Missing()
+    written = Ledger(run.location).read(tree.name(node))
+    if written is not None:  # by a worker that was lost before it could say so, or for another client
+        held = part_of(written)
+        if node == tree.root(node.cell) if held is None else run.location.size(held.key) == held.nbytes:
+            missing = {one["sample"]: one["reason"] for one in written.get("missing", ())}
+            return node, held, missing
     if node.level == 0:
         strip = run.scoring.plan.strip(run.scoring.plan.tree.strip(node))
         part = _scored(job.open(), run, strip, missing)
@@ -277,7 +288,13 @@ def _diagonal(
     plan, solver = run.scoring.plan, run.scoring.inverse
     assert solver is not None
     inverse = solver.inverse()
+    form = inverse.spectral if plan.work.paired is not None else None
+    pairs = None if form is None else Pairs(job.model.problem(), form.directions)
     for columns in plan.columns(strip):
+        if pairs is not None and form is not None:
+            held = query_rows(job, pairs.rows, columns.start, columns.stop, plan.batch, missing)
+            yield strip.rows, columns, stored(pairs.alone(held, form))
+            continue
         gradients = query_gradients(job, columns.start, columns.stop, plan.batch, missing)
         yield strip.rows, columns, self_scores(inverse, gradients, plan.work.copies)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from dask_influence import settings
-from dask_influence.core.checks import check_flag, check_integer
 from dask_influence.core.problem import Problem
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor
@@ -21,6 +20,7 @@ from dask_influence.execution.forecast import Cluster
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.shipping import resolve_device
 from dask_influence.grid import Chunks
+from dask_influence.scalars import check_flag, check_integer
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
 

@@ -156,11 +156,13 @@ def solve_factors(
     calls: list[tuple[Any, ...]] = [
         (job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing
     ]
-    if fit.needs_rounds:
+    closed = [(*call, fit.solver, project) for call in calls]
+    if fit.needs_rounds and plan.work.paired is None:
         solved = _by_rounds(executor, fit, calls, output.artifacts)
     else:
-        calls = [(*call, fit.solver, project) for call in calls]
-        solved = surviving(executor, tasks.factor_task, quarantine.isolated_factors, calls)
+        solved = surviving(executor, tasks.factor_task, quarantine.isolated_factors, closed)
+    if fit.needs_rounds and plan.work.paired is not None:
+        solved = _certified(executor, fit, solved, calls)
     done = len(chunks) - len(missing)
     progress("factors", done, len(chunks))
     for start, artifact, residual, bad in solved:
@@ -177,7 +179,7 @@ def solve_factors(
     residuals = np.array([value for entry in entries for value in entry["residual"]], dtype=np.float64)
     if plan.work.regularizations is not None:  # rows are test-major
         residuals = residuals.reshape(-1, plan.work.regularizations).T
-    if missing or RESIDUAL not in output.ledger.done():
+    if missing or output.ledger.read(RESIDUAL) is None:
         write_residuals(output, residuals)
     return tuple(Artifact(entry["digest"], entry["nbytes"], output.artifacts) for entry in entries)
 
@@ -197,9 +199,12 @@ def _held_factors(output: Output) -> dict[str, dict[str, Any]]:
 
 
 def _by_rounds(
-    executor: Executor, fit: Fit, calls: list[tuple[Any, ...]], location: Location
+    executor: Executor, fit: Fit, calls: list[tuple[Any, ...]], location: Location | None
 ) -> Iterator[tuple[int, Artifact, list[float], tasks.Missing]]:
-    """Where solving or certifying takes passes: gradients by tasks, rounds driven from here."""
+    """Where solving or certifying takes passes: gradients by tasks, rounds driven from here.
+
+    Factors are published at ``location``, if there is one.
+    """
     answer = fit.answer()
     for start, gradients, missing in surviving(
         executor, tasks.gradient_task, quarantine.isolated_gradients, calls
@@ -208,8 +213,21 @@ def _by_rounds(
         rows = gradients.read()["rows"].clone()
         solved = iterated_factors(fit.inverse, fit.system, answer, rows, certify=fit.certify)
         factors = solved.without(missing, start, start + len(rows))
-        artifact = Artifacts(location).publish({"rows": factors.rows})
+        artifact = gradients if location is None else Artifacts(location).publish({"rows": factors.rows})
         yield start, artifact, factors.residual.tolist(), missing
+
+
+def _certified(
+    executor: Executor,
+    fit: Fit,
+    solved: Iterator[tuple[int, Artifact, list[float], tasks.Missing]],
+    calls: list[tuple[Any, ...]],
+) -> Iterator[tuple[int, Artifact, list[float], tasks.Missing]]:
+    """Rows of pairs as they were solved, with the residuals of the factors that they stand for."""
+    by_start = {call[1]: call for call in calls}
+    for start, artifact, _, missing in solved:
+        (found,) = _by_rounds(executor, fit, [by_start[start]], None)
+        yield start, artifact, found[2], missing
 
 
 def surviving(

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from dask_influence.core.estimators import INVERSES, Inverse
 from dask_influence.core.forms import Forms
 from dask_influence.core.objective import Objective
-from dask_influence.core.problem import Problem
+from dask_influence.core.problem import Pairing, Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 
@@ -76,6 +76,7 @@ class ShippedModel:
     forms: Forms
     activations: int
     device: str
+    pairing: Pairing | None = None
 
     @classmethod
     def of(cls, problem: Problem, device: str, artifacts: Artifacts) -> ShippedModel:
@@ -91,12 +92,21 @@ class ShippedModel:
                 "in the data set, or as tensors (buffers), not as Python objects in the model or the loss"
             )
         published = artifacts.publish(pickler.tensors)
-        return cls(skeleton, published, objective.names, problem.forms, problem.activations, device)
+        return cls(
+            skeleton,
+            published,
+            objective.names,
+            problem.forms,
+            problem.activations,
+            device,
+            problem.pairing,
+        )
 
     def problem(self) -> Problem:
         """The problem, one private copy of the module per process."""
         key = hashlib.blake2b(
-            self.skeleton + repr((self.tensors.digest, self.names, self.forms, self.device)).encode(),
+            self.skeleton
+            + repr((self.tensors.digest, self.names, self.forms, self.device, self.pairing)).encode(),
             digest_size=16,
         ).hexdigest()
         return _OPENED.get(key, self._build)
@@ -104,7 +114,7 @@ class ShippedModel:
     def _build(self) -> Problem:
         module, loss = _SkeletonUnpickler(io.BytesIO(self.skeleton), self.tensors.load()).load()
         objective = Objective(module.to(resolve_device(self.device)), loss, self.names)
-        return Problem(objective, self.forms, self.activations)
+        return Problem(objective, self.forms, self.activations, self.pairing)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from dask_influence.core import directional
-from dask_influence.core.estimators.base import ChunkFunction, without_rounds
+from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree
+from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem, check_gradients, check_losses
 from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts, let_pass
@@ -200,10 +201,10 @@ class _Sums:
 # -- factors ---------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Factors:
-    """What is known of a run of test points: factors, or coefficients of the inverse's directions.
+    """What is known of a run of test points: factors, coefficients of the inverse's directions, or rows of pairs.
 
-    ``rows`` (n, P) or (n, R) in the model's dtype; ``residual`` (n,) float64, NaN where it
-    was not computed. Of several λ there are as many rows for each test point.
+    ``rows`` (n, P) or (n, R) in the model's dtype, or (n, W) in that of pairs; ``residual`` (n,)
+    float64, NaN where it was not computed. Of several λ there are as many rows for each test point.
     """
 
     rows: Tensor
@@ -226,9 +227,21 @@ def query_gradients(job: Job, start: int, stop: int, batch: int, missing: Missin
     What has no gradient, or none that is finite, is refused, or added to ``missing`` and given
     the gradient of another test point, so that solvers see numbers only.
     """
+    return query_rows(job, directional.gradients, start, stop, batch, missing)
+
+
+def query_rows(
+    job: Job,
+    function: Callable[[Problem, Tree, Tree], Tensor],
+    start: int,
+    stop: int,
+    batch: int,
+    missing: Missing | None = None,
+) -> Tensor:
+    """What ``function`` makes of test points instead of their gradients, in the same way."""
     gradients = torch.cat(
         [
-            job.computed(directional.gradients, low, min(low + batch, stop), missing).cpu()
+            job.computed(function, low, min(low + batch, stop), missing).cpu()
             for low in range(start, stop, batch)
         ]
     )
@@ -252,9 +265,13 @@ def closed_factors(
     certify: bool,
     missing: Missing | None = None,
 ) -> Factors:
-    """Factors of test points where the inverse needs no pass over the data."""
+    """Factors of test points where the inverse needs no pass over the data; with ``project`` what stands for them."""
     with torch_threads(job.threads):
         solver = inverse.inverse()
+        if project and solver.directions is None:
+            rows = _weighted(job, solver, start, stop, batch, missing)
+            unknown = np.full(len(rows), np.nan)
+            return Factors(rows, unknown).without(missing or {}, start, stop)
         gradients = query_gradients(job, start, stop, batch, missing)
         wide = gradients.to(torch.float64)
         factors = without_rounds(solver.solve(wide)) if certify or not project else None
@@ -262,6 +279,17 @@ def closed_factors(
         rows = solver.coefficients(wide) if project or factors is None else factors
     measured = torch.full((len(rows),), torch.nan, dtype=torch.float64) if residual is None else residual
     return Factors(rows.to(gradients.dtype), measured.numpy()).without(missing or {}, start, stop)
+
+
+def _weighted(
+    job: Job, inverse: Inverse, start: int, stop: int, batch: int, missing: Missing | None
+) -> Tensor:
+    """Rows of pairs of test points, with what the inverse makes of them, (n·L, W), on CPU."""
+    form = inverse.spectral
+    assert form is not None
+    pairs = Pairs(job.model.problem(), form.directions)
+    rows = query_rows(job, pairs.rows, start, stop, batch, missing)
+    return pairs.weighted(rows, form)
 
 
 def factor_task(
@@ -297,27 +325,30 @@ def probe_gradient(sample: int, job: Sealed, *_: Any) -> None:
 # -- scores ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Query:
-    """The test side of a strip: scores are ``coefficients`` @ E(``directions``)ᵀ.
+    """The test side of a strip: scores are ``coefficients`` @ E(``directions``)ᵀ, or products of ``pairs``.
 
     Attributes
     ----------
     directions : Tensor
         (D, P).
     coefficients : Tensor or None
-        (rows, D); None stands for the identity.
+        (rows, D), or rows of pairs (rows, W); None stands for the identity.
     missing : numpy array or None
         Which rows have no factors, so that their scores are NaN.
+    pairs : Pairs, optional
+        How pairs of samples are scored without factors.
     """
 
     directions: Tensor
     coefficients: Tensor | None
     missing: np.ndarray | None = None
+    pairs: Pairs | None = None
 
     @classmethod
     def of(
-        cls, rows: Tensor, own: Tensor | None, problem: Problem, missing: np.ndarray | None = None
+        cls, rows: Tensor, inverse: Inverse | None, problem: Problem, missing: np.ndarray | None = None
     ) -> Query:
-        """From factors (``own`` None), or from coefficients of the inverse's ``own`` directions.
+        """From factors (``inverse`` None), from coefficients of the inverse's own directions, or from rows of pairs.
 
         With fewer test points than directions their factors are the cheaper directions. Rows that
         are ``missing`` are taken for zero.
@@ -329,6 +360,12 @@ class Query:
         # not the training samples' fault; one pass without a temporary, unless it overflows
         if not (rows.sum().isfinite() or rows.isfinite().all()):
             raise DataError("factors hold NaN or inf; compute them again")
+        own = None if inverse is None else inverse.directions
+        if inverse is not None and own is None:
+            form = inverse.spectral
+            assert form is not None
+            pairs = Pairs(problem, form.directions)
+            return cls(pairs.directions, rows.to(objective.device, pairs.dtype), missing, pairs)
         if own is not None and len(rows) < len(own):
             rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None
         if own is None:
@@ -345,12 +382,14 @@ def derivatives_of(
     perturbation: bool,
     missing: Missing | None = None,
 ) -> Tensor:
-    """E of training samples ``columns``: (n, D) or (n, D, *features).
+    """E of training samples ``columns``: (n, D) or (n, D, *features); of pairs their rows (n, W).
 
     Samples without derivatives, or finite ones, are refused, or added to ``missing`` and NaN.
     """
     primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
-    along = partial(primitive, directions=query.directions)
+    along: Callable[[Problem, Tree, Tree], Tensor] = partial(primitive, directions=query.directions)
+    if query.pairs is not None:
+        along = query.pairs.rows
     parts = []
     for low in range(columns.start, columns.stop, batch):
         high = min(low + batch, columns.stop)
@@ -385,7 +424,10 @@ def refuse_non_finite(rows: Tensor, argument: str, start: int, missing: Missing 
 
 def tile_of(query: Query, derivatives: Tensor, rows: slice) -> np.ndarray:
     """C Eᵀ for test points ``rows`` of the query: (rows, n) or (rows, n, *features)."""
-    if query.coefficients is None:
+    if query.pairs is not None:
+        assert query.coefficients is not None
+        tile = query.pairs.scores(query.coefficients[rows], derivatives)
+    elif query.coefficients is None:
         tile = derivatives[:, rows].transpose(0, 1)
     else:
         tile = torch.einsum("rd,nd...->rn...", query.coefficients[rows], derivatives)
@@ -441,7 +483,7 @@ class Scoring:
     def _query(self, rows: range, problem: Problem) -> Query:
         """From the chunks of factors that hold them, each read once and copied into place."""
         let_pass()
-        own = None if self.inverse is None else self.inverse.inverse().directions
+        inverse = None if self.inverse is None else self.inverse.inverse()
         chunks, copies = self.plan.factor_chunks, self.plan.work.copies
         held: Tensor | None = None
         for part in chunks.within(rows.start, rows.stop):
@@ -456,7 +498,7 @@ class Scoring:
         bad = None
         if self.missing:
             bad = np.isin(np.repeat(np.arange(rows.start, rows.stop), copies), self.missing)
-        return Query.of(held, own, problem, bad)
+        return Query.of(held, inverse, problem, bad)
 
     def write(
         self, query: Query, derivatives: Tensor, strip: Strip, rows: range, columns: range
@@ -475,12 +517,16 @@ class Scoring:
 def score_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
     """Differentiate the strip's training samples once, write its tiles, then its ledger entry.
 
-    Columns of samples that cannot be used are NaN; they are in the entry, and returned.
+    Columns of samples that cannot be used are NaN; they are in the entry, and returned. A strip whose
+    entry is there is not computed again.
     """
     opened: Job = job.open()
     run: Scoring = scoring.open()
     began = time.perf_counter()
     strip = run.plan.strip(index)
+    written = Ledger(run.location).read(strip.name)
+    if written is not None:  # by a worker that was lost before it could say so, or for another client
+        return {one["sample"]: one["reason"] for one in written.get("missing", ())}
     records, missing = [], Missing()
     with torch_threads(opened.threads):
         query = run.query(strip.rows, opened.model.problem())

@@ -18,7 +18,7 @@ from dask_influence.execution.artifacts import damaged_artifact
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.ledger import Ledger, entry_key
-from dask_influence.execution.plan import Plan, factor_names, format_bytes, score_names
+from dask_influence.execution.plan import expected_pieces, format_bytes
 from dask_influence.storage.results import FINAL, GROUP_KEY, RUN_KEY, ShardRecord, damage, unfinished
 from dask_influence.storage.stores import Location
 
@@ -172,6 +172,8 @@ def verify(
     """
     location = Location.of(store, storage_options)
     executor = None if client is None else DaskExecutor(client, location.child(ARTIFACTS))
+    if executor is not None:
+        executor.check_reach(location)  # or all would be missing, and withdrawn with repair
     return verify_with(location, executor, repair=repair)
 
 
@@ -269,14 +271,6 @@ class _Survey:
         for name, entry in self.entries.items():
             if "digest" in entry:
                 self.artifacts.setdefault(f"{entry['digest']}.safetensors", []).append(name)
-
-
-def expected_pieces(run: Mapping[str, Any]) -> set[str]:
-    """Ledger entries that make a run complete."""
-    plan = Plan.from_json(run["plan"])
-    if run["fingerprint"].get("kind") == "factors":
-        return factor_names(plan)
-    return score_names(plan, solves=run.get("solves", False))
 
 
 def same_metadata(run: Mapping[str, Any], key: str, stored: bytes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dask_influence.core.sizes import Size
 from dask_influence.execution.tree import Axis
 
 
@@ -56,6 +57,8 @@ class Work:
         What a reduction leaves of the scores; None keeps them all.
     inverse_bytes : int
         Of the tensors of the inverse, which a process keeps once it has solved with them.
+    paired : Size, optional
+        What pairs of samples take, where they are scored without factors; R are the projections then.
     """
 
     tests: int
@@ -69,6 +72,7 @@ class Work:
     regularizations: int | None = None
     kept: Kept | None = None
     inverse_bytes: int = 0
+    paired: Size | None = None
 
     @property
     def diagonal(self) -> bool:

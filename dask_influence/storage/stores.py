@@ -7,6 +7,7 @@ through obstore) and obstore for the rest.
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import json
 import os
@@ -21,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
+import zarr
 from obstore import exceptions as obstore_errors
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 from zarr import storage as zarr_storage
@@ -214,12 +217,7 @@ class Location:
 
     def exists(self, key: str) -> bool:
         """Whether an object of that name is there."""
-        try:
-            with store_errors(self, f"look for {key!r} in"):
-                obstore.head(self._client(), self._key(key))
-        except MissingObjectError:
-            return False
-        return True
+        return self.size(key) is not None
 
     def list(self, prefix: str = "") -> list[str]:
         """Names of all objects below the folder ``prefix``, sorted; empty where there are none."""
@@ -227,14 +225,19 @@ class Location:
 
     def stat(self, prefix: str = "") -> dict[str, tuple[int, str]]:
         """Size in bytes and a version mark (etag, or for files the time of change) by name."""
-        skip = len(self._key(""))
-        with store_errors(self, "list"):
-            listed = obstore.list(self._client(), self._key(prefix).rstrip("/") or None)
-            return {
-                found["path"][skip:]: (found["size"], str(found["e_tag"] or found["last_modified"]))
-                for batch in listed
-                for found in batch
-            }
+        return {found["path"]: _size_and_mark(found) for found in self._found(prefix)}
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Name and size in bytes of each object below the folder ``prefix``, in no order; none of them is kept."""
+        return ((found["path"], found["size"]) for found in self._found(prefix))
+
+    def size(self, key: str) -> int | None:
+        """Bytes of one object, None where there is none of that name."""
+        try:
+            with store_errors(self, f"look for {key!r} in"):
+                return int(obstore.head(self._client(), self._key(key))["size"])
+        except MissingObjectError:
+            return None
 
     def delete(self, prefix: str = "") -> None:
         """Remove the object ``prefix``, or everything below that folder."""
@@ -271,6 +274,7 @@ class Location:
 
     def zarr(self) -> Store:
         """The same folder as a store that zarr and xarray open."""
+        _start_zarr()
         if self.local_path is not None:
             return zarr_storage.LocalStore(self.local_path)
         if self.in_process:
@@ -294,11 +298,32 @@ class Location:
             prefix = self.url.partition("://")[2].partition("/")[2] if self.in_process else ""
         return f"{prefix}/{key}" if prefix else key
 
+    def _found(self, prefix: str) -> Iterator[dict[str, Any]]:
+        """What the client says of each object below a folder, its path being the name here."""
+        skip = len(self._key(""))
+        with store_errors(self, "list"):
+            for batch in obstore.list(self._client(), self._key(prefix).rstrip("/") or None):
+                for found in batch:
+                    yield {**found, "path": found["path"][skip:]}
+
     def _get_or_none(self, key: str) -> bytes | None:
         try:
             return self.get(key)
         except MissingObjectError:
             return None
+
+
+def _size_and_mark(found: Mapping[str, Any]) -> tuple[int, str]:
+    return found["size"], str(found["e_tag"] or found["last_modified"])
+
+
+@cache
+def _start_zarr() -> None:
+    """Start zarr's event loop, which holds the context of its first use as long as the process lives.
+
+    Of a ``with Client(...)`` block that context would hold the client, and so what is removed with it.
+    """
+    contextvars.Context().run(zarr.create_group, zarr_storage.MemoryStore())
 
 
 def _unpickled(url: str, storage_options: Mapping[str, Any], home: str | None) -> Location:

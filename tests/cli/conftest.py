@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dask.config
+import distributed  # noqa: F401 - its defaults are there before any test's configuration is kept
 import numpy as np
 import pytest
 import safetensors.torch

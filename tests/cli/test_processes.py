@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dask.cli import _register_command_ep
 from dask_influence import open_influences
 from dask_influence.cli.cluster import Scheduler
 from dask_influence.errors import ClusterError, ConfigurationError
-from tests.cli.jobs import Folder, command, finished, invoke, status_of, wait_for
+from tests.cli.jobs import Folder, command, dask, finished, free_port, invoke, status_of, wait_for
 
 Write = Callable[..., Path]
 
@@ -48,33 +48,6 @@ def net(seconds, password=None):
     SECONDS = seconds
     return Slow(64, 10)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-@contextmanager
-def dask(*arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A ``dask`` command as a process, ended with its children."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dask", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +175,21 @@ def has_bokeh() -> bool:
     from importlib.util import find_spec
 
     return find_spec("bokeh") is not None
+
+
+def test_workers_of_a_scheduler_verify(
+    folder: Folder, job: Write, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = job()
+    assert invoke("run", path).exit_code == 0
+    monkeypatch.setattr(
+        "dask_influence.execution.verify.ThreadPoolExecutor", None
+    )  # no threads of this process
+    whole = invoke("verify", path, "--scheduler-address", scheduler)
+    assert whole.exit_code == 0, whole.stderr
+    assert "all as written" in whole.stdout
+    next((folder.path / "scores.zarr" / "influence" / "c" / "0").iterdir()).write_bytes(b"")
+    assert invoke("verify", path, "--scheduler-address", scheduler).exit_code == 3
 
 
 def test_metrics_are_served_while_a_run_goes_on(folder: Folder, job: Write) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import dask.config
 import pytest
@@ -142,3 +145,27 @@ def test_a_port_that_is_taken_is_refused() -> None:
 
 def test_missing_samples_are_an_incomplete_run() -> None:
     assert exit_code(PoisonedSamplesError("sample 3")) is Exit.INCOMPLETE
+
+
+STATUS_ALONE = """
+import sys
+from dask_influence.cli import cli
+
+try:
+    cli(sys.argv[1:])
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+def test_a_status_does_not_load_torch(tmp_path: Path) -> None:
+    """It is asked often, and torch takes seconds."""
+    StatusFile(Location.of(tmp_path / "scores.zarr"), "run", "job").progress("pass 1", 1, 2, None)
+    asked = subprocess.run(
+        [sys.executable, "-c", STATUS_ALONE, "status", tmp_path / "scores.zarr"],
+        capture_output=True,
+        text=True,
+    )
+    assert "pass 1: 1 of 2" in asked.stdout, asked.stderr
+    assert asked.returncode == Exit.INCOMPLETE
+    assert asked.stdout.split()[-1] == "False"

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dask_influence.core.checks import check_integer, check_loss, check_number, check_samples
+from dask_influence.core.checks import check_loss, check_samples
 from dask_influence.core.objective import Objective
 from dask_influence.errors import ConfigurationError, DataError, LossError, SampleMixingError
+from dask_influence.scalars import check_integer, check_number
 from tests import data
 from tests.core.zoo import ZOO
 

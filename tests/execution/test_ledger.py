@@ -99,9 +99,27 @@ def test_pieces_without_their_shards_are_forgotten(ledger: Ledger) -> None:
     ledger.record("none", {})
     ledger.record("bad", {"error": "KilledWorker"})
     ledger.location.delete("a/gone")
-    ledger.forget_damaged()
+    assert ledger.standing().done == {"whole", "none"}
     assert ledger.done() == {"whole", "none"}
     assert set(ledger.entries()) == {"whole", "none", "bad"}
+
+
+def test_a_standing_reads_all_entries_and_keeps_what_is_missing(ledger: Ledger) -> None:
+    missing = [{"sample": 3, "id": 3, "reason": "NaN"}]
+    for index in range(700):  # more than are read at once
+        ledger.record(f"strip-{index:06d}", {"shards": []} | ({"missing": missing} if index == 650 else {}))
+    standing = ledger.standing(["influence"])
+    assert standing.done == ledger.done()
+    assert standing.missing == {"strip-000650": missing}
+    left = standing.without(["strip-000650"])
+    assert (len(left.done), left.missing) == (699, {})
+
+
+def test_shards_that_a_listing_lacks_are_looked_for_themselves(ledger: Ledger) -> None:
+    """As one that is written between the listing and its entry."""
+    ledger.location.put("late/0", b"abc")
+    ledger.record("late", {"shards": [["late/0", 3, "crc"]]})
+    assert ledger.standing(["influence"]).done == {"late"}
 
 
 def test_other_files_beside_entries_are_left_alone(ledger: Ledger) -> None:

@@ -310,6 +310,16 @@ def test_workers_read(tmp_path: Path, client: Client, monkeypatch: pytest.Monkey
     assert run.redone() == {strip}
 
 
+def test_workers_that_cannot_reach_the_store_do_not_say_that_all_is_missing(client: Client) -> None:
+    case = data.mlp_regression()
+    fitted = DirectInfluence(case.model, case.loss, case.regularization).fit(case.train)
+    fitted.influences_to_zarr("memory://verify-elsewhere", case.test, case.train)
+    assert verify("memory://verify-elsewhere").ok
+    with pytest.raises(StoreError, match="cannot reach memory://verify-elsewhere"):
+        verify("memory://verify-elsewhere", client=client, repair=True)
+    assert verify("memory://verify-elsewhere").ok
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds no run"):
         verify(tmp_path / "nothing")

@@ -12,7 +12,9 @@ from distributed import LocalCluster
 
 def main() -> None:
     """Serve until the input ends."""
-    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address=None, preload="tests.faults.watch"
+    ) as cluster:
         print(cluster.scheduler_address, flush=True)
         sys.stdin.read()
 

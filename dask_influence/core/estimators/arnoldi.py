@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dask_influence.core.checks import SEEDS, check_flag, check_integer, check_number, plain_integers
+from dask_influence.core.checks import SEEDS
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -31,12 +31,14 @@ from dask_influence.core.estimators.base import (
     relative_residuals,
 )
 from dask_influence.core.moments import Moments
+from dask_influence.core.pairs import Spectral
 from dask_influence.errors import (
     ConfigurationError,
     ConvergenceWarning,
     IndefiniteCurvatureWarning,
     SingularCurvatureError,
 )
+from dask_influence.scalars import check_flag, check_integer, check_number, plain_integers
 
 
 class LowRankInverse(Inverse):
@@ -115,6 +117,15 @@ class LowRankInverse(Inverse):
     def directions(self) -> Tensor | None:
         """V, unless the complement makes factors leave its span."""
         return None if self.complement else self.vectors
+
+    @property
+    def spectral(self) -> Spectral | None:
+        """w = 1/(Λ + λ) − 1/λ and μ = 1/λ, where the complement is kept."""
+        if not self.complement:
+            return None
+        plain = 1 / self.regularization
+        weights = 1 / (self.values + self.regularization) - plain
+        return Spectral(self.vectors, weights[None], torch.tensor([plain], dtype=torch.float64))
 
     def coefficients(self, gradients: Tensor) -> Tensor:
         """(g V)(Λ + λ)⁻¹, shape (n, R)."""
@@ -223,6 +234,10 @@ class Arnoldi(Estimator):
     def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
         """V and its images, float64."""
         return 16 * self.rank * system.size
+
+    def spectral(self, system: System) -> int | None:
+        """R, where the complement is kept."""
+        return self.rank if self.complement else None
 
     def __post_init__(self) -> None:
         """Integers of numpy as Python's."""

@@ -27,6 +27,7 @@ from dask_influence.core.kernel import Kernel
 from dask_influence.core.layers import Layout
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree
+from dask_influence.core.pairs import Spectral
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 
@@ -175,6 +176,11 @@ class Inverse(ABC):
         """C (n, R), so that influence factors are C @ directions."""
         raise NotImplementedError(f"{type(self).__name__} has no directions of its own")
 
+    @property
+    def spectral(self) -> Spectral | None:
+        """Itself as V diag(w) Vᵀ + μI with μ ≠ 0, of which pairs of samples are scored without factors; or None."""
+        return None
+
     def kernel(self, problem: Problem, x: Tree, y: Tree) -> Kernel | None:
         """Scores straight from samples, where that beats factors; else None.
 
@@ -219,6 +225,10 @@ class Estimator(ABC):
     def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
         """Bytes of its inverse at so many λ, about, where that is more than a few gradients; known before a fit."""
         return 0
+
+    def spectral(self, system: System) -> int | None:
+        """R, where its inverse will be V diag(w) Vᵀ + μI with μ ≠ 0; else None; known before a fit."""
+        return None
 
     def validate(self, system: System) -> None:  # noqa: B027 - most estimators accept any system
         """Raise :class:`ConfigurationError` where this configuration cannot be fitted to ``system``."""

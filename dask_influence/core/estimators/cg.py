@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dask_influence.core.checks import check_flag, check_number, plain_integers
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -40,6 +39,7 @@ from dask_influence.errors import (
     ConvergenceWarning,
     IndefiniteCurvatureWarning,
 )
+from dask_influence.scalars import check_flag, check_number, plain_integers
 
 ITERATIONS = 1000
 """Most iterations for a block of right-hand sides, unless the caller says otherwise or P is small."""

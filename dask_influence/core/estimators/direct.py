@@ -67,7 +67,9 @@ class DirectInverse(Inverse):
         self._factor, self._pivots = factor.contiguous(), pivots
 
     def _shifted(self) -> Tensor:
-        return self.matrix + self.regularization * torch.eye(len(self.matrix), dtype=self.matrix.dtype)
+        shifted = self.matrix.clone()
+        shifted.diagonal().add_(self.regularization)
+        return shifted
 
     def _factorise(self) -> tuple[Tensor, Tensor | None]:
         shifted = self._shifted()

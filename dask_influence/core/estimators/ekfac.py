@@ -36,7 +36,7 @@ from torch import Tensor
 
 from dask_influence.core import directional
 from dask_influence.core.capture import Captured, capture
-from dask_influence.core.checks import SEEDS, check_flag, check_integer
+from dask_influence.core.checks import SEEDS
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
 from dask_influence.core.kernel import Kernel
@@ -47,6 +47,7 @@ from dask_influence.core.outputs import Outputs
 from dask_influence.core.predictive import EXPECTATIONS, Expectation
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError, DataError, DerivativeError, SingularCurvatureError
+from dask_influence.scalars import check_flag, check_integer
 
 CORRECTION_BUDGET = 128 * 2**20
 """Bytes that the per-sample gradients of one layer may take where they have to be formed."""

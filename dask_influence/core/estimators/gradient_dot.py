@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
 from dask_influence.core.moments import Moments
+from dask_influence.core.pairs import Spectral
 
 
 class IdentityInverse(Inverse):
@@ -29,6 +30,12 @@ class IdentityInverse(Inverse):
     def residuals_need_rounds(self) -> bool:
         """How far the identity is from the inverse asked for takes a product with the curvature."""
         return True
+
+    @property
+    def spectral(self) -> Spectral:
+        """μ = 1, and no directions."""
+        none = torch.empty(0, 0, dtype=torch.float64)
+        return Spectral(none, none.new_empty(1, 0), none.new_ones(1))
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """The gradients themselves."""
@@ -56,6 +63,10 @@ class IdentityInverse(Inverse):
 @dataclass(frozen=True)
 class GradientDot(Estimator):
     """Scores ⟨g_test, g_train⟩: no pass over the data, no curvature, no λ."""
+
+    def spectral(self, system: System) -> int:
+        """No directions."""
+        return 0
 
     def fit(self, system: System) -> Generator[Round, Moments, IdentityInverse]:
         """Nothing to do."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dask_influence.core.checks import SEEDS, check_integer, check_number, plain_integers
+from dask_influence.core.checks import SEEDS
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -36,6 +36,7 @@ from dask_influence.errors import (
     IndefiniteCurvatureWarning,
 )
 from dask_influence.grid import Chunks
+from dask_influence.scalars import check_integer, check_number, plain_integers
 
 RUNS = 4
 """Runs of consecutive samples that make up a draw: data are often sorted."""

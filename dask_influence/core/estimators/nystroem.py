@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dask_influence.core.checks import SEEDS, check_integer, plain_integers
+from dask_influence.core.checks import SEEDS
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -25,11 +25,13 @@ from dask_influence.core.estimators.base import (
 )
 from dask_influence.core.estimators.preconditioners import Sketch, nystroem_sketch
 from dask_influence.core.moments import Moments
+from dask_influence.core.pairs import Spectral
 from dask_influence.errors import (
     ConfigurationError,
     IndefiniteCurvatureWarning,
     SingularCurvatureError,
 )
+from dask_influence.scalars import check_integer, plain_integers
 
 
 class SketchInverse(Inverse):
@@ -78,6 +80,13 @@ class SketchInverse(Inverse):
     def residuals_need_rounds(self) -> bool:
         """H times the complement of a gradient is not known from the fit."""
         return True
+
+    @property
+    def spectral(self) -> Spectral:
+        """w = 1/(Λ + λ) − 1/λ and μ = 1/λ."""
+        plain = 1 / self.regularization
+        weights = 1 / (self.sketch.values + self.regularization) - plain
+        return Spectral(self.sketch.vectors, weights[None], torch.tensor([plain], dtype=torch.float64))
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """The kept part through Λ + λ, the rest through λ."""
@@ -151,6 +160,10 @@ class NystroemSketch(Estimator):
             )
         check_integer("seed", self.seed, *SEEDS)
         _check_complement(system.regularization)
+
+    def spectral(self, system: System) -> int:
+        """R."""
+        return self.rank
 
     def fit(self, system: System) -> Generator[Round, Moments, SketchInverse]:
         """One round: R products."""

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dask_influence.core.checks import SEEDS, check_integer, plain_integers
+from dask_influence.core.checks import SEEDS
 from dask_influence.core.estimators.base import Round, System
 from dask_influence.core.moments import Moments
 from dask_influence.errors import ConfigurationError
+from dask_influence.scalars import check_integer, plain_integers
 
 
 class Preconditioning(ABC):

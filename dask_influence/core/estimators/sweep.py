@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dask_influence.core.estimators.base import INVERSES, Inverse, Round, System, check_regularization
 from dask_influence.core.estimators.lockstep import in_step
 from dask_influence.core.moments import Moments
+from dask_influence.core.pairs import Spectral
 from dask_influence.errors import ConfigurationError
 
 
@@ -126,6 +127,16 @@ class SweepInverse(Inverse):
     def coefficients(self, gradients: Tensor) -> Tensor:
         """Those of every λ, (n·L, R)."""
         return interleaved([part.coefficients(gradients) for part in self.parts])
+
+    @property
+    def spectral(self) -> Spectral | None:
+        """That of every λ, whose directions are the same."""
+        forms = [part.spectral for part in self.parts]
+        held = [form for form in forms if form is not None]
+        if len(held) < len(forms):
+            return None
+        weights, plain = (torch.cat([getattr(form, name) for form in held]) for name in ("weights", "plain"))
+        return Spectral(held[0].directions, weights, plain)
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """Factors at every λ, (n·L, P); where that takes passes, all λ share them."""

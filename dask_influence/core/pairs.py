@@ -1,0 +1,492 @@
+"""Pairs: inner products and projections of gradients from layer inputs and output gradients.
+
+The gradient of a sample in a layer is G = Σ_t δ_t a_tᵀ, so that
+
+    ⟨G_i, G_j⟩ = Σ_t Σ_s (δ_it · δ_js)(a_it · a_js),        ⟨V, G_j⟩ = Σ_t δ_jtᵀ V a_jt
+
+take q + p numbers of a sample where G has q·p. An inverse of the form V diag(w) Vᵀ + μI scores a
+pair of samples by Σ_r w_r ⟨v_r, g_i⟩ ⟨v_r, g_j⟩ + μ ⟨g_i, g_j⟩: neither gradients nor factors of size
+P are formed. A layer whose positions are so many that G is the smaller is held as G, an embedding as
+indices and δ, and parameters in no such layer as their gradients by the general way.
+
+A row holds what is known of one sample: its R projections, then layer by layer its numbers. With
+directions all is float64, whatever the model's dtype: Σ w_r … and μ ⟨g_i, g_j⟩ cancel in the span of V.
+
+Notation: N test and n training samples, T positions, g groups, q × p the matrix of one group (p with
+the bias), R directions, W numbers of a row.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from dask_influence.core.capture import Captured, capture
+from dask_influence.core.forms import sample_gradients
+from dask_influence.core.layers import Layer, Layout, layout_of
+from dask_influence.core.objective import Objective, Tree, sliced
+from dask_influence.core.predictive import Expectation
+from dask_influence.core.problem import Pairing, Problem
+from dask_influence.core.sizes import Size
+from dask_influence.errors import DerivativeError, InfluenceWarning
+
+BUDGET = 64 * 2**20
+"""Bytes of what one product makes on its way."""
+
+CHECKED = 2
+"""Samples on which a layer's pair is compared with its gradient."""
+
+Span = tuple[int, int]
+"""First and one past the last entry of θ."""
+
+_GRADIENT = Expectation("empirical_fisher")
+"""Columns whose pullback is the gradient at the targets given."""
+
+
+# -- what is held of one layer ---------------------------------------------------------
+class _Part(ABC):
+    """One layer, or all parameters outside of layers: ``width`` numbers of each sample."""
+
+    width: int
+    products: int
+    """Multiplications of one pair of samples."""
+    written: int = 0
+    """Numbers that one projection of a sample makes on its way."""
+
+    @abstractmethod
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        """⟨G_i, G_j⟩ of rows (N, width) and (n, width): (N, n)."""
+
+    @abstractmethod
+    def alone(self, rows: Tensor) -> Tensor:
+        """‖G_j‖² of rows (n, width): (n,)."""
+
+    @abstractmethod
+    def along(self, rows: Tensor, directions: Tensor) -> Tensor:
+        """⟨V_r, G_j⟩ of rows (n, width) and directions (R, P): (n, R)."""
+
+    def scaled(self, rows: Tensor, factor: float) -> Tensor:
+        """Rows whose G is ``factor`` times as large."""
+        return factor * rows
+
+
+class _LayerPart(_Part):
+    """A layer that is captured."""
+
+    def __init__(self, layer: Layer, weight: Span | None, bias: Span | None) -> None:
+        self.layer, self.weight, self.bias = layer, weight, bias
+
+    @abstractmethod
+    def held(self, seen: Captured, like: Tensor) -> Tensor:
+        """The numbers of n samples, (n, width), in dtype and on device of ``like``."""
+
+
+class _Product(_LayerPart):
+    """δ (T, q) and a (T, p): one matrix of few positions."""
+
+    def __init__(self, layer: Layer, positions: int, weight: Span | None, bias: Span | None) -> None:
+        super().__init__(layer, weight, bias)
+        self.positions = positions
+        self._split = positions * layer.rows
+        self.width = positions * (layer.rows + layer.width)
+        self.products = positions**2 * (layer.rows + layer.width)
+        self.written = min(layer.rows, layer.columns) if positions == 1 else 0
+
+    def held(self, seen: Captured, like: Tensor) -> Tensor:
+        delta, inputs = seen.derivatives[:, 0].to(like), self.layer.homogeneous(seen.inputs.to(like))
+        return torch.cat([delta.flatten(1), inputs.flatten(1)], dim=1)
+
+    def scaled(self, rows: Tensor, factor: float) -> Tensor:
+        return torch.cat([factor * rows[:, : self._split], rows[:, self._split :]], dim=1)
+
+    def _sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """δ (n, T, q) and a (n, T, p)."""
+        split = rows[:, : self._split], rows[:, self._split :]
+        return split[0].unflatten(1, (self.positions, -1)), split[1].unflatten(1, (self.positions, -1))
+
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.positions == 1:
+            products = left[:, : self._split] @ right[:, : self._split].mT
+            return products.mul_(left[:, self._split :] @ right[:, self._split :].mT)
+        step = max(1, BUDGET // (2 * right.element_size() * len(right) * self.positions**2))
+        (d, a), parts = self._sides(right), []
+        for part in left.split(step):
+            d_left, a_left = self._sides(part)
+            products = d_left.flatten(0, 1) @ d.flatten(0, 1).mT
+            products.mul_(a_left.flatten(0, 1) @ a.flatten(0, 1).mT)
+            parts.append(products.reshape(len(part), self.positions, len(right), -1).sum((1, 3)))
+        return torch.cat(parts)
+
+    def alone(self, rows: Tensor) -> Tensor:
+        delta, inputs = self._sides(rows)
+        return ((delta @ delta.mT) * (inputs @ inputs.mT)).sum((1, 2))
+
+    def along(self, rows: Tensor, directions: Tensor) -> Tensor:
+        step = _step(self._bytes(rows, directions))
+        return torch.cat([self._along(part, directions) for part in rows.split(step)])
+
+    def _bytes(self, rows: Tensor, directions: Tensor) -> int:
+        """What :meth:`_along` makes of one sample."""
+        each = len(directions) * self.written if self.positions == 1 else self.layer.size
+        return rows.element_size() * each
+
+    def _along(self, rows: Tensor, directions: Tensor) -> Tensor:
+        delta, inputs = self._sides(rows)
+        total = torch.zeros(len(directions), len(rows), dtype=rows.dtype, device=rows.device)
+        if self.bias is not None:
+            total += directions[:, slice(*self.bias)] @ delta.sum(1).mT
+        if self.weight is not None:
+            matrices = directions[:, slice(*self.weight)].unflatten(1, (self.layer.rows, -1))  # (R, q, p)
+            inputs = inputs[..., : self.layer.columns]
+            if self.positions > 1:
+                formed = torch.einsum("ntq,ntp->nqp", delta, inputs).flatten(1)
+                total += matrices.flatten(1) @ formed.mT
+            elif self.layer.rows <= self.layer.columns:  # the longer side is the one to contract first
+                total += (matrices @ inputs[:, 0].mT).mul_(delta[:, 0].mT).sum(1)
+            else:
+                total += (matrices.mT @ delta[:, 0].mT).mul_(inputs[:, 0].mT).sum(1)
+        return total.mT
+
+
+class _Picked(_LayerPart):
+    """δ (T, q) and the row of the table that each position picks, in a matrix of few positions."""
+
+    def __init__(self, layer: Layer, positions: int, weight: Span | None, bias: Span | None) -> None:
+        super().__init__(layer, weight, bias)
+        self.positions = positions
+        self.width = positions * (layer.rows + 1)
+        self.products = positions**2 * (layer.rows + 1)
+
+    def held(self, seen: Captured, like: Tensor) -> Tensor:
+        return torch.cat([seen.derivatives[:, 0].to(like).flatten(1), seen.inputs.to(like)], dim=1)
+
+    def scaled(self, rows: Tensor, factor: float) -> Tensor:
+        delta, ids = rows[:, : -self.positions], rows[:, -self.positions :]
+        return torch.cat([factor * delta, ids], dim=1)
+
+    def _sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """δ (n, T, q), zero where a padding row is picked, and what is picked (n, T)."""
+        delta, ids = rows[:, : -self.positions], rows[:, -self.positions :]
+        picks = (ids < self.layer.groups)[..., None]
+        return delta.unflatten(1, (self.positions, -1)) * picks, ids
+
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        step = max(1, BUDGET // (2 * right.element_size() * len(right) * self.positions**2))
+        (delta, ids), parts = self._sides(right), []
+        for part in left.split(step):
+            delta_left, ids_left = self._sides(part)
+            products = delta_left.flatten(0, 1) @ delta.flatten(0, 1).mT
+            products.mul_(ids_left.reshape(-1, 1) == ids.reshape(1, -1))
+            parts.append(products.reshape(len(part), self.positions, len(right), -1).sum((1, 3)))
+        return torch.cat(parts)
+
+    def alone(self, rows: Tensor) -> Tensor:
+        delta, ids = self._sides(rows)
+        return ((delta @ delta.mT) * (ids[:, :, None] == ids[:, None, :])).sum((1, 2))
+
+    def along(self, rows: Tensor, directions: Tensor) -> Tensor:
+        assert self.weight is not None
+        table = directions[:, slice(*self.weight)].unflatten(1, (self.layer.groups, -1))  # (R, g, q)
+        step = _step(rows.element_size() * len(directions) * self.positions * self.layer.rows)
+        parts = []
+        for part in rows.split(step):
+            delta, ids = self._sides(part)
+            places = ids.long().clamp_max(self.layer.groups - 1)
+            parts.append(torch.einsum("rntq,ntq->nr", table[:, places], delta))
+        return torch.cat(parts)
+
+
+class _Matrix(_LayerPart):
+    """G itself, [weight, bias] flat: where positions are many, or groups."""
+
+    def __init__(self, layer: Layer, weight: Span | None, bias: Span | None) -> None:
+        super().__init__(layer, weight, bias)
+        self.width = self.products = layer.size
+
+    def held(self, seen: Captured, like: Tensor) -> Tensor:
+        delta, inputs = seen.derivatives[:, 0].to(like), seen.inputs
+        parts = []
+        if self.weight is not None:
+            parts.append(self._weight(delta, inputs).flatten(1))
+        if self.bias is not None:
+            parts.append(delta.sum(1).flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def _weight(self, delta: Tensor, inputs: Tensor) -> Tensor:
+        """Σ_t δ_t a_tᵀ, (n, g, q, p)."""
+        if not self.layer.indexed:
+            return torch.einsum("ntgq,ntgp->ngqp", delta, inputs.to(delta))
+        shape = (len(delta), self.layer.groups + 1, self.layer.rows)  # a padding row picks the last
+        total = torch.zeros(shape, dtype=delta.dtype, device=delta.device)
+        index = inputs[..., None].expand(-1, -1, self.layer.rows)
+        return total.scatter_add_(1, index, delta[:, :, 0])[:, : self.layer.groups]
+
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right.mT
+
+    def alone(self, rows: Tensor) -> Tensor:
+        return rows.square().sum(1)
+
+    def along(self, rows: Tensor, directions: Tensor) -> Tensor:
+        spans = [span for span in (self.weight, self.bias) if span is not None]
+        return _along_spans(rows, directions, spans)
+
+
+class _Rest(_Part):
+    """Gradients of the parameters that are in no layer, by the general way."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        self.width = self.products = sum(stop - start for start, stop in spans)
+
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right.mT
+
+    def alone(self, rows: Tensor) -> Tensor:
+        return rows.square().sum(1)
+
+    def along(self, rows: Tensor, directions: Tensor) -> Tensor:
+        return _along_spans(rows, directions, self.spans)
+
+
+def _along_spans(rows: Tensor, directions: Tensor, spans: Sequence[Span]) -> Tensor:
+    ends = list(accumulate((stop - start for start, stop in spans), initial=0))
+    parts = (
+        rows[:, low:high] @ directions[:, slice(*span)].mT
+        for span, (low, high) in zip(spans, pairwise(ends), strict=True)
+    )
+    return sum(parts, torch.zeros(len(rows), len(directions), dtype=rows.dtype, device=rows.device))
+
+
+def _step(nbytes: int) -> int:
+    """Samples at a time that take ``nbytes`` each."""
+    return max(1, BUDGET // max(1, nbytes))
+
+
+# -- all of θ --------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Spectral:
+    """An inverse V diag(w) Vᵀ + μI, at L values of λ.
+
+    Attributes
+    ----------
+    directions : Tensor
+        V as rows (R, P), float64.
+    weights : Tensor
+        w (L, R).
+    plain : Tensor
+        μ (L,).
+    """
+
+    directions: Tensor
+    weights: Tensor
+    plain: Tensor
+
+
+class Pairs:
+    """θ as parts of which pairs of samples are multiplied.
+
+    Parameters
+    ----------
+    problem : Problem
+        With a pairing.
+    directions : Tensor
+        V as rows (R, P); R may be 0.
+    dtype : torch.dtype, optional
+        Of rows; by default float64 where there are directions.
+    """
+
+    def __init__(self, problem: Problem, directions: Tensor, dtype: torch.dtype | None = None) -> None:
+        pairing, objective = problem.pairing, problem.objective
+        assert pairing is not None
+        self.rank = len(directions)
+        narrow = torch.promote_types(objective.dtype, torch.float32)
+        self.dtype = dtype or (torch.float64 if self.rank else narrow)
+        self.score_dtype = objective.dtype
+        self.directions = directions.to(objective.device, self.dtype)
+        self.layout = _trusted(objective, pairing)
+        spans = _spans(objective)
+        held = {name for layer in self.layout.layers for name in (layer.weight, layer.bias)}
+        self.rest = tuple(name for name in objective.names if name not in held)
+        positions = dict(pairing.layers)
+        layers = [_part(layer, positions[layer.path], spans) for layer in self.layout.layers]
+        self._layers: list[_LayerPart] = layers
+        self.parts: list[_Part] = [*layers]
+        if self.rest:
+            self.parts.append(_Rest([spans[name] for name in self.rest]))
+
+    @property
+    def size(self) -> Size:
+        """Of its rows."""
+        return Size(
+            self.rank + sum(part.width for part in self.parts),
+            self.rank + sum(part.products for part in self.parts),
+            self.dtype.itemsize,
+        )
+
+    @property
+    def written(self) -> int:
+        """Numbers that one projection of a sample makes on its way."""
+        return sum(part.written for part in self.parts)
+
+    # -- rows -------------------------------------------------------------------------
+    def rows(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
+        """⟨v_r, g_j⟩ and the numbers of every part, (n, W)."""
+        parts = self._held(problem, x, y)
+        projected = [self._along(parts)] if self.rank else []
+        return torch.cat([*projected, *parts], dim=1)
+
+    def projections(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
+        """⟨v_r, g_j⟩ alone, (n, R)."""
+        return self._along(self._held(problem, x, y))
+
+    def _along(self, parts: Sequence[Tensor]) -> Tensor:
+        along = (part.along(rows, self.directions) for part, rows in zip(self.parts, parts, strict=True))
+        return sum(along, self.directions.new_zeros(()))
+
+    def _held(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
+        """The numbers of every part."""
+        parts = self._captured(problem, x, y)
+        if self.rest:
+            own = Objective(problem.objective.module, problem.objective.loss, self.rest)
+            parts.append(sample_gradients(own, x, y, problem.forms).to(self.directions))
+        return parts
+
+    def _captured(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
+        held: list[list[Tensor]] = [[] for _ in self._layers]
+        if not self._layers:
+            return []
+        for captured in capture(problem, x, y, self.layout, _GRADIENT.columns):
+            for rows, part, seen in zip(held, self._layers, captured, strict=True):
+                if seen is None:
+                    raise DerivativeError(f"layer {part.layer.path} is called for some samples only")
+                rows.append(part.held(seen, self.directions))
+        return [torch.cat(rows) for rows in held]
+
+    def _split(self, rows: Tensor) -> Iterator[tuple[_Part, Tensor]]:
+        start = self.rank
+        for part in self.parts:
+            yield part, rows[:, start : start + part.width]
+            start += part.width
+
+    def weighted(self, rows: Tensor, form: Spectral) -> Tensor:
+        """What the test side of a score is: w ∘ projections and μ G, (n·L, W), the λ running fastest."""
+        copies = []
+        for weights, plain in zip(form.weights, form.plain.tolist(), strict=True):
+            projected = rows[:, : self.rank] * weights.to(rows)
+            scaled = [part.scaled(own, plain) for part, own in self._split(rows)]
+            copies.append(torch.cat([projected, *scaled], dim=1))
+        return torch.stack(copies, dim=1).flatten(0, 1)
+
+    # -- scores -----------------------------------------------------------------------
+    def scores(self, tests: Tensor, trains: Tensor) -> Tensor:
+        """Scores (N, n) of :meth:`weighted` rows (N, W) and rows (n, W)."""
+        total = tests[:, : self.rank] @ trains[:, : self.rank].mT
+        for (part, left), (_, right) in zip(self._split(tests), self._split(trains), strict=True):
+            total += part.inner(left, right)
+        return total.to(self.score_dtype)
+
+    def alone(self, rows: Tensor, form: Spectral) -> Tensor:
+        """Scores (L, n) of each of n samples on itself, from rows (n, W)."""
+        squares = rows[:, : self.rank].square()
+        plain = sum((part.alone(own) for part, own in self._split(rows)), rows.new_zeros(()))
+        total = form.weights.to(rows) @ squares.mT + form.plain.to(rows)[:, None] * plain
+        return total.to(self.score_dtype)
+
+
+def _spans(objective: Objective) -> dict[str, Span]:
+    """Where each parameter is in θ."""
+    ends = list(accumulate(objective.sizes, initial=0))
+    return dict(zip(objective.names, pairwise(ends), strict=True))
+
+
+def _trusted(objective: Objective, pairing: Pairing) -> Layout:
+    known = dict(pairing.layers)
+    return Layout(tuple(layer for layer in layout_of(objective).layers if layer.path in known), ())
+
+
+def _part(layer: Layer, positions: int, spans: dict[str, Span]) -> _LayerPart:
+    """The part of a layer that takes the fewest multiplications for a pair."""
+    weight = bias = None
+    if layer.weight is not None:
+        start = spans[layer.weight][0] + layer.key[1] * layer.columns
+        weight = start, start + layer.groups * layer.rows * layer.columns
+    if layer.bias is not None:
+        start = spans[layer.bias][0] + layer.bias_start
+        bias = start, start + layer.groups * layer.rows
+    if layer.indexed and positions**2 * (layer.rows + 1) <= layer.size:
+        return _Picked(layer, positions, weight, bias)
+    if layer.groups == 1 and positions**2 * (layer.rows + layer.width) <= layer.size:
+        return _Product(layer, positions, weight, bias)
+    return _Matrix(layer, weight, bias)
+
+
+# -- which layers may be taken so ------------------------------------------------------
+def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]:
+    """The problem with the layers whose pairs agree with the gradient on a few samples.
+
+    Returns
+    -------
+    Problem
+        Without a pairing where the model's layers cannot be watched, or none agrees.
+    dict
+        JSON-able: the layers taken, and why others are not.
+
+    Warns
+    -----
+    InfluenceWarning
+        A layer's parameters act otherwise than through its own kind of call; they are
+        differentiated by the general way.
+    """
+    objective = problem.objective
+    few = slice(CHECKED)
+    x, y = sliced(x, few), sliced(y, few)
+    layout = layout_of(objective)
+    try:
+        captured = next(capture(problem, x, y, layout, _GRADIENT.columns))
+    except Exception as error:  # noqa: BLE001 - the user's own code runs in here
+        return problem, {"layers": [], "reason": f"{type(error).__name__}: {error}"[:200]}
+    true = sample_gradients(objective, x, y, problem.forms).to(torch.float64)
+    tolerance = torch.finfo(objective.dtype).eps ** 0.5 * true.norm()
+    spans = _spans(objective)
+    agreeing: list[tuple[str, int]] = []
+    differing: list[tuple[str, int]] = []
+    for layer, seen in zip(layout.layers, captured, strict=True):
+        if seen is None:  # never called: its gradient is zero by the general way
+            continue
+        part = _Matrix(layer, *_whole(layer, spans))
+        expected = _gathered(true[: len(seen.inputs)], part)
+        agrees = (part.held(seen, true) - expected).norm() <= tolerance
+        (agreeing if agrees else differing).append((layer.path, seen.inputs.shape[1]))
+    if differing:
+        names = ", ".join(path for path, _ in differing)
+        warnings.warn(
+            InfluenceWarning(
+                f"the gradient of layer {names} is not the product of its inputs and output gradients, as where its "
+                "parameters are used in another way too; it is formed instead, which is slower and right"
+            ),
+            stacklevel=2,
+        )
+    report = {"layers": [path for path, _ in agreeing], "formed": [path for path, _ in differing]}
+    if not agreeing:
+        return problem, report
+    shapes = tuple(tuple(leaf.shape[1:]) for leaf in optree.tree_leaves(x))
+    return replace(problem, pairing=Pairing(tuple(agreeing), shapes)), report
+
+
+def _whole(layer: Layer, spans: dict[str, Span]) -> tuple[Span | None, Span | None]:
+    part = _part(layer, 1, spans)
+    return part.weight, part.bias
+
+
+def _gathered(gradients: Tensor, part: _LayerPart) -> Tensor:
+    spans = [span for span in (part.weight, part.bias) if span is not None]
+    return torch.cat([gradients[:, slice(*span)] for span in spans], dim=1)

@@ -1,0 +1,267 @@
+"""Products and projections of pairs of samples, against gradients formed one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dask_influence.core import directional, layers
+from dask_influence.core import pairs as module
+from dask_influence.core.forms import Forms
+from dask_influence.core.objective import Objective
+from dask_influence.core.pairs import Pairs, Spectral, paired
+from dask_influence.core.problem import Problem
+from dask_influence.errors import InfluenceWarning
+from tests import data, oracles
+
+SAME = 1e-12
+RANK = 4
+
+
+class Tokens(nn.Module):
+    """An embedding with a padding row, a norm, attention, and a scale that is in no layer."""
+
+    def __init__(self, vocabulary: int = 11) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, 4, padding_idx=2)
+        self.norm, self.attention = nn.LayerNorm(4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.scale, self.head = nn.Parameter(torch.ones(4)), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.table(x))
+        return self.head((hidden + self.attention(hidden, hidden, hidden)[0]).sum(1) * self.scale)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, one that is never called, and a bias without its weight in θ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.never = nn.Linear(5, 9), nn.Linear(9, 9), nn.Linear(2, 2)
+        self.head = nn.Linear(9, 3)
+        self.head.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.again(torch.tanh(self.again(torch.tanh(self.first(x)))))))
+
+
+class Astray(nn.Module):
+    """A weight that also acts outside of its layer's own call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x))) * self.first.weight.square().sum()
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 13), nn.Tanh(), nn.Linear(13, 2), nn.Tanh(), nn.Linear(2, 3))
+
+
+def images() -> nn.Module:
+    convolutions = nn.Conv1d(1, 4, 2), nn.Tanh(), nn.Conv1d(4, 6, 3, groups=2)
+    return nn.Sequential(nn.Unflatten(1, (1, 5)), *convolutions, nn.Flatten(), nn.Linear(12, 3))
+
+
+def positions() -> nn.Module:
+    """Two positions of a matrix so large that the pair is the smaller."""
+    return nn.Sequential(nn.Unflatten(1, (2, 5)), nn.Linear(5, 40), nn.Tanh(), nn.Flatten(), nn.Linear(80, 3))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]] = {
+    "wide": (wide, lambda seed, n: data.normal(seed, n, 5)),
+    "images": (images, lambda seed, n: data.normal(seed, n, 5)),
+    "positions": (positions, lambda seed, n: data.normal(seed, n, 10)),
+    "twice": (Twice, lambda seed, n: data.normal(seed, n, 5)),
+    "tokens": (Tokens, lambda seed, n: data.classes(seed, n * 3, 11).reshape(n, 3)),
+    "many tokens": (lambda: Tokens(300), lambda seed, n: data.classes(seed, n * 3, 9).reshape(n, 3)),
+}
+TAKEN = {
+    "wide": {"_Product"},
+    "images": {"_Product", "_Matrix"},
+    "positions": {"_Product"},
+    "twice": {"_Product", "_Matrix", "_Rest"},
+    "tokens": {"_Matrix", "_Product", "_Rest"},
+    "many tokens": {"_Picked", "_Matrix", "_Product", "_Rest"},
+}
+
+
+class Held:
+    """A model as a problem with its pairing, 17 training and 7 test samples and their dense gradients."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float64, **forms: str) -> None:
+        build, inputs = MODELS[name]
+        self.model = data.seeded(build).double()
+        self.train = inputs(301, 17), data.classes(302, 17, 3)
+        self.test = inputs(303, 7), data.classes(304, 7, 3)
+        objective = Objective.of(self.model, functional.cross_entropy, dtype=dtype)
+        cast = [(x.to(dtype) if x.is_floating_point() else x, y) for x, y in (self.train, self.test)]
+        self.cast_train, self.cast_test = cast
+        self.problem, self.report = paired(Problem(objective, Forms(**forms)), *cast[0])
+        size = objective.size
+        self.form = Spectral(
+            data.normal(305, RANK, size), data.normal(306, 2, RANK), torch.tensor([0.7, 3.0]).double()
+        )
+
+    def gradients(self, pair: data.Pair) -> Tensor:
+        return oracles.gradients(self.model, functional.cross_entropy, *pair)
+
+    def expected(self) -> Tensor:
+        """Dense scores of both λ, (L, N, n)."""
+        tests, trains, along = self.gradients(self.test), self.gradients(self.train), self.form.directions
+        return torch.stack(
+            [
+                (tests @ along.mT * weights) @ (trains @ along.mT).mT + plain * tests @ trains.mT
+                for weights, plain in zip(self.form.weights, self.form.plain, strict=True)
+            ]
+        )
+
+    def scores(self) -> Tensor:
+        pairs = Pairs(self.problem, self.form.directions)
+        tests = pairs.weighted(pairs.rows(self.problem, *self.cast_test), self.form)
+        found = pairs.scores(tests, pairs.rows(self.problem, *self.cast_train))
+        return found.reshape(len(self.test[1]), 2, -1).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_against_dense_gradients(name: str) -> None:
+    held = Held(name)
+    parts = Pairs(held.problem, held.form.directions).parts
+    assert {type(part).__name__ for part in parts} == TAKEN[name]
+    assert oracles.relative_error(held.scores(), held.expected()) <= SAME
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_sample_and_one_product_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(name)
+    monkeypatch.setattr(module, "BUDGET", 1)
+    assert oracles.relative_error(held.scores(), held.expected()) <= SAME
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_on_themselves(name: str) -> None:
+    held = Held(name)
+    pairs = Pairs(held.problem, held.form.directions)
+    gradients = held.gradients(held.train)
+    along = gradients @ held.form.directions.mT
+    expected = held.form.weights @ along.square().mT + held.form.plain[:, None] * gradients.square().sum(1)
+    actual = pairs.alone(pairs.rows(held.problem, *held.train), held.form)
+    assert oracles.relative_error(actual, expected) <= SAME
+
+
+@pytest.mark.parametrize("name", ["wide", "tokens"])
+def test_without_directions(name: str) -> None:
+    held = Held(name)
+    pairs = Pairs(held.problem, torch.empty(0, 0))
+    found = pairs.scores(pairs.rows(held.problem, *held.test), pairs.rows(held.problem, *held.train))
+    expected = held.gradients(held.test) @ held.gradients(held.train).mT
+    assert oracles.relative_error(found, expected) <= SAME
+
+
+@pytest.mark.parametrize("name", ["wide", "images", "many tokens"])
+def test_samples_one_at_a_time_where_the_model_needs_it(name: str) -> None:
+    held = Held(name, gradient="loop")
+    assert oracles.relative_error(held.scores(), held.expected()) <= SAME
+
+
+def test_what_projections_cancel_is_exact_in_single_precision() -> None:
+    """In the span of V a millionth of either part is left of a score."""
+    held = Held("wide", torch.float32)
+    gradients = held.gradients(held.train)
+    own = torch.linalg.qr(gradients.mT).Q.mT  # every gradient lies in its span
+    one = torch.ones(2, dtype=torch.float64)
+    held.form = Spectral(own, (1e-3 - 1e3) * one[:, None].expand(2, len(own)), 1e3 * one)
+    held.test, held.cast_test = held.train, held.cast_train
+    found = held.scores()
+    assert found.dtype == torch.float32
+    assert oracles.relative_error(found[0].double(), 1e-3 * gradients @ gradients.mT) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", MODELS)
+def test_directions_contracted_with_layers(name: str, dtype: torch.dtype) -> None:
+    held = Held(name, dtype)
+    along = held.form.directions.to(dtype)
+    contracted = Pairs(held.problem, along, dtype)
+    expected = held.gradients(held.train) @ held.form.directions.mT
+    for budget in (1, 2**20):
+        found = directional._by_layers(contracted, held.problem, *held.cast_train, along, budget)
+        assert found.dtype == dtype
+        assert oracles.relative_error(found.double(), expected) <= (SAME if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize(("width", "directions", "taken"), [(300, 20, True), (300, 2, False), (4, 20, False)])
+def test_directions_are_contracted_with_layers_where_it_is_cheaper(
+    width: int, directions: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = data.seeded(lambda: nn.Sequential(nn.Linear(50, width), nn.Tanh(), nn.Linear(width, 60)))
+    objective = Objective.of(model, functional.cross_entropy)
+    samples = data.normal(309, 500, 50).float(), data.classes(310, 500, 60)
+    problem, _ = paired(Problem(objective, Forms()), *samples)
+    calls = []
+    original = Pairs.projections
+    monkeypatch.setattr(Pairs, "projections", lambda *given: calls.append(1) or original(*given))
+    along = data.normal(311, directions, objective.size).float()
+    found = directional.directional_derivatives(problem, *samples, along)
+    assert bool(calls) is taken
+    plain = dataclasses.replace(problem, pairing=None)
+    expected = directional.directional_derivatives(plain, *samples, along)
+    assert oracles.relative_error(found.double(), expected.double()) <= 1e-5
+
+
+def test_half_precision() -> None:
+    held = Held("wide", torch.bfloat16)
+    found = held.scores()
+    assert found.dtype == torch.bfloat16
+    assert oracles.relative_error(found.double(), held.expected()) <= 5e-2
+
+
+def test_a_layer_used_in_another_way_too_is_formed_with_a_warning() -> None:
+    model = data.seeded(Astray).double()
+    objective = Objective.of(model, functional.cross_entropy)
+    train = data.normal(307, 9, 5), data.classes(308, 9, 3)
+    with pytest.warns(InfluenceWarning, match="layer first is not the product"):
+        problem, report = paired(Problem(objective, Forms()), *train)
+    assert report == {"layers": ["head"], "formed": ["first"]}
+    pairs = Pairs(problem, torch.empty(0, 0))
+    gradients = oracles.gradients(model, functional.cross_entropy, *train)
+    rows = pairs.rows(problem, *train)
+    assert oracles.relative_error(pairs.scores(rows, rows), gradients @ gradients.mT) <= SAME
+
+
+def test_a_kind_of_layer_that_reads_its_input_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is what stands between a wrong entry of ``layers.CALLS`` and a wrong score."""
+    wrong = layers.Call(
+        lambda input, weight, bias=None: 2 * input.reshape(-1, 1, input.shape[-1]), layers._trailing
+    )
+    monkeypatch.setitem(layers.CALLS, functional.linear, wrong)
+    with pytest.warns(InfluenceWarning, match="layer 0, 2, 4 is not the product"):
+        held = Held("wide")
+    assert held.problem.pairing is None
+
+
+def test_models_that_cannot_be_watched_have_no_pairing() -> None:
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+                raise RuntimeError("no transforms")
+            return super().forward(x)
+
+    objective = Objective.of(data.seeded(lambda: Broken(5, 3)).double(), functional.cross_entropy)
+    problem = Problem(objective, Forms(gradient="loop"))
+    train = data.normal(307, 9, 5), data.classes(308, 9, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, report = paired(Problem(objective, Forms()), *train)
+    assert found.pairing is None
+    assert "no transforms" in report["reason"]
+    assert problem.pairing is None

@@ -1,0 +1,164 @@
+"""The Hessian from the responses of layers, against dense oracles that know no layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from dask_influence.core import curvature, structured
+from dask_influence.core.curvature import matrix_sums
+from dask_influence.core.objective import Objective
+from dask_influence.core.problem import Problem, prepare
+from dask_influence.core.structured import hessian_sum
+from dask_influence.errors import InfluenceWarning
+from tests import data, oracles
+
+
+class Branches(nn.Module):
+    """Layers called in another order than they stand in θ, one of them beside the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first, self.beside = nn.Linear(4, 3), nn.Linear(5, 4), nn.Linear(5, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)) * self.beside(x).sin())
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + F.gelu(self.inner(x)))
+
+
+def frozen() -> nn.Module:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 3))
+    net[2].requires_grad_(False)
+    net[4].weight.requires_grad_(False)
+    return net
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 3))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "regression": lambda: nn.Linear(5, 3),
+    "perceptron": lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)),
+    "deep": deep,
+    "branches": Branches,
+    "residual": Residual,
+    "frozen": frozen,
+}
+
+
+def prepared(build: Callable[[], nn.Module], n: int = 7, names: Any = None) -> tuple[Problem, Tensor, Tensor]:
+    x, y = data.normal(1, n, 5), data.classes(2, n, 3)
+    problem, _ = prepare(Objective.of(data.seeded(build).double(), F.cross_entropy, names), x, y)
+    return problem, x, y
+
+
+@pytest.mark.parametrize("budget", [1, 2**27], ids=["sample by sample", "at once"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_dense_hessian(name: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "BUDGET", budget)
+    problem, x, y = prepared(MODELS[name])
+    expected = oracles.hessian(problem.objective.module, F.cross_entropy, x, y, problem.objective.names)
+    value = hessian_sum(problem, x, y)
+    assert value is not None
+    assert oracles.relative_error(value / len(x), expected) <= 1e-12
+    assert torch.equal(value, value.mT)
+
+
+@pytest.mark.parametrize("names", [["0.weight"], ["0.bias", "2.weight"], ["4.*"], ["2.bias", "4.bias"]])
+def test_of_a_subset_of_the_parameters(names: list[str]) -> None:
+    problem, x, y = prepared(deep, names=names)
+    expected = oracles.hessian(problem.objective.module, F.cross_entropy, x, y, problem.objective.names)
+    value = hessian_sum(problem, x, y)
+    assert value is not None
+    assert oracles.relative_error(value / len(x), expected) <= 1e-12
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
+
+
+class Tokens(nn.Module):
+    """A linear layer of several positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(1, 2), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(x.unsqueeze(-1))).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        tied,
+        Twice,
+        Tokens,
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)),
+        lambda: nn.Sequential(nn.PReLU(), nn.Linear(5, 3)),
+    ],
+    ids=["tied", "twice", "positions", "norm", "other parameters"],
+)
+def test_other_models_take_the_columns(build: Callable[[], nn.Module]) -> None:
+    problem, x, y = prepared(build)
+    assert hessian_sum(problem, x, y) is None
+    value = matrix_sums(problem, x, y, {}, "hessian").total["matrix"]
+    expected = oracles.hessian(problem.objective.module, F.cross_entropy, x, y)
+    assert oracles.relative_error(value / len(x), expected) <= 1e-9
+
+
+def test_curvature_takes_it_without_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, x, y = prepared(deep)
+    monkeypatch.setattr(curvature, "_matrix_of_products", None)
+    value = matrix_sums(problem, x, y, {}, "hessian").total["matrix"]
+    assert torch.equal(value, hessian_sum(problem, x, y))
+
+
+@pytest.mark.parametrize("wrong", ["value", "error"])
+def test_a_wrong_one_is_not_taken(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(*args: Any) -> Tensor | None:
+        if wrong == "error":
+            raise RuntimeError("no forward mode")
+        value = hessian_sum(*args)
+        assert value is not None
+        value[3, 3] *= 1.01
+        return value
+
+    problem, x, y = prepared(deep)
+    monkeypatch.setattr(curvature, "hessian_sum", spoiled)
+    with pytest.warns(InfluenceWarning, match="off by|raises RuntimeError"):
+        value = matrix_sums(problem, x, y, {}, "hessian").total["matrix"]
+    expected = oracles.hessian(problem.objective.module, F.cross_entropy, x, y)
+    assert oracles.relative_error(value / len(x), expected) <= 1e-9
+
+
+def test_a_loss_without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = data.normal(1, 6, 5), data.normal(2, 6, 2)
+    problem, _ = prepare(Objective.of(data.seeded(lambda: nn.Linear(5, 2)).double(), F.l1_loss), x, y)
+    monkeypatch.setattr(curvature, "_matrix_of_products", None)
+    assert not matrix_sums(problem, x, y, {}, "hessian").total["matrix"].any()

@@ -1,0 +1,44 @@
+"""What drives rounds: a fit that no worker could hold is refused before a task runs."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from dask_influence.core.estimators.base import Round
+from dask_influence.core.moments import Moments
+from dask_influence.errors import MemoryLimitError
+from dask_influence.execution.drive import Passes
+from dask_influence.execution.local import LocalExecutor
+from dask_influence.grid import Chunks
+
+
+class Small(LocalExecutor):
+    """One process of which a task may hold 1,000 bytes; counts the passes that it was asked for."""
+
+    passes = 0
+
+    @property
+    def memory_limit(self) -> int | None:
+        return 1_000
+
+    def reduce(self, *arguments: Any, **how: Any) -> Moments:
+        self.passes += 1
+        return Moments({}, 1)
+
+
+def never(*arguments: Any) -> Moments:
+    raise AssertionError("no chunk is summed here")
+
+
+@pytest.mark.parametrize(("result_bytes", "fits"), [(500, True), (501, False)])
+def test_sums_that_no_task_can_hold_are_refused(result_bytes: int, fits: bool) -> None:
+    executor = Small()
+    passes = Passes(executor, cast(Any, None), Chunks(7, 3))
+    if fits:
+        passes(Round(never, result_bytes=result_bytes))
+    else:
+        with pytest.raises(MemoryLimitError, match=r"1002 bytes.*1000 bytes.*ArnoldiInfluence"):
+            passes(Round(never, result_bytes=result_bytes))
+    assert executor.passes == fits
