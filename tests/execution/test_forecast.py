@@ -96,7 +96,14 @@ def test_a_sketch_that_fits_no_worker_is_refused_with_the_rank_that_would() -> N
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"workers": 0}, {"threads": 1.5}, {"memory": -1}, {"bandwidth": 0}, {"bandwidth": float("nan")}],
+    [
+        {"workers": 0},
+        {"threads": 1.5},
+        {"memory": -1},
+        {"memory": 10**40},
+        {"bandwidth": 0},
+        {"bandwidth": float("nan")},
+    ],
     ids=str,
 )
 def test_clusters_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
