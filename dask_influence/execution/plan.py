@@ -252,21 +252,22 @@ class Plan:
     def _paired_bytes(self, size: Size) -> int:
         """The same of pairs: weights, directions and a layer of them in order, rows of both sides, tiles."""
         work, numbers = self.work, size.numbers * size.itemsize
+        each = (
+            6 * work.activations * work.itemsize + 4 * numbers
+        )  # what layers see of a sample, and what is made of it
+        watching = min(sizes.BUDGET, min(self.batch, self.tile[1]) * each)
         held = work.parameters * (work.itemsize + 2 * 8 * self.directions)
         reading = 2 * self.tile[1] * work.sample_bytes
         if work.diagonal:
             return (
-                held
-                + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers)
-                + reading
-                + sizes.BUDGET
+                held + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers) + reading + watching
             )
         rows = self.query_rows * work.copies * numbers + 2 * self.tile[1] * numbers
         wide = (
             2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
         )  # a part of the product, and their sum
         tiles = 3 * work.copies * self.tile_bytes + wide
-        return held + rows + reading + tiles + 3 * self.part_bytes + sizes.BUDGET
+        return held + rows + reading + tiles + 3 * self.part_bytes + watching
 
     @property
     def part_bytes(self) -> int:
