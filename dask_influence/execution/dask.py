@@ -87,8 +87,8 @@ class DaskExecutor(Executor):
     def memory_limit(self) -> int | None:
         """Bytes one task may hold on the smallest worker, or None where workers have no limit.
 
-        A worker's own limit is shared by its threads, and a quarter is left to the
-        interpreter and its libraries.
+        A worker's own limit is shared by its threads, and some of it is left to the interpreter
+        and its libraries (:attr:`Cluster.memory_limit`).
         """
         return self.cluster.memory_limit
 
