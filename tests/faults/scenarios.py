@@ -468,6 +468,8 @@ class Scenario:
         What may be written meanwhile.
     on : str
         Where the store is: ``"folder"``, ``"disk"`` or ``"s3"``.
+    uses : str, optional
+        The cluster of the world that it needs.
     bounded : bool
         Whether each thread that is lost may cost one strip, and no more.
     """
@@ -476,6 +478,7 @@ class Scenario:
     count: int
     forms: tuple[str, ...] = FORMS
     on: str = "folder"
+    uses: str | None = None
     bounded: bool = False
 
     @property
@@ -495,38 +498,40 @@ class Scenario:
         return None
 
     def place(self, world: World) -> Location:
-        """Where it writes."""
+        """Where it writes; what it needs is there then."""
+        if self.uses is not None:
+            getattr(world, self.uses)
         if self.on == "s3":
             return world.s3.place(world.place().url.rpartition("/")[2])
         return world.place(world.disk.folder if self.on == "disk" else None)
 
 
 SCENARIOS = (
-    Scenario(worker_killed, 9, bounded=True),
-    Scenario(worker_killed_in_fit, 4),
-    Scenario(worker_of_four_threads_killed, 5, SCORED, bounded=True),
-    Scenario(threads_of_this_process_leave, 3, SCORED, bounded=True),
-    Scenario(worker_of_adaptive_cluster_killed, 3, SCORED, bounded=True),
-    Scenario(worker_lost_with_what_it_held, 4, bounded=True),
-    Scenario(worker_retired_and_another_late, 3, bounded=True),
-    Scenario(worker_frozen, 3, SCORED, bounded=True),
-    Scenario(all_workers_gone, 3, bounded=True),
+    Scenario(worker_killed, 9, bounded=True, uses="two"),
+    Scenario(worker_killed_in_fit, 4, uses="two"),
+    Scenario(worker_of_four_threads_killed, 5, SCORED, bounded=True, uses="four"),
+    Scenario(threads_of_this_process_leave, 3, SCORED, bounded=True, uses="inside"),
+    Scenario(worker_of_adaptive_cluster_killed, 3, SCORED, bounded=True, uses="adaptive"),
+    Scenario(worker_lost_with_what_it_held, 4, bounded=True, uses="bare"),
+    Scenario(worker_retired_and_another_late, 3, bounded=True, uses="bare"),
+    Scenario(worker_frozen, 3, SCORED, bounded=True, uses="bare"),
+    Scenario(all_workers_gone, 3, bounded=True, uses="bare"),
     Scenario(client_killed, 8, bounded=True),
-    Scenario(client_killed_twice, 4, bounded=True),
-    Scenario(client_of_cluster_killed, 5, bounded=True),
-    Scenario(client_and_worker_killed, 3, bounded=True),
-    Scenario(scheduler_killed, 4, bounded=True),
-    Scenario(two_clients, 5),
-    Scenario(worker_cut_off, 4, bounded=True),
-    Scenario(all_workers_cut_off, 2, bounded=True),
-    Scenario(client_cut_off, 3, bounded=True),
-    Scenario(disk_full_of_scores, 5, on="disk"),
-    Scenario(disk_full_of_artifacts, 3, on="disk"),
-    Scenario(s3_server_restarted, 3, on="s3"),
+    Scenario(client_killed_twice, 4, bounded=True, uses="two"),
+    Scenario(client_of_cluster_killed, 5, bounded=True, uses="two"),
+    Scenario(client_and_worker_killed, 3, bounded=True, uses="two"),
+    Scenario(scheduler_killed, 4, bounded=True, uses="two"),
+    Scenario(two_clients, 5, uses="two"),
+    Scenario(worker_cut_off, 4, bounded=True, uses="bare"),
+    Scenario(all_workers_cut_off, 2, bounded=True, uses="bare"),
+    Scenario(client_cut_off, 3, bounded=True, uses="bare"),
+    Scenario(disk_full_of_scores, 5, on="disk", uses="two"),
+    Scenario(disk_full_of_artifacts, 3, on="disk", uses="two"),
+    Scenario(s3_server_restarted, 3, on="s3", uses="two"),
     Scenario(s3_server_away, 3, on="s3"),
-    Scenario(damage_repaired, 5),
+    Scenario(damage_repaired, 5, uses="two"),
     Scenario(damage_withdrawn, 3),
-    Scenario(damage_in_a_run, 3, SCORED),
+    Scenario(damage_in_a_run, 3, SCORED, uses="two"),
     Scenario(ledger_truncated, 3, SCORED),
     Scenario(data_of_threads_away, 2, ("scores", "top", "groups")),
 )

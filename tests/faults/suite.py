@@ -122,9 +122,13 @@ def attempt(world: World, scenario: Scenario, form: str, tally: Tally) -> str:
     Raises
     ------
     Lost
-        It ended otherwise.
+        It ended otherwise, or could not begin.
     """
-    store, world.strikes, world.threads_lost = scenario.place(world), 0, 0
+    world.strikes = world.threads_lost = 0
+    try:
+        store = scenario.place(world)
+    except Exception as error:
+        raise Lost(f"what it needs could not be begun: {error}\n{traceback.format_exc()}") from error
     outcome = AT_ONCE
     try:
         try:
