@@ -578,7 +578,8 @@ def _factor_bytes(work: Work) -> int:
 
 def _bytes(name: str, value: object) -> int:
     try:
-        return check_integer(name, value, most=MOST_BYTES)
+        count = check_integer(name, value)
+        return count if count <= MOST_BYTES else check_integer(name, value, most=MOST_BYTES)
     except ConfigurationError as refusal:
         raise ConfigurationError(f"{refusal}; it counts bytes, such as {name}=2**30") from None
 
