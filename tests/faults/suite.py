@@ -211,7 +211,7 @@ def main(scenarios: int, seed: int, only: Sequence[str]) -> int:
     lacking = {scenario.name: why for scenario in asked if (why := scenario.lacking()) is not None}
     possible = [scenario for scenario in asked if scenario.name not in lacking]
     tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="dask-influence-faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dask-influence-faults-", ignore_cleanup_errors=True) as folder:
         world = World(Path(folder), seed)
         try:
             cards = deck(possible, world.random)
