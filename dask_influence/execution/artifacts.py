@@ -293,6 +293,15 @@ class _Cache:
             self._held.move_to_end(artifact.digest)
             return self._held[artifact.digest][1]
 
+    def clear(self) -> None:
+        with self._lock:
+            self._held.clear()
+
 
 _CACHE = _Cache(CACHE_BYTES)
 _PASSING = _Cache(0)
+
+
+def let_pass() -> None:
+    """Let go of what was loaded in passing: other work begins."""
+    _PASSING.clear()

@@ -214,7 +214,9 @@ class Arnoldi(Estimator):
     seed : int
         Of the random start block.
     block_size : int, optional
-        B, vectors multiplied in one pass; default about a third of the rank, from 2 to 16.
+        B, vectors multiplied in one pass; default about a fifth of the rank, from 2 to 16. Smaller
+        blocks take fewer products in all, in more passes: rank 20 of an MLP of 820,874 parameters
+        (64 samples, tol=1e-3) took 105 products in 29 passes by blocks of 4, 136 in 22 by blocks of 7.
     maxiter : int
         Passes after which the best pairs are taken, with a :class:`ConvergenceWarning`.
     """
@@ -230,6 +232,10 @@ class Arnoldi(Estimator):
     def directions(self, system: System) -> int | None:
         """R, unless the complement is kept."""
         return None if self.complement else self.rank
+
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """V and its images, float64."""
+        return 16 * self.rank * system.size
 
     def spectral(self, system: System) -> int | None:
         """R, where the complement is kept."""
@@ -267,7 +273,7 @@ class Arnoldi(Estimator):
 
     def fit(self, system: System) -> Generator[Round, Moments, LowRankInverse]:
         """Grow the basis B vectors a pass, restart when it is full, stop when R pairs have converged."""
-        block = min(self.block_size or max(2, min(16, -(-self.rank // 3))), system.size)
+        block = min(self.block_size or max(2, min(16, -(-self.rank // 5))), system.size)
         probe = min(max(block, 4), system.size)  # vectors that look for missed pairs
         limit = self.krylov_dimension or max(2 * self.rank + 2 * block, 20)
         limit = min(max(limit, self.rank + 2 * probe), system.size)
