@@ -90,6 +90,10 @@ bench-estimators: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## time every est
 	$(BIN)/python tests/benchmarks/estimators.py --pydvl-python $(PEERS)/bin/python \
 	    --kronfluence-python $(KRONFLUENCE)/bin/python
 
+.PHONY: bench-memory
+bench-memory: $(READY) ## peak memory of workers, client and scheduler against the plan (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/worker_memory.py
+
 .PHONY: accuracy
 accuracy: $(READY) ## compare scores on digits with the effect of training again (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/digits_accuracy.py

@@ -222,6 +222,13 @@ class Fitted:
             self.mixed.problem = with_mixed_form(self.problem, *sample)
         return self.mixed.problem
 
+    @property
+    def _inverse_bytes(self) -> int:
+        estimator, system = self.configuration.estimator, self.system
+        if isinstance(system, SweepSystem):
+            return estimator.inverse_bytes(system.systems[0], len(system.systems))
+        return estimator.inverse_bytes(system)
+
     def shipped(self, resources: Resources, executor: Executor, problem: Problem | None = None) -> Fit:
         """The fit in the form that tasks of ``executor`` can carry."""
         problem = self.problem if problem is None else problem
@@ -247,6 +254,7 @@ class Fitted:
             itemsize=self.score_dtype.itemsize,
             activations=self.problem.activations,
             sample_bytes=train.nbytes_per_sample,
+            inverse_bytes=self._inverse_bytes,
             regularizations=None if self.sweep is None else len(self.sweep),
         )
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+MOST_BYTES = 2**63 - 1
+"""What no number of bytes exceeds: sizes of files and of memory have 63 bits."""
+
 
 @dataclass(frozen=True)
 class Chunks:

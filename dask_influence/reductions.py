@@ -19,7 +19,7 @@ from dask_influence.errors import ConfigurationError, DataError
 from dask_influence.execution.reducer import Array, Part, Reducer, Reduction, Scores
 from dask_influence.execution.tree import Axis
 from dask_influence.scalars import check_integer
-from dask_influence.storage.results import ArrayTemplate
+from dask_influence.storage.results import ArrayTemplate, fill_of
 
 SIDES = ("helpful", "harmful")
 
@@ -48,7 +48,8 @@ class TopK(Reduction):
     Writes ``helpful_score`` and ``harmful_score`` (test, rank) and the ids of those training points,
     ``helpful_train`` and ``harmful_train`` (test, rank), rank 0 being the largest score, or the smallest.
     Of equal scores the one of the lower position comes first. Scores are listed whatever their
-    sign: with fewer than k positive ones, ``helpful`` ends with scores ≤ 0. With ``per="train"`` the
+    sign: with fewer than k positive ones, ``helpful`` ends with scores ≤ 0. Samples that are missing are in no
+    list; where fewer than k are left, lists end with NaN and the id −1, NaN or "". With ``per="train"`` the
     sides change: (train, rank), and ids of test points.
 
     Parameters
@@ -145,17 +146,18 @@ class _Top(Reducer):
             found[f"{side}_{self.listed}"] = ArrayTemplate(dims, shape, shape, self.id_dtype)
         return found
 
-    def partial(self, scores: Array, rows: range, columns: range, tables: Mapping[str, Array]) -> Part:
+    def partial(self, scores: Array, rows: Array, columns: Array, tables: Mapping[str, Array]) -> Part:
         if self.per == "train":
-            scores, first = scores.swapaxes(1, 2), rows.start
+            scores, listed = scores.swapaxes(1, 2), rows
         else:
-            first = columns.start
-        lists = np.ascontiguousarray(scores).reshape(-1, scores.shape[2])
+            listed = columns
+        shape = (*scores.shape[:2], min(self.k, scores.shape[2]))
+        lists = np.ascontiguousarray(scores).reshape(shape[0] * shape[1], scores.shape[2])
         part = {}
         for side, sign in zip(SIDES, (1, -1), strict=True):
             best, at = largest(lists if sign > 0 else -lists, self.k)
-            part[f"{side}_score"] = (sign * best).reshape(*scores.shape[:2], -1)
-            part[f"{side}_at"] = (at + first).reshape(*scores.shape[:2], -1)
+            part[f"{side}_score"] = (sign * best).reshape(shape)
+            part[f"{side}_at"] = listed[at].reshape(shape)
         return part
 
     def merge(self, first: Part, second: Part) -> Part:
@@ -175,9 +177,18 @@ class _Top(Reducer):
         found = {}
         for side in SIDES:
             at = part[f"{side}_at"]
-            found[f"{side}_score"] = part[f"{side}_score"]
-            found[f"{side}_{self.listed}"] = (at if ids is None else ids[at]).astype(self.id_dtype)
+            found[f"{side}_score"] = self._filled(part[f"{side}_score"], self.dtype)
+            named = (at if ids is None else ids[at]).astype(self.id_dtype)
+            found[f"{side}_{self.listed}"] = self._filled(named, self.id_dtype)
         return found
+
+    def _filled(self, lists: Array, dtype: np.dtype[Any]) -> Array:
+        """Lists of k, where so many samples are missing that there are fewer."""
+        lacking = self.k - lists.shape[2]
+        if not lacking:
+            return lists
+        nothing = np.full((*lists.shape[:2], lacking), fill_of(dtype), dtype=dtype)
+        return np.concatenate([lists, nothing], axis=2)
 
 
 def largest(scores: Array, k: int) -> tuple[Array, Array]:
@@ -341,13 +352,13 @@ class _Sums(Reducer):
         template = ArrayTemplate((rows[0], columns[0], *names), shape, shape, np.dtype(np.float64))
         return {"group_influence": template}
 
-    def partial(self, scores: Array, rows: range, columns: range, tables: Mapping[str, Array]) -> Part:
-        sums = scores.reshape(*scores.shape[:3], -1)  # (λ, rows, columns, F)
+    def partial(self, scores: Array, rows: Array, columns: Array, tables: Mapping[str, Array]) -> Part:
+        sums = scores.reshape(*scores.shape[:3], math.prod(self.features))  # (λ, rows, columns, F)
         if self.groups is not None:
-            sums = group_sums(sums, tables["train"][columns.start : columns.stop], self.groups)
+            sums = group_sums(sums, tables["train"][columns], self.groups)
         if self.test_groups is not None:
             sums = sums.swapaxes(1, 2)
-            sums = group_sums(sums, tables["test"][rows.start : rows.stop], self.test_groups)
+            sums = group_sums(sums, tables["test"][rows], self.test_groups)
         if self.axis is None:
             sums = sums.swapaxes(1, 2)[:, None]
         return {"sums": sums.reshape(*sums.shape[:-1], *self.features)}
@@ -436,7 +447,7 @@ class _Diagonal(Reducer):
     def arrays(self) -> dict[str, ArrayTemplate]:
         return {"self_influence": ArrayTemplate(("train",), (self.count,), (self.count,), self.dtype)}
 
-    def partial(self, scores: Array, rows: range, columns: range, tables: Mapping[str, Array]) -> Part:
+    def partial(self, scores: Array, rows: Array, columns: Array, tables: Mapping[str, Array]) -> Part:
         return {"self_influence": scores}
 
     def finish(self, part: Part, tables: Mapping[str, Array]) -> Part:

@@ -164,6 +164,7 @@ def score_run(
     digests = {"train": train.digest()} if test is None else {"test": test.digest(), "train": train.digest()}
     asked = {} if reduction is None else {"reduce": reduction.identity()}
     output = target.output(fitted, "scores", ids, digests, mode=mode.value, **asked)
+    output = dataclasses.replace(output, names=ids, solves=isinstance(test, Source))
     if isinstance(test, Source):
         fitted.check_query(test, "test")
     fitted.check_query(train, "train")
@@ -187,7 +188,8 @@ def score_run(
             progress=target.progress,
         )
 
-    return Run(target, output, fitted, fitted.problem_of(mode, train), plan, templates, score_names, write)
+    pieces = partial(score_names, solves=output.solves)
+    return Run(target, output, fitted, fitted.problem_of(mode, train), plan, templates, pieces, write)
 
 
 def score_plan(

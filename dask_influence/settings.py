@@ -14,6 +14,7 @@ import yaml
 from dask.utils import parse_bytes, parse_timedelta
 
 from dask_influence.errors import ConfigurationError
+from dask_influence.grid import MOST_BYTES
 
 DEFAULTS = Path(__file__).with_name("influence.yaml")
 
@@ -66,9 +67,9 @@ def nbytes(name: str) -> int | None:
         return None
     try:
         found = int(parse_bytes(value))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         found = 0
-    if found < 1:
+    if not 1 <= found <= MOST_BYTES:
         raise ConfigurationError(
             f"config influence.{name} must be a number of bytes, such as '64 MiB'; got {value!r}"
         )

@@ -491,6 +491,8 @@ LAYERS = {"first": ["0.*"], "last": ("2.weight", "2.bias")}
         (CgInfluence, "strict", "no", "'no'", False),
         (ArnoldiInfluence, "complement", "yes", "'yes'", True),
         (EkfacInfluence, "update_diagonal", 3, "3", False),
+        (EkfacInfluence, "seed", -1, "-1", 0),
+        (ArnoldiInfluence, "seed", -1, "-1", 2**64 - 1),
         (EkfacInfluence, "skip_unsupported", "no", "'no'", False),
     ],
 )
@@ -506,7 +508,7 @@ def test_arguments_of_the_wrong_kind(
     ("kind", "count"), [(NystroemPreconditioner, "rank"), (JacobiPreconditioner, "probes")]
 )
 def test_preconditioners_of_nothing(kind: Any, count: str) -> None:
-    for wrong in ({count: 0}, {count: "a"}, {count: True}, {"seed": "b"}, {"seed": 2**70}):
+    for wrong in ({count: 0}, {count: "a"}, {count: True}, {"seed": "b"}, {"seed": 2**70}, {"seed": -1}):
         with pytest.raises(ConfigurationError, match=rf"{next(iter(wrong))} of {kind.__name__}.*"):
             kind(**wrong)
     assert getattr(kind(**{count: np.int64(1)}), count) == 1

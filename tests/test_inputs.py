@@ -505,6 +505,9 @@ def test_bytes_are_integers(tmp_path: Path, argument: str) -> None:
     for value in (1e6, "1MiB", True, 0, -1):
         with pytest.raises(ConfigurationError, match=rf"{argument} must be an integer ≥ 1; got {value!r}"):
             fitted.influences_to_zarr(tmp_path / "run", case.test, case.train, **{argument: value})
+    with pytest.raises(ConfigurationError, match=rf"{argument} must be an integer from 1 to {2**63 - 1}"):
+        fitted.influences_to_zarr(tmp_path / "run", case.test, case.train, **{argument: 10**40})
+    assert not (tmp_path / "run").exists()
     scores = fitted.influences_to_zarr(tmp_path / "run", case.test, case.train, **{argument: np.int64(2**30)})
     assert oracles.relative_error(scores.influence.values, case.up(case.inverse)) <= EXACT
 

@@ -601,6 +601,39 @@ def test_damage_is_found_and_mended(
     assert verify(store).ok
 
 
+@pytest.mark.parametrize("name", ["strip-000001", "merge-000000-1-000000", "factors-000000"])
+@pytest.mark.parametrize("reduce", [TopK(3), GroupSum(CLASSES)], ids=repr)
+def test_lost_entries_are_found_and_mended(
+    tmp_path: Path,
+    query_blocks: int,
+    calls: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    reduce: Any,
+    name: str,
+) -> None:
+    """Of nodes below those that hold the result, and of factors that nobody needs any more."""
+    monkeypatch.setattr("dask_influence.execution.tree.FAN_IN", 4)
+    model, store = fitted(), tmp_path / "run"
+    expected = reduced(model, store, reduce, tile_bytes=SMALL // 4).load()
+    entry = store / "_run" / "ledger" / f"{name}.json"
+    assert name in plan.score_names(plan.Plan.from_json(json.loads((store / "_run/run.json").read_text())["plan"]),
+                                    solves=True)  # fmt: skip
+    entry.unlink()
+    before = contents(store)
+    found = verify(store)
+    assert [(one.key, one.piece, one.wrong) for one in found.damaged] == [
+        (f"_run/ledger/{name}.json", name, "is missing")
+    ]
+    calls.clear()
+    mended = reduced(model, store, reduce, tile_bytes=SMALL // 4, repair=True)
+    xr.testing.assert_equal(mended.load(), expected)
+    assert contents(store) == before
+    assert calls["_scored"] == name.startswith("strip")
+    assert verify(store).ok
+    assert entry.exists()
+    assert not (store / "_run" / "partials").exists() or not list((store / "_run" / "partials").iterdir())
+
+
 def test_a_merge_may_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that lost its answer runs it again, and the parts are gone by then."""
     node_task, again = reduce_tasks.reduce_node, []
@@ -695,7 +728,7 @@ def test_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     case, model = data.mlp_classification(), fitted()
     least = model.plan(case.test, case.train, reduce=TopK(3), memory_limit=2**20).peak_bytes
     with pytest.raises(MemoryLimitError, match=r"memory_limit"):
-        reduced(model, tmp_path / "run", TopK(3), memory_limit=least - 2**20)
+        reduced(model, tmp_path / "run", TopK(3), memory_limit=least // 2)
     assert not (tmp_path / "run").exists()
     reduced(model, tmp_path / "run", TopK(3), memory_limit=least + 2**20)
 

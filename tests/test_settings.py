@@ -87,6 +87,8 @@ def test_the_environment_overrides_a_default() -> None:
         ("window", True, settings.count),
         ("tile.target-bytes", "3 apples", settings.nbytes),
         ("tile.target-bytes", -1, settings.nbytes),
+        ("tile.target-bytes", 10**40, settings.nbytes),
+        ("tile.target-bytes", "1e400 B", settings.nbytes),
         ("status-interval", "soon", settings.seconds),
         ("status-interval", "-1 s", settings.seconds),
     ],

@@ -408,6 +408,24 @@ def test_a_call_whose_workers_are_gone_ends_and_is_resumed(tmp_path: Path) -> No
     assert shards(tmp_path / "run") == shards(tmp_path / "own")
 
 
+def test_a_scheduler_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a client whose network is gone, while its connections have not noticed."""
+    case = data.mlp_regression()
+    with (
+        LocalCluster(n_workers=1, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        fitted = direct(case, client)
+
+        def unreachable(*_: Any, **__: Any) -> None:
+            raise OSError("Timed out trying to connect")
+
+        monkeypatch.setattr(client, "nthreads", unreachable)
+        assert client.status == "running"
+        with pytest.raises(ClusterError, match=r"scheduler at .* is gone \(Timed out trying to connect\)"):
+            fitted.fit(case.train)
+
+
 def test_a_client_need_not_be_the_default_one(tmp_path: Path) -> None:
     case = data.mlp_regression()
     with (

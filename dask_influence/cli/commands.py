@@ -197,7 +197,7 @@ def _scheduler(given: Mapping[str, str | None]) -> Scheduler:
 def _nbytes(option: str, given: str | None) -> int | None:
     try:
         return None if given is None else int(parse_bytes(given))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigurationError(f"{option} must be a number of bytes, such as 8GiB; got {given!r}") from None
 
 

@@ -31,6 +31,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from dask_influence import models
 from dask_influence.cli.document import Document, JobError, Key, Secrets
 from dask_influence.core.curvature import PRODUCTS
+from dask_influence.grid import MOST_BYTES
 from dask_influence.influence import InfluenceFunctionModel
 
 HIDDEN = ("storage_options", "arguments")
@@ -64,7 +65,7 @@ def _bytes(given: Any) -> Any:
     if isinstance(given, str):
         try:
             return parse_bytes(given)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise PydanticCustomError("bytes", "must be a number of bytes, such as 64 MiB") from None
     return given
 
@@ -86,7 +87,7 @@ def _short(section: Any, name: str) -> BeforeValidator:
     )
 
 
-Bytes = Annotated[int, Field(gt=0), BeforeValidator(_bytes, json_schema_input_type=int | str)]
+Bytes = Annotated[int, Field(gt=0, le=MOST_BYTES), BeforeValidator(_bytes, json_schema_input_type=int | str)]
 Reference = Annotated[str, AfterValidator(_reference)]
 Options = Annotated[dict[str, Any], Field(default_factory=dict, repr=False)]
 Arrays = Union[str, dict[str, str]]  # noqa: UP007 - pydantic names its members

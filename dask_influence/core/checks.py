@@ -23,8 +23,8 @@ from dask_influence.errors import ConfigurationError, DataError, LossError, Samp
 _BATCH = 64
 """Samples that the loss is checked on."""
 
-SEEDS = (-(2**63), 2**64 - 1)
-"""The least and the largest seed that torch takes."""
+SEEDS = (0, 2**64 - 1)
+"""The least and the largest seed; torch takes negative ones too, each for another name of a large one."""
 
 _ALONE = 3
 """Samples that are also run through the model one at a time."""

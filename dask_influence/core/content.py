@@ -46,6 +46,20 @@ def contents(module: nn.Module, loss: Any) -> dict[str, str]:
     return dict([*_parts("model", module, weights=False), *_parts("loss", loss, weights=True)])
 
 
+def octets(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Its bytes, in the order of its entries; a copy only where it is not laid out so.
+
+    Examples
+    --------
+    >>> octets(torch.tensor([[1, 256]], dtype=torch.int16))
+    array([1, 0, 0, 1], dtype=uint8)
+    """
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if len(flat) == 1:  # contiguous at any stride, but not for this view
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy()
+
+
 @dataclass(frozen=True)
 class Content:
     """What a model and its loss compute, but for what calling them changes.
@@ -163,9 +177,9 @@ class _Reader:
     def _read_kind(self, value: Any) -> None:
         match value:
             case Tensor() if torch._C._functorch.is_functorch_wrapped_tensor(value):
-                self._say("transformed")  # remembered of a call under vmap; it has no values any more
+                self._say("left by a derivative")  # a call kept what it computed; its values are gone
             case Tensor():
-                self._array(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+                self._array(octets(value), value)
             case np.ndarray() if not value.dtype.hasobject:
                 self._array(np.ascontiguousarray(value), value)
             case Mapping():

@@ -19,16 +19,16 @@ from dask_influence.core.chain import Chain
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem
+from dask_influence.core.sizes import (
+    BUDGET,
+    FORWARD_PER_DIRECTION,
+    GRADIENT,
+    PRODUCT_PER_DIRECTION,
+    gradients_are_cheaper,
+    gradients_at_once,
+)
 
-BUDGET = 128 * 2**20
-"""Bytes that one call may keep alive beside its result, unless the caller says otherwise."""
-
-# Costs in nanoseconds per (sample × parameter), measured on one core; only their ratio
-# matters. A direction pushed forward costs two products with the weights; a gradient
-# costs its backward pass and, above all, being written and read again.
-_FORWARD_PER_DIRECTION = 0.12
-_GRADIENT = 2.5
-_PRODUCT_PER_DIRECTION = 0.04
+# Further costs, in the unit of those of ``sizes``.
 _CAPTURED = 1.0  # the backward pass of a gradient, of which only what layers see is written
 _CAPTURE = 1e7  # of a call: the model is traced, and watched
 _WRITTEN = 2.0  # of a number that a contraction writes and reads again
@@ -46,7 +46,7 @@ def directional_derivatives(
     layers = _layers_if_cheaper(problem, x, directions)
     if layers is not None:
         return _by_layers(layers, problem, x, y, directions, budget)
-    if _gradients_are_cheaper(len(directions)):
+    if gradients_are_cheaper(len(directions)):
         return _by_gradients(problem, x, y, directions, budget)
     return _by_blocks(forms.directional_derivatives, problem, x, y, directions, budget)
 
@@ -68,11 +68,6 @@ def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
     return forms.sample_gradients(problem.objective, x, y, problem.forms)
 
 
-def _gradients_are_cheaper(directions: int) -> bool:
-    forward = directions * _FORWARD_PER_DIRECTION
-    return forward > _GRADIENT + directions * _PRODUCT_PER_DIRECTION
-
-
 def _by_blocks(
     derivatives: Callable[..., Tensor], problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int
 ) -> Tensor:
@@ -85,8 +80,8 @@ def _by_blocks(
 def _layers_if_cheaper(problem: Problem, x: Tree, directions: Tensor) -> Pairs | None:
     """θ in layers, where they hold less of a sample than a gradient and contracting is the cheapest."""
     count, parameters, samples = len(directions), problem.objective.size, leading_size(x)
-    others = min(_FORWARD_PER_DIRECTION * count, _GRADIENT + _PRODUCT_PER_DIRECTION * count)
-    saved = others - _CAPTURED - _PRODUCT_PER_DIRECTION * count
+    others = min(FORWARD_PER_DIRECTION * count, GRADIENT + PRODUCT_PER_DIRECTION * count)
+    saved = others - _CAPTURED - PRODUCT_PER_DIRECTION * count
     if problem.pairing is None or not problem.pairing.fits(x) or saved * samples * parameters <= _CAPTURE:
         return None
     layers = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
@@ -106,11 +101,12 @@ def _by_layers(layers: Pairs, problem: Problem, x: Tree, y: Tree, directions: Te
 
 def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
     """Form gradients of a few samples at a time, in memory that is reused, and multiply."""
-    count, itemsize = leading_size(y), problem.objective.dtype.itemsize
-    step = max(1, int(budget // (2 * itemsize * problem.objective.size)))
+    count = leading_size(y)
+    step = gradients_at_once(problem.objective.size, problem.objective.dtype.itemsize, budget)
     result = torch.empty(count, len(directions), dtype=directions.dtype, device=directions.device)
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = gradients(problem, sliced(x, part), sliced(y, part))
         torch.matmul(rows, directions.mT, out=result[part])
+        del rows  # before the next ones are formed
     return result

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from dask_influence.core.capture import Captured, capture
-from dask_influence.core.directional import BUDGET
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.objective import Tree
 from dask_influence.core.predictive import Expectation
 from dask_influence.core.problem import Problem
+from dask_influence.core.sizes import BUDGET
 
 MATRIX_SHARE = 4
 """Of several positions or groups a layer's G is held, if it is at most so many times as large as a and δ."""

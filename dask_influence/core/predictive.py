@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
+from dask_influence.core.content import octets
 from dask_influence.core.families import Likelihood, recognise
 from dask_influence.core.objective import leading_size, sliced
 from dask_influence.core.outputs import Outputs
@@ -182,7 +183,7 @@ class Expectation:
         for j in range(leading_size(outputs.y)):
             digest = hashlib.blake2b(str(self.seed).encode(), digest_size=8)
             for leaf in leaves:
-                digest.update(leaf[j].reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(octets(leaf[j]).tobytes())
             seed = int.from_bytes(digest.digest(), "little") >> 1  # torch takes 63 bits
             generators.append(torch.Generator().manual_seed(seed))
         return generators

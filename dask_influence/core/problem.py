@@ -13,6 +13,7 @@ from dask_influence.core.checks import check_loss, is_mean
 from dask_influence.core.derivatives import choose_forms, differentiation
 from dask_influence.core.forms import Forms, sample_gradients
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
+from dask_influence.core.sizes import bytes_of_a_vector
 from dask_influence.errors import DataError, DerivativeError, LossError
 
 
@@ -70,8 +71,8 @@ class Problem:
         A derivative of first or second order keeps about six arrays as large as the
         activations, and one perturbed copy of θ, for each vector.
         """
-        itemsize = self.objective.dtype.itemsize
-        per_vector = 6 * itemsize * (samples * self.activations + self.objective.size)
+        size, itemsize = self.objective.size, self.objective.dtype.itemsize
+        per_vector = bytes_of_a_vector(samples, self.activations, size, itemsize)
         return max(1, int(budget // max(1, per_vector)))
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import google_crc32c
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dask_influence.core.content import octets
 from dask_influence.errors import ConfigurationError, CorruptStoreError, MissingObjectError
 from dask_influence.storage.stores import Location, store_errors
 
@@ -233,7 +233,7 @@ def _signature(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name in sorted(tensors):
         value = tensors[name]
         crc = google_crc32c.extend(crc, f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        content = value.reshape(-1).view(torch.uint8).numpy()
+        content = octets(value)
         content.flags.writeable = False  # what the extension asks for
         crc = google_crc32c.extend(crc, content)
     return {_CHECKSUM: f"{crc:08x}"}
@@ -293,6 +293,15 @@ class _Cache:
             self._held.move_to_end(artifact.digest)
             return self._held[artifact.digest][1]
 
+    def clear(self) -> None:
+        with self._lock:
+            self._held.clear()
+
 
 _CACHE = _Cache(CACHE_BYTES)
 _PASSING = _Cache(0)
+
+
+def let_pass() -> None:
+    """Let go of what was loaded in passing: other work begins."""
+    _PASSING.clear()

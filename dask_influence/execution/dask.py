@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
@@ -87,15 +87,15 @@ class DaskExecutor(Executor):
     def memory_limit(self) -> int | None:
         """Bytes one task may hold on the smallest worker, or None where workers have no limit.
 
-        A worker's own limit is shared by its threads, and a quarter is left to the
-        interpreter and its libraries.
+        A worker's own limit is shared by its threads, and some of it is left to the interpreter
+        and its libraries (:attr:`Cluster.memory_limit`).
         """
         return self.cluster.memory_limit
 
     @property
     def cluster(self) -> Cluster:
         """The workers, each taken to be as the smallest one."""
-        with self._connected():
+        with self._connected(), self._reaching():
             workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
         threads = min((worker["nthreads"] for worker in workers), default=1)
         memory = [worker["memory_limit"] * threads // worker["nthreads"] for worker in workers]
@@ -174,7 +174,7 @@ class DaskExecutor(Executor):
                 assert report is not None
                 report(done, len(calls))
             (_,) = self._completed(self._each([total]))
-            answer = _result(total)
+            answer = self._result(total)
         if isinstance(answer, Moments):
             return answer
         artifact, count = answer
@@ -207,7 +207,7 @@ class DaskExecutor(Executor):
                         lost(call)
                         submit(1)
                         continue
-                    result = _result(future)
+                    result = self._result(future)
                     future.release()
                     submit(1)
                     yield result
@@ -239,7 +239,7 @@ class DaskExecutor(Executor):
             if now < looked + interval:
                 continue
             looked = now
-            if self.client.nthreads():
+            if self._nthreads():
                 seen = now
             elif now > seen + patience:
                 raise ClusterError(
@@ -264,12 +264,39 @@ class DaskExecutor(Executor):
         except (OSError, TimeoutError) as error:
             if self.client.status == "running" and not isinstance(error, CommClosedError):
                 raise
+            raise self._gone(error) from error
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Name a scheduler that cannot be reached; for what asks it alone, and raises nothing of a user's."""
+        try:
+            yield
+        except (OSError, TimeoutError) as error:
+            raise self._gone(error) from error
+
+    def _gone(self, error: BaseException) -> ClusterError:
+        return ClusterError(f"the scheduler at {self.client} is gone ({error}); start it and call again")
+
+    def _nthreads(self) -> Mapping[str, int]:
+        """Threads of each worker."""
+        with self._reaching():
+            return self.client.nthreads()
+
+    def _result(self, future: Any) -> Any:
+        """Of a future that is done."""
+        if future.status == "finished":  # what it raises now comes from fetching it
+            with self._reaching():
+                return future.result()
+        try:
+            return future.result()
+        except KilledWorker as error:
             raise ClusterError(
-                f"the scheduler at {self.client} is gone ({error}); start it and call again"
+                f"workers died while running {error.task}: {error}; "
+                "look at their logs, and give them more memory or smaller tiles (tile_bytes=)"
             ) from error
 
     def _window(self) -> int:
-        threads = self.client.nthreads()
+        threads = self._nthreads()
         return settings.count("window") * max(1, sum(threads.values()))
 
     # -- checks before anything runs --------------------------------------------------
@@ -296,7 +323,7 @@ class DaskExecutor(Executor):
         """Addresses of the workers, of which there is at least one; an adaptive cluster of none starts one."""
         patience = settings.seconds("wait-for-workers")
         with self._connected():
-            workers = frozenset(self.client.nthreads())
+            workers = frozenset(self._nthreads())
             if workers:
                 return workers
             asked = self.client.submit(versions, pure=False)  # workers are started for work alone
@@ -309,14 +336,15 @@ class DaskExecutor(Executor):
                 ) from error
             finally:
                 asked.release()
-            return frozenset(self.client.nthreads())
+            return frozenset(self._nthreads())
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """Answers of all workers but those that die meanwhile."""
         self._workers()
         try:
             with self._connected():
-                answers = self.client.run(function, *arguments, on_error="return")
+                with self._reaching():
+                    answers = self.client.run(function, *arguments, on_error="return")
                 for answer in answers.values():
                     if isinstance(answer, Exception) and not isinstance(answer, CommClosedError):
                         raise answer
@@ -350,16 +378,6 @@ class DaskExecutor(Executor):
 def versions() -> dict[str, str]:
     """What client and workers must agree on."""
     return {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)}
-
-
-def _result(future: Any) -> Any:
-    try:
-        return future.result()
-    except KilledWorker as error:
-        raise ClusterError(
-            f"workers died while running {error.task}: {error}; "
-            "look at their logs, and give them more memory or smaller tiles (tile_bytes=)"
-        ) from error
 
 
 def _killed_its_worker(future: Any) -> bool:

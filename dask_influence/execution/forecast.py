@@ -17,8 +17,12 @@ from dask_influence.core.estimators.base import Inverse, without_rounds
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
-from dask_influence.execution.plan import Plan, format_bytes, format_seconds, training_seconds
+from dask_influence.execution.plan import PROCESS_BYTES, Plan, format_bytes, format_seconds, training_seconds
+from dask_influence.grid import MOST_BYTES
 from dask_influence.scalars import check_integer, check_number
+
+PAUSE = 0.8
+"""Share of its memory at which Dask gives a worker no more tasks (``distributed.worker.memory.pause``)."""
 
 TASKS_PER_SECOND = 350.0
 """What one scheduler hands out: measured with empty tasks on a two-core machine."""
@@ -93,7 +97,7 @@ class Cluster:
         check_integer("workers", self.workers)
         check_integer("threads_per_worker", self.threads)
         if self.memory is not None:
-            check_integer("worker_memory", self.memory)
+            check_integer("worker_memory", self.memory, most=MOST_BYTES)
         if self.bandwidth is not None:
             check_number("bandwidth", self.bandwidth)
         if self.bandwidth is not None and not 0 < self.bandwidth < float("inf"):
@@ -108,8 +112,10 @@ class Cluster:
 
     @property
     def memory_limit(self) -> int | None:
-        """Bytes that one task may hold: a quarter is left to the interpreter and its libraries."""
-        return None if self.memory is None else int(0.75 * self.memory / self.threads)
+        """Bytes that one task may hold: what a worker's process leaves of the memory at which Dask pauses it."""
+        if self.memory is None:
+            return None
+        return max(1, int((PAUSE * self.memory - PROCESS_BYTES) / self.threads))
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,11 @@ class Forecast(Plan):
         return [
             *super().table()[:-1],
             ("workers", f"{cluster.workers:,} of {cluster.threads:,} threads{held}"),
+            (
+                "peak bytes per worker",
+                f"{format_bytes(self.worker_bytes(cluster.threads))}, "
+                f"{format_bytes(PROCESS_BYTES)} of them interpreter and libraries",
+            ),
             ("bytes through the store", format_bytes(self.moved_bytes)),
             ("tasks", f"{self.tasks:,}, {format_seconds(limits['scheduler'])} of the scheduler's time"),
             ("estimated time", format_seconds(self.run_seconds) + by_passes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from dask_influence.storage.results import described
 from dask_influence.storage.stores import Location
 
 CHOICES = ("raise", "warn")
+
+Missing = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Position, id and reason of samples, by side."""
 
 
 class MissingSamples:
@@ -44,6 +47,11 @@ class MissingSamples:
         """What ledger entries say is missing from them, by their name."""
         for name, ones in missing.items():
             self.add(_side(name), {one["sample"]: one["reason"] for one in ones})
+
+    def add_recorded(self, recorded: Missing) -> None:
+        """What the record of the run says is missing."""
+        for side, ones in recorded.items():
+            self.add(side, {one["sample"]: one["reason"] for one in ones})
 
     def positions(self, side: str) -> tuple[int, ...]:
         """Positions of the missing samples of one side."""
@@ -76,8 +84,8 @@ class MissingSamples:
         if missing:
             raise PoisonedSamplesError(
                 f"{location.url} was written without {described(missing)}. Everything else is there, and what "
-                "belongs to these samples is NaN: leave them out or mend them, take the store as it is with "
-                'on_missing="warn", or try them again with repair=True',
+                "belongs to these samples is NaN, or left out of a reduction: leave them out or mend them, take "
+                'the store as it is with on_missing="warn", or try them again with repair=True',
                 missing,
             )
 
@@ -88,17 +96,29 @@ def check_on_missing(value: object) -> None:
         raise ConfigurationError(f'on_missing must be "raise" or "warn"; got {value!r}')
 
 
-def forget_missing(ledger: Ledger, plan: Plan, standing: Standing) -> Standing:
-    """Forget the pieces that lack samples, so that these are tried again; what is left."""
+def forget_missing(ledger: Ledger, plan: Plan, standing: Standing, recorded: Missing) -> Standing:
+    """Forget the pieces that lack samples, so that these are tried again; what is left.
+
+    Those are in their entries, and in the run's record, ``recorded``, where an entry is lost.
+    """
     without = set(standing.missing)
-    tests = [one["sample"] for name in without if _side(name) == "test" for one in standing.missing[name]]
-    for index in range(plan.strips if tests else 0):
+    lacking = {side: {one["sample"] for one in recorded.get(side, ())} for side in ("test", "train")}
+    for name, ones in standing.missing.items():
+        lacking[_side(name)].update(one["sample"] for one in ones)
+    for index in range(plan.strips if any(lacking.values()) else 0):
         strip = plan.strip(index)
-        if strip.name in standing.done and any(test in strip.rows for test in tests):
+        if _any_in(lacking["test"], strip.rows) or _any_in(lacking["train"], strip.columns):
             without.add(strip.name)
-    for name in without:
+    # what joined them goes first: while it is there, it stands for parts that are gone
+    above = [] if plan.work.kept is None else plan.tree.above(without)
+    gone = [name for name in [*above, *without] if name in standing.done]
+    for name in gone:
         ledger.forget(name)
-    return standing.without(without)
+    return standing.without(gone)
+
+
+def _any_in(samples: Iterable[int], among: range) -> bool:
+    return any(sample in among for sample in samples)
 
 
 def _side(name: str) -> str:

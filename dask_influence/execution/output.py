@@ -59,18 +59,24 @@ class Output:
         Provenance, readable by people.
     ids : dict
         Coordinates by dimension name.
+    names : dict
+        Ids of samples by side, of dimensions too that the result has not.
+    solves : bool
+        Whether the run solves factors, rather than read them from another store.
     """
 
     location: Location
     fingerprint: dict[str, Any]
     attributes: dict[str, Any]
     ids: dict[str, np.ndarray[Any, Any]]
+    names: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    solves: bool = True
     ledger: Ledger = field(init=False)
     missing: MissingSamples = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ledger", Ledger(self.location))
-        object.__setattr__(self, "missing", MissingSamples(self.ids))
+        object.__setattr__(self, "missing", MissingSamples({**self.ids, **self.names}))
 
     @property
     def artifacts(self) -> Location:
@@ -117,7 +123,13 @@ class Output:
                     stored = self.ledger.read_begun() or stored
                 standing = self.ledger.standing(templates)
                 if repair is not None:
-                    standing = forget_missing(self.ledger, begun, standing)
+                    recorded, stored = stored.get("missing", {}), {**stored, "missing": {}}
+                    self.ledger.write_run(stored)  # first: a reduction believes it
+                    standing = forget_missing(self.ledger, begun, standing, recorded)
+                elif (
+                    begun.work.kept is not None
+                ):  # entries that are lost may be made again with these samples
+                    self.missing.add_recorded(stored.get("missing", {}))
                 self.missing.add_entries(standing.missing)
                 complete = stored["state"] in FINAL and pieces(begun) <= standing.done
                 if not complete:  # also where it was: readers are to be warned until it is again
@@ -127,7 +139,8 @@ class Output:
         self.location.check_writable()
         # Whoever left the state "created" may be dead or at work. Writing the same objects once more is right
         # in both cases, and no tile is written before the state is "running".
-        run = {"fingerprint": self.fingerprint, "plan": plan.to_json(), **_recorded(empty)}
+        asked = {"fingerprint": self.fingerprint, "plan": plan.to_json(), "solves": self.solves}
+        run = {**asked, **_recorded(empty)}
         self.ledger.write_run({**run, "state": "created"})
         for key, data in empty.items():
             self.location.put(key, data)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dask_influence.core.content import octets
 from dask_influence.core.estimators import INVERSES, Inverse
 from dask_influence.core.objective import Objective
 from dask_influence.errors import CorruptStoreError, StoreError, StoreMismatchError
@@ -107,4 +107,4 @@ def update_digest(digest: hashlib.blake2b, tensors: Iterable[tuple[str, Tensor]]
     """Add names, types, shapes and content of ``tensors`` to ``digest``."""
     for name, value in tensors:
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(octets(value).data)

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dask_influence.core import sizes
 from dask_influence.core.sizes import Size
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.tree import Tree, strip_name
 from dask_influence.execution.work import Kept, Work
-from dask_influence.grid import Chunks, balanced
+from dask_influence.grid import MOST_BYTES, Chunks, balanced
 from dask_influence.scalars import check_integer
 
 DIRECTION_BYTES = 512 * 2**20
@@ -34,8 +35,8 @@ SMALLEST_TILE = 2**18
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
 STRIP_SECONDS = 2.0
-PRIMITIVE_BYTES = 128 * 2**20
-"""What one call of the hot primitive keeps alive (``core.directional.BUDGET``)."""
+PROCESS_BYTES = 480 * 2**20
+"""What a worker takes before it has done anything: interpreter, torch, Dask, Zarr (CPU build of torch 2.13, Linux)."""
 
 # One core, nanoseconds: a training sample costs its gradient and its directions, a score its
 # product and its write. They only set how coarse strips are and the estimate shown to people.
@@ -185,43 +186,88 @@ class Plan:
         return self.tile[0] * self.tile[1] * self.work.width * self.work.itemsize
 
     @property
-    def peak_bytes(self) -> int:
-        """Bytes that one strip holds at once, beside the interpreter and its libraries."""
-        work, directions = self.work, self.directions
-        if work.paired is not None:
-            return self._paired_bytes(work.paired)
-        held = directions * work.parameters * work.itemsize  # directions
-        held += work.parameters * work.itemsize  # weights
-        if work.rank is not None:
-            held += self.query_rows * work.copies * work.rank * work.itemsize  # coefficients
-            held += 8 * work.rank * work.parameters  # the inverse's own directions
-        derivatives = 2 * self.tile[1] * directions * work.width * work.itemsize  # parts, and then joined
-        reading = 2 * self.tile[1] * work.sample_bytes
+    def resident_bytes(self) -> int:
+        """Bytes that a process keeps from task to task: weights, published and in its module, and the inverse."""
+        work = self.work
+        directions = 0 if work.rank is None else 8 * work.rank * work.parameters
+        return 2 * work.parameters * work.itemsize + max(work.inverse_bytes, directions)
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of the test side of one query block, which the tasks of a process share."""
+        work = self.work
         if work.diagonal:
-            return self.factor_bytes + reading + PRIMITIVE_BYTES
+            return 0
+        rows = min(self.query_rows, work.tests) * work.copies
+        coefficients = 0 if work.rank is None else rows * work.rank * work.itemsize
+        return self.directions * work.parameters * work.itemsize + coefficients
+
+    @property
+    def strip_bytes(self) -> int:
+        """Bytes of one strip's own work, beside what its process keeps and shares."""
+        work, directions = self.work, self.directions
+        if work.diagonal:
+            return self.solving_bytes
+        columns, samples = self.tile[1], min(self.batch, self.tile[1])
+        derivatives = columns * directions * work.width * work.itemsize
+        of_call = (samples, work.activations, work.parameters, work.itemsize, directions)
+        differentiating = 2 * samples * work.sample_bytes + sizes.working_bytes(
+            *of_call, features=work.width if work.features else None
+        )
+        joining = derivatives if columns > samples else 0
         # the tile, its bytes on their way through the codecs, and the product that made it; of a reduction the
         # tile, its copy in another order, and the product
-        tiles = 3 * work.copies * self.tile_bytes
-        return held + derivatives + reading + tiles + 3 * self.part_bytes + PRIMITIVE_BYTES
+        writing = 3 * work.copies * self.tile_bytes + 3 * self.part_bytes
+        return derivatives + max(differentiating, joining, writing)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes that one strip holds at once, beside the interpreter and its libraries."""
+        if self.work.paired is not None:
+            return self._paired_bytes(self.work.paired)
+        return self.resident_bytes + self.query_bytes + max(self.strip_bytes, self._chunk_bytes)
+
+    @property
+    def _chunk_bytes(self) -> int:
+        """Factors of one factor task, from which a query is put together."""
+        work = self.work
+        width = work.parameters if work.rank is None else work.rank
+        return self.factor_rows * work.copies * width * work.itemsize
+
+    @property
+    def task_bytes(self) -> int:
+        """Bytes that one task holds at once, of a strip or of factors."""
+        return max(self.peak_bytes, self.factor_bytes)
+
+    def worker_bytes(self, threads: int = 1) -> int:
+        """Peak resident bytes of a worker that runs ``threads`` tasks at once, its interpreter and libraries included.
+
+        Interpreter and libraries are taken as ``PROCESS_BYTES``.
+        """
+        if self.work.paired is not None:
+            return PROCESS_BYTES + threads * self.task_bytes
+        strips = self.query_bytes + threads * self.strip_bytes
+        return PROCESS_BYTES + self.resident_bytes + max(strips, threads * self.solving_bytes)
 
     def _paired_bytes(self, size: Size) -> int:
         """The same of pairs: weights, directions and a layer of them in order, rows of both sides, tiles."""
         work, numbers = self.work, size.numbers * size.itemsize
+        each = (
+            6 * work.activations * work.itemsize + 4 * numbers
+        )  # what layers see of a sample, and what is made of it
+        watching = min(sizes.BUDGET, min(self.batch, self.tile[1]) * each)
         held = work.parameters * (work.itemsize + 2 * 8 * self.directions)
         reading = 2 * self.tile[1] * work.sample_bytes
         if work.diagonal:
             return (
-                held
-                + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers)
-                + reading
-                + PRIMITIVE_BYTES
+                held + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers) + reading + watching
             )
         rows = self.query_rows * work.copies * numbers + 2 * self.tile[1] * numbers
         wide = (
             2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
         )  # a part of the product, and their sum
         tiles = 3 * work.copies * self.tile_bytes + wide
-        return held + rows + reading + tiles + 3 * self.part_bytes + PRIMITIVE_BYTES
+        return held + rows + reading + tiles + 3 * self.part_bytes + watching
 
     @property
     def part_bytes(self) -> int:
@@ -237,9 +283,14 @@ class Plan:
         return -(-work.copies * work.kept.nbytes * min(extent, total) // total)
 
     @property
-    def factor_bytes(self) -> int:
-        """Bytes that one factor task holds at once: gradients, factors, residuals in float64."""
+    def solving_bytes(self) -> int:
+        """Bytes of one factor task's own work: gradients, factors, residuals in float64."""
         return self.factor_rows * _factor_bytes(self.work)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes that one factor task holds at once, beside the interpreter and its libraries."""
+        return self.resident_bytes + self.solving_bytes
 
     @property
     def derivative_seconds(self) -> float:
@@ -303,7 +354,7 @@ class Plan:
         """
         if memory_limit is not None:
             memory_limit = _bytes("memory_limit", memory_limit)
-        needed = max(self.peak_bytes, self.factor_bytes)
+        needed = self.task_bytes
         if memory_limit is not None and needed > memory_limit:
             raise MemoryLimitError(
                 f"a task needs {format_bytes(needed)} ({needed} bytes) but memory_limit allows "
@@ -313,15 +364,18 @@ class Plan:
 
     def _nearest(self, memory_limit: int) -> str:
         floor = arrange(self.work, tile_bytes=SMALLEST_TILE, memory_limit=memory_limit)
-        if max(floor.peak_bytes, floor.factor_bytes) <= memory_limit:
+        if floor.task_bytes <= memory_limit:
             return f"tile_bytes={floor.tile_bytes} fits ({format_bytes(floor.peak_bytes)})"
-        least = max(floor.peak_bytes, floor.factor_bytes)
+        least = floor.task_bytes
         advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
         work = self.work
         if work.rank is not None and floor.directions == work.rank:
-            each = work.parameters * (work.itemsize + 8)
-            fitting = max(0, (memory_limit - floor.peak_bytes + work.rank * each) // each)
-            if max(fitting * each, floor.factor_bytes) < memory_limit and fitting > 0:
+            own = max(
+                8 * work.parameters, work.inverse_bytes // work.rank
+            )  # of the inverse, and of the query
+            shares = ((floor.peak_bytes, own + work.parameters * work.itemsize), (floor.factor_bytes, own))
+            fitting = min((memory_limit - total) // each + work.rank for total, each in shares)
+            if fitting > 0:
                 advice += f", or rank={fitting} instead of {work.rank}"
         return advice
 
@@ -355,7 +409,7 @@ class Plan:
             ),
             *self._factors_text(),
             ("passes over training data", f"{self.passes:,}"),
-            ("peak bytes per task", format_bytes(max(self.peak_bytes, self.factor_bytes))),
+            ("peak bytes per task", format_bytes(self.task_bytes)),
             ("estimated time", f"{format_seconds(self.seconds)} on one core"),
         ]
 
@@ -393,12 +447,16 @@ RESIDUAL = "residual"
 """Ledger entry of the residuals of all factors."""
 
 
-def score_names(plan: Plan) -> set[str]:
-    """Ledger entries that make a run of scores complete: strips, or of a reduction the last node of each cell."""
-    if plan.work.kept is None:
-        return {RESIDUAL, *(plan.strip(index).name for index in range(plan.strips))}
-    residual = set() if plan.work.diagonal else {RESIDUAL}
-    return {*residual, *(plan.tree.name(root) for root in plan.tree.roots())}
+def score_names(plan: Plan, *, solves: bool) -> set[str]:
+    """Ledger entries that make a run of scores complete, one that ``solves`` its factors or one that was given them."""
+    names = {plan.strip(index).name for index in range(plan.strips)}
+    if plan.work.kept is not None:
+        names |= {
+            plan.tree.name(node) for root in plan.tree.roots() for node in (root, *plan.tree.below(root))
+        }
+    if plan.work.diagonal:
+        return names
+    return names | (factor_names(plan) if solves else {RESIDUAL})
 
 
 def factor_names(plan: Plan) -> set[str]:
@@ -414,7 +472,9 @@ def factor_name(index: int) -> str:
 def expected_pieces(run: Mapping[str, Any]) -> set[str]:
     """Ledger entries that make the run with this record complete."""
     plan = Plan.from_json(run["plan"])
-    return factor_names(plan) if run["fingerprint"].get("kind") == "factors" else score_names(plan)
+    if run["fingerprint"].get("kind") == "factors":
+        return factor_names(plan)
+    return score_names(plan, solves=run.get("solves", False))
 
 
 def arrange(
@@ -518,14 +578,15 @@ def _factor_bytes(work: Work) -> int:
 
 def _bytes(name: str, value: object) -> int:
     try:
-        return check_integer(name, value)
+        count = check_integer(name, value)
+        return count if count <= MOST_BYTES else check_integer(name, value, most=MOST_BYTES)
     except ConfigurationError as refusal:
         raise ConfigurationError(f"{refusal}; it counts bytes, such as {name}=2**30") from None
 
 
 def _batch(work: Work) -> int:
     """Samples per derivative call: enough to feed the matrix products, few enough to bound memory."""
-    return int(min(1024, max(16, PRIMITIVE_BYTES // (24 * work.activations * work.itemsize))))
+    return int(min(1024, max(16, sizes.BUDGET // (24 * work.activations * work.itemsize))))
 
 
 def _strip_columns(plan: Plan) -> int:

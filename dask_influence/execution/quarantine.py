@@ -25,11 +25,13 @@ from typing import Any
 import cloudpickle
 
 from dask_influence.errors import ClusterError
-from dask_influence.execution import tasks
+from dask_influence.execution import reduce_tasks, tasks
 from dask_influence.execution.base import Sealed
 from dask_influence.execution.blame import MOST_POISON
 from dask_influence.execution.shipping import Held
 from dask_influence.execution.tasks import Missing
+from dask_influence.execution.tree import Node
+from dask_influence.storage.results import ShardRecord
 
 
 def isolated_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
@@ -38,6 +40,14 @@ def isolated_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
     return _isolated(
         tasks.score_strip, tasks.probe_column, run.plan.strip(index).columns, job, (scoring, index)
     )
+
+
+def isolated_node(job: Sealed, reducing: Sealed, node: Node, parts: Sequence[ShardRecord]) -> Any:
+    """:func:`reduce_tasks.reduce_node` in a child process, without the training samples that crash it."""
+    plan = reducing.open().scoring.plan
+    samples = range(0) if node.level else plan.strip(plan.tree.strip(node)).columns
+    rest = (reducing, node, parts)
+    return _isolated(reduce_tasks.reduce_node, reduce_tasks.probe_node, samples, job, rest)
 
 
 def isolated_factors(job: Sealed, start: int, stop: int, *rest: Any) -> Any:

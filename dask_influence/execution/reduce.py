@@ -1,22 +1,22 @@
 """A run that keeps a reduction: strips and merges as their parts become ready, then the metadata.
 
 Merges run while strips do, so few parts wait at a time. A resume asks each cell for its last node and
-descends only where something is missing: what a merge took up is not made again.
+descends only where something is missing: what a merge took up is not made again. Entries that are lost below a
+node that is done are written again, a strip's by its task, which knows what it is missing.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from dask_influence.errors import DataError
-from dask_influence.execution import tasks
+from dask_influence.execution import quarantine, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
 from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.missing import MissingSamples
 from dask_influence.execution.output import Output
 from dask_influence.execution.plan import Plan
 from dask_influence.execution.progress import Report, reporting
@@ -26,15 +26,16 @@ from dask_influence.execution.reduce_tasks import (
     Table,
     entry_of,
     part_of,
+    partial_of,
     products,
     reduce_node,
 )
 from dask_influence.execution.reducer import Array, Reducer, Reduction, Scores
-from dask_influence.execution.run import Fit, residual_template, solve_factors, swept_dims
+from dask_influence.execution.run import Fit, residual_template, solve_factors, surviving, swept_dims
 from dask_influence.execution.stored import StoredFactors, import_factors
 from dask_influence.execution.tree import Node, Tree
 from dask_influence.execution.work import Kept
-from dask_influence.storage.results import ArrayTemplate, ShardRecord, described
+from dask_influence.storage.results import ArrayTemplate, ShardRecord
 from dask_influence.storage.sources import Source
 
 
@@ -98,14 +99,22 @@ class Schedule:
         All nodes.
     held : mapping of str to ShardRecord or None
         By ledger entry: parts that are there, None for arrays that are written.
+    recorded : collection of str
+        All ledger entries, also those whose part was taken up.
+
+    Attributes
+    ----------
+    lost : list of Node
+        Merges below a node that is done, of which the entry is not there.
     """
 
-    def __init__(self, tree: Tree, held: Mapping[str, ShardRecord | None]) -> None:
-        self._tree = tree
+    def __init__(self, tree: Tree, held: Mapping[str, ShardRecord | None], recorded: Collection[str]) -> None:
+        self._tree, self.lost = tree, list[Node]()
         self._parts: dict[Node, ShardRecord | None] = {}
         self._strips: deque[Node] = deque()
         self._ready: deque[Node] = deque()
         self._waiting: dict[Node, int] = {}  # of merges, parts that are not there
+        self._recorded = recorded
         for root in tree.roots():
             self._descend(root, held)
         self.left = len(self._strips)
@@ -115,6 +124,9 @@ class Schedule:
         name = self._tree.name(node)
         if name in held:
             self._parts[node] = held[name]
+            lost = [below for below in self._tree.below(node) if self._tree.name(below) not in self._recorded]
+            self._strips += [below for below in lost if below.level == 0]
+            self.lost += [below for below in lost if below.level]
             return True
         children = self._tree.children(node)
         lacking = sum(not self._descend(child, held) for child in children)
@@ -141,8 +153,10 @@ class Schedule:
         self.left -= node.level == 0
         if part is None:  # the last of its cell
             return
-        self._parts[node] = part
         parent = self._tree.parent(node)
+        if parent not in self._waiting:  # it is done: the entry alone was lost
+            return
+        self._parts[node] = part
         self._waiting[parent] -= 1
         if not self._waiting[parent]:
             del self._waiting[parent]
@@ -152,11 +166,12 @@ class Schedule:
 def _held(output: Output, plan: Plan) -> dict[str, ShardRecord | None]:
     """Nodes that the ledger lists and whose part, if they left one, is there in its length."""
     sizes = dict(output.location.sizes(PARTIALS))  # few: a merge takes parts away
+    roots = {plan.tree.name(root) for root in plan.tree.roots()}
     found = {}
     for prefix in ("strip-", "merge-"):
         for name, entry in output.ledger.stream(prefix):
             part = part_of(entry)
-            if part is None or sizes.get(part.key) == part.nbytes:
+            if name in roots if part is None else sizes.get(part.key) == part.nbytes:
                 found[name] = part
     return found
 
@@ -178,11 +193,14 @@ def write_reduced(
     """Factors, strips, merges and metadata into a prepared store; what the ledger lists is not done again."""
     with reporting(progress) as report:
         factors = _factors(executor, fit, test, output, plan, project, report)
-        _refuse_missing("test", output.missing.as_json())
-        schedule = Schedule(plan.tree, _held(output, plan))
+        schedule = Schedule(plan.tree, _held(output, plan), output.ledger.done())
+        for node in schedule.lost:
+            merged = [plan.tree.name(child) for child in plan.tree.children(node)]
+            output.ledger.record(plan.tree.name(node), {"merged": merged})
         if schedule:
             solver = fit.solver if project or plan.work.diagonal else None
-            scoring = tasks.Scoring(plan, factors, solver, perturbation, output.location)
+            lacking = output.missing.positions("test")
+            scoring = tasks.Scoring(plan, factors, solver, perturbation, output.location, lacking)
             artifacts = Artifacts(output.artifacts)
             tables = {name: Table.publish(artifacts, array) for name, array in reduced.tables.items()}
             source = executor.reachable(train, plan.tile[1])
@@ -192,17 +210,12 @@ def write_reduced(
                 tasks.Job(fit.model, source, "train", fit.threads),
                 Reducing(scoring, reduced.reducer, tables),
                 schedule,
+                output.missing,
                 report,
             )
             run.solve_diagonal() if plan.work.diagonal and fit.inverse.needs_rounds else run.map()
     output.location.delete(PARTIALS)  # left by whoever was killed between an entry and its tidying up
     output.complete()
-
-
-def _refuse_missing(argument: str, missing: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Refuse samples without results, which a reduction would mix into what it keeps of the others."""
-    if any(missing.values()):
-        raise DataError(f"{argument}: a reduction needs every sample; {described(missing)}. Leave them out")
 
 
 def _factors(
@@ -230,6 +243,7 @@ class _Run:
     job: tasks.Job
     reducing: Reducing
     schedule: Schedule
+    missing: MissingSamples
     report: Report
 
     @property
@@ -245,7 +259,8 @@ class _Run:
         self._tell()
         while self.schedule:  # more than once: the last strips of a map make merges ready
             calls = ((job, reducing, node, parts) for node, parts in self.schedule.ready())
-            for node, part in self.executor.map(reduce_node, calls):
+            for node, part, bad in surviving(self.executor, reduce_node, quarantine.isolated_node, calls):
+                self.missing.add("train", bad)
                 self.schedule.finished(node, part)
                 self._tell()
 
@@ -257,11 +272,14 @@ class _Run:
         for node, _ in self.schedule.ready():
             strip = plan.strip(plan.tree.strip(node))
             call = (job, strip.columns.start, strip.columns.stop, plan.batch, scratch)
-            ((_, gradients, missing),) = self.executor.map(tasks.gradient_task, [call])
-            _refuse_missing("train", {"train": tasks.listed(missing, {j: j for j in missing})})
+            ((_, gradients, bad),) = surviving(
+                self.executor, tasks.gradient_task, quarantine.isolated_gradients, [call]
+            )
+            self.missing.add("train", bad)
+            lacking = {"test": (), "train": tuple(bad)}
             scores = self._self_scores(gradients)
-            part = self.reducing.reducer.partial(scores, strip.rows, strip.columns, {})
-            self.schedule.finished(node, self.reducing.emit(node, part, entry_of(strip)))
+            part = partial_of(self.reducing.reducer, scores, strip.rows, strip.columns, lacking, {})
+            self.schedule.finished(node, self.reducing.emit(node, part, entry_of(strip, bad)))
             scratch.delete(gradients.key)
             self._tell()
 

@@ -65,8 +65,11 @@ class Reducer(ABC):
         """What is written, at one λ; tiles are cut later."""
 
     @abstractmethod
-    def partial(self, scores: Array, rows: range, columns: range, tables: Mapping[str, Array]) -> Part:
-        """What is kept of ``scores`` (λ, rows, columns, *features) of those points; (λ, columns) of a diagonal."""
+    def partial(self, scores: Array, rows: Array, columns: Array, tables: Mapping[str, Array]) -> Part:
+        """What is kept of ``scores`` (λ, rows, columns, *features) of points at those positions.
+
+        Of a diagonal they are (λ, columns). Points on the side that is not kept may be few, or none.
+        """
 
     def merge(self, first: Part, second: Part) -> Part:
         """One part of two for the same kept points; the other points of ``second`` come after those of ``first``."""

@@ -29,7 +29,7 @@ from dask_influence.core.objective import Objective, Tree
 from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem, check_gradients, check_losses
 from dask_influence.errors import DataError
-from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.artifacts import Artifact, Artifacts, let_pass
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.blame import INNOCENT, MOST_POISON, to_blame, told
 from dask_influence.execution.ledger import Ledger
@@ -358,7 +358,8 @@ class Query:
         if missing is not None:
             rows = rows.clone()
             rows[missing] = 0.0
-        if not rows.isfinite().all():  # not the training samples' fault
+        # not the training samples' fault; one pass without a temporary, unless it overflows
+        if not (rows.sum().isfinite() or rows.isfinite().all()):
             raise DataError("factors hold NaN or inf; compute them again")
         own = None if inverse is None else inverse.directions
         if inverse is not None and own is None:
@@ -482,6 +483,7 @@ class Scoring:
 
     def _query(self, rows: range, problem: Problem) -> Query:
         """From the chunks of factors that hold them, each read once and copied into place."""
+        let_pass()
         inverse = None if self.inverse is None else self.inverse.inverse()
         chunks, copies = self.plan.factor_chunks, self.plan.work.copies
         held: Tensor | None = None

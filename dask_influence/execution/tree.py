@@ -8,7 +8,7 @@ and with it every bit of a sum, depends on the plan alone, and few parts exist a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,6 +99,30 @@ class Tree:
     def parent(self, node: Node) -> Node:
         """The node that joins ``node`` with its neighbours."""
         return Node(node.cell, node.level + 1, node.index // FAN_IN)
+
+    def below(self, node: Node) -> Iterator[Node]:
+        """All nodes that ``node`` joins, directly or not."""
+        for child in self.children(node):
+            yield child
+            yield from self.below(child)
+
+    def above(self, names: Collection[str]) -> list[str]:
+        """Names of the nodes that join, directly or not, one of those named; roots come first.
+
+        >>> Tree(blocks=2, runs=17, axis="test").above(["strip-000033"])
+        ['merge-000001-2-000000', 'merge-000001-1-000001']
+        """
+        found = []
+
+        def touched(node: Node) -> bool:
+            own = [touched(child) for child in self.children(node)]
+            if any(own):
+                found.append(self.name(node))
+            return any(own) or self.name(node) in names
+
+        for root in self.roots():
+            touched(root)
+        return found[::-1]
 
     def strip(self, leaf: Node) -> int:
         """Index of the strip at a leaf."""

@@ -55,6 +55,8 @@ class Work:
         L, where scores are asked for at several λ; None is the one of the model.
     kept : Kept, optional
         What a reduction leaves of the scores; None keeps them all.
+    inverse_bytes : int
+        Of the tensors of the inverse, which a process keeps once it has solved with them.
     paired : Size, optional
         What pairs of samples take, where they are scored without factors; R are the projections then.
     """
@@ -69,6 +71,7 @@ class Work:
     sample_bytes: int
     regularizations: int | None = None
     kept: Kept | None = None
+    inverse_bytes: int = 0
     paired: Size | None = None
 
     @property

@@ -218,7 +218,7 @@ def create_array(group: zarr.Group, name: str, template: ArrayTemplate) -> zarr.
         chunks=inner,
         shards=None if inner == template.tile else template.tile,
         dtype=template.dtype,
-        fill_value=_fill(template.dtype),
+        fill_value=fill_of(template.dtype),
         compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
         dimension_names=template.dims,
         attributes=dict(template.attrs),
@@ -257,7 +257,8 @@ def _divisors(number: int) -> list[int]:
     return small + [number // d for d in small]
 
 
-def _fill(dtype: np.dtype[Any]) -> Any:
+def fill_of(dtype: np.dtype[Any]) -> Any:
+    """What stands where nothing is: NaN, −1, an empty text, or 0."""
     return {"f": math.nan, "i": -1, "T": ""}.get(dtype.kind, dtype.type(0))
 
 
@@ -452,7 +453,8 @@ def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None
     state = run.get("state")
     if state == "incomplete":
         warnings.warn(
-            f"{location.url} lacks {described(run.get('missing', {}))}; what belongs to them reads as NaN",
+            f"{location.url} lacks {described(run.get('missing', {}))}; what belongs to them reads as NaN, or is "
+            "left out of a reduction",
             InfluenceWarning,
             stacklevel=2,
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dask_influence import DirectInfluence, GradientDotInfluence
-from dask_influence.core.content import Content, contents
+from dask_influence.core.content import Content, contents, octets
 from dask_influence.errors import StoreMismatchError
 
 WEIGHTS = torch.ones(3)
@@ -181,3 +181,10 @@ def test_no_stale_sum_store_or_save_is_taken(tmp_path: Path, name: str) -> None:
         DirectInfluence.load(tmp_path / "saved", Net(9.0), other)
     with pytest.raises(StoreMismatchError, match=r"model\.bound"):
         DirectInfluence.load(tmp_path / "saved", Net(8.0), LOSSES[name](False))
+
+
+def test_bytes_of_one_entry_whatever_its_stride() -> None:
+    one = torch.arange(10.0)[::5][1:]
+    assert one.stride() == (5,)
+    assert octets(one).tobytes() == torch.tensor([5.0]).numpy().tobytes()
+    assert octets(torch.ones(3, 2).mT).tobytes() == torch.ones(6).numpy().tobytes()

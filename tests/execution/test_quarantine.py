@@ -13,6 +13,7 @@ import dask
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 import zarr
 from distributed import Client, LocalCluster
 from torch import nn
@@ -21,6 +22,7 @@ from dask_influence import (
     CgInfluence,
     DirectInfluence,
     EkfacInfluence,
+    GroupSum,
     SelfInfluence,
     TopK,
     open_influences,
@@ -265,17 +267,121 @@ def test_in_memory_scores_still_need_every_sample(client: Client) -> None:
             infl.fit(problem("train", {})[1]).influences(*test, *train)
 
 
-@pytest.mark.parametrize("kind", [DirectInfluence, CgInfluence])
+# -- reductions -----------------------------------------------------------------------------------
+LABELS, QUERY_LABELS = np.arange(M) % 3, np.array(["a", "b"])[np.arange(N) % 2]
+REDUCTIONS = {
+    "best of each test point": TopK(3),
+    "best of each training point": TopK(3, per="train"),
+    "sums over training points": GroupSum(LABELS),
+    "sums over test points": GroupSum(test_labels=QUERY_LABELS),
+    "sums over both": GroupSum(LABELS, test_labels=QUERY_LABELS),
+}
+
+
+def reduction_of(
+    reduce: Any, scores: np.ndarray, tests: list[int], trains: list[int]
+) -> dict[str, np.ndarray]:
+    """``reduce`` of scores (N, M) without some test and training points; NaN where those are kept."""
+    held = np.delete(np.delete(scores, tests, axis=0), trains, axis=1)
+    queries, images = np.delete(np.arange(N), tests), np.delete(np.arange(M), trains)
+    if isinstance(reduce, TopK):
+        listed = (images, queries)[reduce.per == "train"]
+        lists, kept, total = (held.T, images, M) if reduce.per == "train" else (held, queries, N)
+        found = {}
+        for side, sign in (("helpful", -1), ("harmful", 1)):
+            order = np.argsort(sign * lists, axis=1, kind="stable")[:, : reduce.k]
+            scored, named = np.full((total, reduce.k), np.nan), np.full((total, reduce.k), -1)
+            scored[kept], named[kept] = np.take_along_axis(lists, order, axis=1), listed[order]
+            found |= {
+                f"{side}_score": scored,
+                f"{side}_{'test' if reduce.per == 'train' else 'train'}": named,
+            }
+        return found
+    sums, labels = np.full((N, M), np.nan), reduce._labels
+    sums[np.ix_(queries, images)] = held
+    for axis, side in ((1, "train"), (0, "test")):
+        if side not in labels:
+            continue
+        keep = (queries, images)[axis]
+        groups = [keep[labels[side][keep] == label] for label in np.unique(labels[side])]
+        sums = np.stack([sums.take(group, axis=axis).sum(axis=axis) for group in groups], axis=axis)
+    return {"group_influence": sums}
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS.values(), ids=REDUCTIONS)
 @pytest.mark.parametrize("side", ["test", "train"])
-def test_reductions_need_every_sample(tmp_path: Path, side: str, kind: Any) -> None:
+def test_reductions_leave_missing_samples_out(tmp_path: Path, side: str, reduce: Any) -> None:
+    infl = model(module=Moody())
+    scores = infl.influences_to_zarr(tmp_path / "full", *problem(side, {}), tile_bytes=TILE).influence.values
+    bad = {66: MARK, 70: STRANGE}
+    test, train = stored(tmp_path, problem(side, bad))
+    call = {"reduce": reduce, "tile_bytes": TILE}
+    told = rf"{side} sample 66.*not finite.*{side} sample 70.*raises KeyError"
+    with pytest.raises(PoisonedSamplesError, match=told) as caught:
+        infl.influences_to_zarr(tmp_path / "run", test, train, **call)
+    assert [one["sample"] for one in caught.value.missing[side]] == [66, 70]
+    with pytest.warns(InfluenceWarning, match=told):
+        found = open_influences(tmp_path / "run").load()
+    sides = {"test": ([66, 70], []), "train": ([], [66, 70])}[side]
+    for name, expected in reduction_of(reduce, scores, *sides).items():
+        np.testing.assert_allclose(found[name].values, expected, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert verify(tmp_path / "run")
+    with pytest.warns(InfluenceWarning, match=told):  # told again, nothing done again
+        infl.influences_to_zarr(tmp_path / "run", test, train, on_missing="warn", **call)
+
+
+@pytest.mark.parametrize("kind", [DirectInfluence, CgInfluence])
+def test_self_influence_leaves_missing_samples_out(tmp_path: Path, kind: Any) -> None:
     infl = model(module=Moody(), kind=kind)
-    test, train = problem(side, {66: MARK})
-    with pytest.raises(DataError, match=rf"{side}.*\b66\b.*not finite"):
-        infl.influences_to_zarr(tmp_path / "run", test, train, reduce=TopK(3))
-    with pytest.raises(DataError, match=r"train.*\b66\b.*not finite"):
-        infl.influences_to_zarr(
-            tmp_path / "own", None, problem("train", {66: MARK})[1], reduce=SelfInfluence()
-        )
+    sound = infl.influences_to_zarr(
+        tmp_path / "sound", None, problem("train", {})[1], reduce=SelfInfluence()
+    ).self_influence.values
+    _, train = stored(tmp_path, problem("train", {66: MARK, 70: STRANGE}))
+    with pytest.raises(PoisonedSamplesError, match=r"train sample 66.*train sample 70"):
+        infl.influences_to_zarr(tmp_path / "run", None, train, reduce=SelfInfluence())
+    with pytest.warns(InfluenceWarning, match="lacks train sample 66"):
+        found = open_influences(tmp_path / "run").self_influence.values
+    sound[[66, 70]] = np.nan
+    np.testing.assert_allclose(found, sound, rtol=1e-6 if kind is CgInfluence else 1e-12)
+
+
+def test_lists_end_where_too_few_samples_are_left(tmp_path: Path) -> None:
+    infl = model()
+    bad = dict.fromkeys(range(64, M), float("nan"))
+    test, train = stored(tmp_path, problem("train", bad))
+    ids = [f"image {j}" for j in range(M)]
+    with pytest.warns(InfluenceWarning, match="image 64"):
+        found = infl.influences_to_zarr(
+            tmp_path / "run", test, train, reduce=TopK(70), train_ids=ids, tile_bytes=TILE, on_missing="warn"
+        ).load()
+    assert np.isnan(found.helpful_score.values[:, 64:]).all()
+    assert np.isfinite(found.helpful_score.values[:, :64]).all()
+    assert set(found.harmful_train.values[:, 64:].ravel()) == {""}
+    assert set(found.harmful_train.values[:, :64].ravel()) == set(ids[:64])
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["entry", "entry lost"])
+def test_a_reduction_tries_missing_samples_again_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Also where the entry that says so is lost, and the record of the run alone knows."""
+    infl, call = model(module=Moody()), {"reduce": TopK(3), "tile_bytes": TILE}
+    test, train = problem("train", {70: MARK})
+    store = tmp_path / "run"
+    with pytest.raises(PoisonedSamplesError, match="train sample 70"):
+        infl.influences_to_zarr(store, test, train, **call)
+    if lost:
+        (name,) = (name for name, entry in entries(store).items() if entry.get("missing"))
+        (store / "_run" / "ledger" / f"{name}.json").unlink()
+    monkeypatch.setattr(Moody, "factor", 1.0)
+    infl = model(module=Moody())
+    if lost:  # the strip alone is made again, now without harm; what was written is without the sample still
+        with pytest.raises(PoisonedSamplesError, match="train sample 70"):
+            infl.influences_to_zarr(store, test, train, **call)
+    written = infl.influences_to_zarr(store, test, train, repair=True, **call)
+    assert written.attrs["state"] == "complete"
+    sound = infl.influences_to_zarr(tmp_path / "sound", test, train, **call)
+    xr.testing.assert_equal(written.load(), sound.load())
 
 
 def test_on_missing_is_checked_before_anything_is_written(tmp_path: Path) -> None:
@@ -380,6 +486,32 @@ def test_samples_that_kill_their_worker(tmp_path: Path, client: Client) -> None:
     scores = expected("train", expected("test", sound.influence.values, [70]), [66, 69])
     np.testing.assert_array_equal(again.influence.values, scores)
     assert verify(tmp_path / "run")
+
+
+@pytest.mark.parametrize("reduce", [TopK(3), GroupSum(LABELS), SelfInfluence()], ids=repr)
+def test_reductions_of_samples_that_kill_their_worker(tmp_path: Path, client: Client, reduce: Any) -> None:
+    infl = model(client, deadly())
+    test, train = problem("test", {70: MARK})[0], problem("train", {66: MARK, 69: MARK})[1]
+    sound = infl.influences_to_zarr(
+        tmp_path / "sound", *problem("train", {}), tile_bytes=TILE
+    ).influence.values
+    diagonal = isinstance(reduce, SelfInfluence)
+    told = r"train sample 66: it ended its process \(exit code 7\); train sample 69"
+    with pytest.warns(InfluenceWarning, match=told):
+        found = infl.influences_to_zarr(
+            tmp_path / "run",
+            None if diagonal else test,
+            train,
+            reduce=reduce,
+            tile_bytes=TILE,
+            on_missing="warn",
+        ).load()
+    assert found.attrs["missing"] == {"train": [66, 69]} | ({} if diagonal else {"test": [70]})
+    if diagonal:
+        assert np.flatnonzero(np.isnan(found.self_influence.values)).tolist() == [66, 69]
+        return
+    for name, expected in reduction_of(reduce, sound, [70], [66, 69]).items():
+        np.testing.assert_allclose(found[name].values, expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 JOB = Held(Job(None, None, "train", 1))  # type: ignore[arg-type]

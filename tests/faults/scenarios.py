@@ -22,7 +22,17 @@ from dask_influence.errors import CorruptStoreError, InfluenceError
 from dask_influence.storage.stores import Location
 from tests.faults import machines
 from tests.faults.problem import FORMS, unfitted, write
-from tests.faults.world import World, ended, killed, killed_with_children, later, line, resumed, started
+from tests.faults.world import (
+    Other,
+    World,
+    ended,
+    killed,
+    killed_with_children,
+    later,
+    line,
+    resumed,
+    started,
+)
 from tests.s3.server import program
 
 SCORED = ("scores", "top", "groups", "self")
@@ -51,7 +61,7 @@ def threads_of_this_process_leave(world: World, store: Location, form: str) -> N
     cluster = world.inside.cluster
 
     def replaced() -> None:
-        world.threads_lost += 4
+        world.struck(4)
         cluster.scale(0)
         time.sleep(world.moment(0.5))
         cluster.scale(2)
@@ -71,7 +81,7 @@ def worker_lost_with_what_it_held(world: World, store: Location, form: str) -> N
 
     def lose() -> None:
         world.bare.killed(victim)
-        world.threads_lost += 1
+        world.struck(1)
 
     with later(world.moment(world.seconds["bare"][form]), lose):
         write(form, world.bare.model, store)
@@ -83,7 +93,7 @@ def worker_retired_and_another_late(world: World, store: Location, form: str) ->
     def relieve() -> None:
         world.bare.joined()
         world.bare.retired(leaving)
-        world.threads_lost += 1
+        world.struck(1)
 
     with later(world.moment(world.seconds["bare"][form]), relieve):
         write(form, world.bare.model, store)
@@ -95,7 +105,7 @@ def worker_frozen(world: World, store: Location, form: str) -> None:
 
     def freeze() -> None:
         world.bare.frozen(victim)
-        world.threads_lost += 1
+        world.struck(1)
 
     def thaw() -> None:
         if forgiven:
@@ -113,7 +123,7 @@ def all_workers_gone(world: World, store: Location, form: str) -> None:
 
     def leave() -> None:
         world.bare.killed(only)
-        world.threads_lost += 1
+        world.struck(1)
         if back:
             world.bare.joined()
 
@@ -126,9 +136,7 @@ def client_killed(world: World, store: Location, form: str) -> None:
     with resumed(world, "client", "here", form):
         client = world.client(store, form)
         time.sleep(world.moment(world.seconds["here"][form]))
-        killed(client.pid)
-        world.threads_lost += 1
-        client.ended()
+        _killed(world, client, threads=1)
         write(form, world.local, store)
 
 
@@ -136,10 +144,16 @@ def client_killed_twice(world: World, store: Location, form: str) -> None:
     for _ in range(2):
         client = world.client(store, form)
         time.sleep(world.moment(world.seconds["here"][form]))
-        killed(client.pid)
-        world.threads_lost += 1
-        client.ended()
+        _killed(world, client, threads=1)
     write(form, world.random.choice([world.local, world.two.model]), store)
+
+
+def _killed(world: World, client: Other, threads: int) -> None:
+    """Kill a client that is still at work, and with it what so many threads were doing for it."""
+    if client.running:
+        killed(client.pid)
+        world.struck(threads)
+    client.ended()
 
 
 def client_of_cluster_killed(world: World, store: Location, form: str) -> None:
@@ -149,9 +163,7 @@ def client_of_cluster_killed(world: World, store: Location, form: str) -> None:
     address, spent = world.two.cluster.scheduler_address, world.seconds[world.two.name]
     client = world.client(store, form, address=address, artifacts=str(artifacts))
     time.sleep(0.3 + world.moment(spent["fit"] + spent[form]))
-    killed(client.pid)
-    world.threads_lost += 2  # what the workers are at goes on, and is not waited for
-    client.ended()
+    _killed(world, client, threads=2)  # what the workers are at goes on, and is not waited for
     write(form, unfitted(world.two.client, artifacts).fit(world.train), store)
 
 
@@ -159,9 +171,7 @@ def client_and_worker_killed(world: World, store: Location, form: str) -> None:
     address = world.two.cluster.scheduler_address
     client = world.client(store, form, address=address)
     time.sleep(0.3 + world.moment(world.seconds[world.two.name][form]))
-    killed(client.pid)
-    world.threads_lost += 2
-    client.ended()
+    _killed(world, client, threads=2)
     with world.two.worker_killed(form):
         write(form, world.two.model, store)
 
@@ -175,7 +185,7 @@ def scheduler_killed(world: World, store: Location, form: str) -> None:
 
             def lose() -> None:
                 killed_with_children(process)
-                world.threads_lost += 2
+                world.struck(2)
 
             with later(world.moment(1.5 * (spent["fit"] + spent[form])), lose):
                 write(form, unfitted(client).fit(world.train), store)
@@ -186,6 +196,7 @@ def scheduler_killed(world: World, store: Location, form: str) -> None:
 
 def two_clients(world: World, store: Location, form: str) -> None:
     """On one store at once, and one of them may be killed."""
+    world.struck()
     other = world.client(store, form)
     time.sleep(world.moment(world.seconds["here"][form] / 2))
     shared = world.random.choice([world.local, world.two.model])
@@ -213,7 +224,7 @@ def worker_cut_off(world: World, store: Location, form: str) -> None:
 
     def cut() -> None:
         host.cut()
-        world.threads_lost += 1
+        world.struck(1)
 
     def join() -> None:
         if forgiven:
@@ -235,7 +246,7 @@ def all_workers_cut_off(world: World, store: Location, form: str) -> None:
 
     def cut() -> None:
         host.cut()
-        world.threads_lost += 1
+        world.struck(1)
 
     def join() -> None:
         if forgiven:
@@ -248,6 +259,27 @@ def all_workers_cut_off(world: World, store: Location, form: str) -> None:
         host.join()
 
 
+def client_cut_off(world: World, store: Location, form: str) -> None:
+    """A client on another host loses sight of its cluster; the cable may be put back before it has noticed."""
+    host = world.bare.other_host
+    assert host is not None
+    world.bare.roster(2)
+    spent, forgiven = world.seconds["bare"], world.random.random() < 0.5
+    client = world.client(store, form, forks=world.bare.away, address=world.bare.address)
+    time.sleep(0.3 + world.moment(spent["fit"] + spent[form]))
+    try:
+        if client.running:
+            host.cut()
+            world.struck(2)
+        if forgiven:
+            time.sleep(world.moment(3))
+            host.join()
+        said = client.ended()
+    finally:
+        host.join()
+    _accept(said)
+
+
 # -- stores ----------------------------------------------------------------------------------
 def disk_full_of_scores(world: World, store: Location, form: str) -> None:
     """Less room than the output takes, at random; then there is room again."""
@@ -255,6 +287,9 @@ def disk_full_of_scores(world: World, store: Location, form: str) -> None:
     world.disk.leave(int(world.moment(1.1 * needed)))
     try:
         write(form, world.random.choice([world.local, world.two.model]), store)
+    except InfluenceError:
+        world.struck()
+        raise
     finally:
         world.disk.make_room()
 
@@ -276,6 +311,7 @@ def disk_full_of_artifacts(world: World, store: Location, form: str) -> None:
     try:
         attempt(artifacts)
     except InfluenceError as error:
+        world.struck()
         print(f"  {type(error).__name__}: {str(error)[:160]}", end="")
     finally:
         world.disk.make_room()
@@ -300,6 +336,7 @@ def s3_server_restarted(world: World, store: Location, form: str) -> None:
 
     def restart() -> None:
         world.s3.kill()
+        world.struck()
         time.sleep(world.moment(2))
         world.s3.start()
 
@@ -311,8 +348,13 @@ def s3_server_away(world: World, store: Location, form: str) -> None:
     """Stopped for longer than requests are repeated; then it is back."""
     hasty = {"retry_config": {"max_retries": 1, "retry_timeout": timedelta(seconds=1)}}
     impatient = Location(store.url, {**world.s3.options, **hasty})
+
+    def stop() -> None:
+        world.s3.kill()
+        world.struck()
+
     try:
-        with later(world.moment(world.seconds["here"][form]), world.s3.kill):
+        with later(world.moment(world.seconds["here"][form]), stop):
             write(form, world.local, impatient)
     finally:
         world.s3.kill()
@@ -348,6 +390,7 @@ def ledger_truncated(world: World, store: Location, form: str) -> None:
     _interrupted(world, store, form)
     folder = store.local_path
     assert folder is not None
+    world.struck()
     entry = world.random.choice(sorted((folder / "_run" / "ledger").iterdir()))
     entry.write_bytes(entry.read_bytes()[: world.random.randrange(entry.stat().st_size)])
     write(form, world.local, store)
@@ -374,6 +417,7 @@ def _interrupted(world: World, store: Location, form: str) -> None:
 def _damaged(world: World, store: Location, among: str = "*") -> str:
     """Flip, truncate or delete a random file of the store; what was done."""
     assert store.local_path is not None
+    world.struck()
     path = world.random.choice(sorted(p for p in store.local_path.rglob(among) if p.is_file()))
     how = world.random.choice(["flipped", "truncated", "deleted"])
     held = bytearray(path.read_bytes())
@@ -396,6 +440,7 @@ def data_of_threads_away(world: World, store: Location, form: str) -> None:
         with lock:
             if failing and block_info[0]["chunk-location"][0] == failing[0]:
                 failing.clear()
+                world.struck()
                 raise ConnectionError("the source of the data is away")
         return part
 
@@ -423,6 +468,8 @@ class Scenario:
         What may be written meanwhile.
     on : str
         Where the store is: ``"folder"``, ``"disk"`` or ``"s3"``.
+    uses : str, optional
+        The cluster of the world that it needs.
     bounded : bool
         Whether each thread that is lost may cost one strip, and no more.
     """
@@ -431,6 +478,7 @@ class Scenario:
     count: int
     forms: tuple[str, ...] = FORMS
     on: str = "folder"
+    uses: str | None = None
     bounded: bool = False
 
     @property
@@ -440,7 +488,7 @@ class Scenario:
 
     def lacking(self) -> str | None:
         """What this machine lacks for it; None where it can be done."""
-        if self.harm in (worker_cut_off, all_workers_cut_off) or self.on == "disk":
+        if self.harm in (worker_cut_off, all_workers_cut_off, client_cut_off) or self.on == "disk":
             if not machines.is_root():
                 return machines.NEEDS_ROOT
             tool = "mount" if self.on == "disk" else "ip"
@@ -450,37 +498,40 @@ class Scenario:
         return None
 
     def place(self, world: World) -> Location:
-        """Where it writes."""
+        """Where it writes; what it needs is there then."""
+        if self.uses is not None:
+            getattr(world, self.uses)
         if self.on == "s3":
             return world.s3.place(world.place().url.rpartition("/")[2])
         return world.place(world.disk.folder if self.on == "disk" else None)
 
 
 SCENARIOS = (
-    Scenario(worker_killed, 9, bounded=True),
-    Scenario(worker_killed_in_fit, 4),
-    Scenario(worker_of_four_threads_killed, 5, SCORED, bounded=True),
-    Scenario(threads_of_this_process_leave, 3, SCORED, bounded=True),
-    Scenario(worker_of_adaptive_cluster_killed, 3, SCORED, bounded=True),
-    Scenario(worker_lost_with_what_it_held, 4, bounded=True),
-    Scenario(worker_retired_and_another_late, 3, bounded=True),
-    Scenario(worker_frozen, 3, SCORED, bounded=True),
-    Scenario(all_workers_gone, 3, bounded=True),
+    Scenario(worker_killed, 9, bounded=True, uses="two"),
+    Scenario(worker_killed_in_fit, 4, uses="two"),
+    Scenario(worker_of_four_threads_killed, 5, SCORED, bounded=True, uses="four"),
+    Scenario(threads_of_this_process_leave, 3, SCORED, bounded=True, uses="inside"),
+    Scenario(worker_of_adaptive_cluster_killed, 3, SCORED, bounded=True, uses="adaptive"),
+    Scenario(worker_lost_with_what_it_held, 4, bounded=True, uses="bare"),
+    Scenario(worker_retired_and_another_late, 3, bounded=True, uses="bare"),
+    Scenario(worker_frozen, 3, SCORED, bounded=True, uses="bare"),
+    Scenario(all_workers_gone, 3, bounded=True, uses="bare"),
     Scenario(client_killed, 8, bounded=True),
-    Scenario(client_killed_twice, 4, bounded=True),
-    Scenario(client_of_cluster_killed, 5, bounded=True),
-    Scenario(client_and_worker_killed, 3, bounded=True),
-    Scenario(scheduler_killed, 4, bounded=True),
-    Scenario(two_clients, 5),
-    Scenario(worker_cut_off, 4, bounded=True),
-    Scenario(all_workers_cut_off, 2, bounded=True),
-    Scenario(disk_full_of_scores, 5, on="disk"),
-    Scenario(disk_full_of_artifacts, 3, on="disk"),
-    Scenario(s3_server_restarted, 3, on="s3"),
+    Scenario(client_killed_twice, 4, bounded=True, uses="two"),
+    Scenario(client_of_cluster_killed, 5, bounded=True, uses="two"),
+    Scenario(client_and_worker_killed, 3, bounded=True, uses="two"),
+    Scenario(scheduler_killed, 4, bounded=True, uses="two"),
+    Scenario(two_clients, 5, uses="two"),
+    Scenario(worker_cut_off, 4, bounded=True, uses="bare"),
+    Scenario(all_workers_cut_off, 2, bounded=True, uses="bare"),
+    Scenario(client_cut_off, 3, bounded=True, uses="bare"),
+    Scenario(disk_full_of_scores, 5, on="disk", uses="two"),
+    Scenario(disk_full_of_artifacts, 3, on="disk", uses="two"),
+    Scenario(s3_server_restarted, 3, on="s3", uses="two"),
     Scenario(s3_server_away, 3, on="s3"),
-    Scenario(damage_repaired, 5),
+    Scenario(damage_repaired, 5, uses="two"),
     Scenario(damage_withdrawn, 3),
-    Scenario(damage_in_a_run, 3, SCORED),
+    Scenario(damage_in_a_run, 3, SCORED, uses="two"),
     Scenario(ledger_truncated, 3, SCORED),
     Scenario(data_of_threads_away, 2, ("scores", "top", "groups")),
 )

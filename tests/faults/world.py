@@ -20,7 +20,7 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster
 
-from dask_influence import verify
+from dask_influence import DirectInfluence, verify
 from dask_influence.storage.stores import Location
 from tests import data
 from tests.faults import machines, watch
@@ -56,8 +56,10 @@ class World:
     ----------
     seconds : dict of str to dict of str to float
         Of undisturbed runs of each form, by who ran them, and of a fit.
+    strikes : int
+        Faults of the scenario at hand that came while there was something to harm.
     threads_lost : int
-        Threads of workers and clients that the scenario at hand has taken away.
+        Threads of workers and clients that they have taken away.
     resumed : dict of str to list of float
         By what was killed: seconds that kills and resumes took beyond an undisturbed run.
     """
@@ -76,11 +78,11 @@ class World:
         self.forks = self._exits.enter_context(Forks())
         self.local = unfitted().fit(self.train)
         self.references = {form: Location.of(folder / f"reference-{form}") for form in FORMS}
-        self.seconds: dict[str, dict[str, float]] = defaultdict(dict)
+        self.seconds: dict[str, dict[str, float]] = {"here": {}}
         for form, store in self.references.items():
             self.seconds["here"][form] = _seconds(write, form, self.local, store)
         self.expected = {form: content(store) for form, store in self.references.items()}
-        self._count = self.threads_lost = 0
+        self._count = self.strikes = self.threads_lost = 0
         self.resumed: dict[str, list[float]] = defaultdict(list)
 
     def close(self) -> None:
@@ -101,6 +103,11 @@ class World:
         damaged = verify(store)
         if not damaged:
             raise Lost(f"has the right bits and is not as recorded: {damaged}")
+
+    def struck(self, threads: int = 0) -> None:
+        """Note a fault that came in time, and how many threads it has taken away."""
+        self.strikes += 1
+        self.threads_lost += threads
 
     def settle(self) -> None:
         """Wait until the clusters that are there are whole."""
@@ -169,10 +176,10 @@ class World:
         return server
 
     # -- clients -----------------------------------------------------------------------
-    def client(self, store: Location, form: str, **how: Any) -> Other:
+    def client(self, store: Location, form: str, forks: Forks | None = None, **how: Any) -> Other:
         """A client in another process, at work."""
         self._count += 1
-        return Other(self.forks, store, form, self.folder / f"outcome-{self._count}", how)
+        return Other(forks or self.forks, store, form, self.folder / f"outcome-{self._count}", how)
 
 
 class Other:
@@ -188,10 +195,15 @@ class Other:
         self._outcome = outcome
         self.pid = forks.start(do="client", store=store.url, form=form, outcome=str(outcome), **how)
 
+    @property
+    def running(self) -> bool:
+        """Whether its process is there."""
+        return Path(f"/proc/{self.pid}").exists()
+
     def ended(self, patience: float = 90) -> str:
         """How it ended, once it has: ``"done"``, a named error, or nothing where it was killed."""
         deadline = time.monotonic() + patience
-        while Path(f"/proc/{self.pid}").exists():
+        while self.running:
             if time.monotonic() > deadline:
                 raise Lost(f"a client in another process has no end after {patience:.0f} s")
             time.sleep(0.02)
@@ -239,14 +251,8 @@ class Nursed:
         """Fit the model, and time what undisturbed runs take."""
         self.name = name
         self.model.fit(self._world.train)  # the first one also unpacks the model on all workers
-        seconds = self._world.seconds[name]
-        if "fit" in seconds:
-            return
-        seconds["fit"] = _seconds(unfitted(self.client).fit, self._world.train)
-        for form in FORMS:
-            store = self._world.place()
-            seconds[form] = _seconds(write, form, self.model, store)
-            self._world.compare(store, form)
+        if name not in self._world.seconds:
+            self._world.seconds[name] = _undisturbed(self._world, self.model)
 
     def settled(self) -> None:
         """Wait until killed workers are back; a nanny whose worker died while it began gives up on it."""
@@ -267,7 +273,7 @@ class Nursed:
             pids = [nanny.pid for nanny in list(self.cluster.workers.values()) if nanny.pid]
             if pids:
                 killed(self._world.random.choice(pids))
-                self._world.threads_lost += self.threads
+                self._world.struck(self.threads)
 
         with later(delay, kill):
             yield
@@ -288,7 +294,7 @@ class Bare:
         self._world, self._pids, self._count = world, dict[str, int](), 0
         self.other_host = other_host
         with ExitStack() as exits:
-            self._away = None if other_host is None else exits.enter_context(Forks(other_host.prefix))
+            self.away = None if other_host is None else exits.enter_context(Forks(other_host.prefix))
             here = "127.0.0.1" if other_host is None else other_host.here
             with dask.config.set({"distributed.scheduler.worker-ttl": SILENCE}):
                 self.cluster = exits.enter_context(
@@ -299,8 +305,7 @@ class Bare:
         self.model = unfitted(self.client)
         self.roster(2)
         self.model.fit(world.train)
-        for form in FORMS:
-            world.seconds["bare"][form] = _seconds(write, form, self.model, world.place())
+        world.seconds["bare"] = _undisturbed(world, self.model)
 
     def __enter__(self) -> Bare:
         return self
@@ -330,7 +335,7 @@ class Bare:
         """The name of a new worker, which is on its way."""
         self._count += 1
         name = f"bare-{self._count}"
-        forks = self._away if away else self._world.forks
+        forks = self.away if away else self._world.forks
         assert forks is not None
         self._pids[name] = forks.start(do="worker", address=self.address, name=name)
         return name
@@ -432,6 +437,17 @@ def resumed(world: World, killed_one: str, runner: str, form: str) -> Iterator[N
     yield
     if world.threads_lost > before:
         world.resumed[killed_one].append(time.perf_counter() - began - world.seconds[runner][form])
+
+
+def _undisturbed(world: World, model: DirectInfluence) -> dict[str, float]:
+    """Seconds of a fit and of each form, on the cluster of a fitted model: the better one of two."""
+    client = model._resources.client
+    spent = {"fit": min(_seconds(unfitted(client).fit, world.train) for _ in range(2))}
+    for form in FORMS:
+        stores = [world.place() for _ in range(2)]
+        spent[form] = min(_seconds(write, form, model, store) for store in stores)
+        world.compare(stores[0], form)
+    return spent
 
 
 def _seconds(function: Callable[..., object], *arguments: object) -> float:

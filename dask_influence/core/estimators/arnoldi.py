@@ -233,6 +233,10 @@ class Arnoldi(Estimator):
         """R, unless the complement is kept."""
         return None if self.complement else self.rank
 
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """V and its images, float64."""
+        return 16 * self.rank * system.size
+
     def spectral(self, system: System) -> int | None:
         """R, where the complement is kept."""
         return self.rank if self.complement else None

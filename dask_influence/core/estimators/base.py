@@ -222,6 +222,10 @@ class Estimator(ABC):
         """R, the number of directions that its inverse will have of its own, or None; known before a fit."""
         return None
 
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """Bytes of its inverse at so many λ, about, where that is more than a few gradients; known before a fit."""
+        return 0
+
     def spectral(self, system: System) -> int | None:
         """R, where its inverse will be V diag(w) Vᵀ + μI with μ ≠ 0; else None; known before a fit."""
         return None

@@ -432,6 +432,12 @@ class BlockDiagonal(Estimator):
         held = [count for count in found if count is not None]
         return sum(held) if len(held) == len(found) else None
 
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """Those of all blocks."""
+        assert isinstance(system, BlockSystem)
+        parts = system.parts.values()
+        return sum(self._of(part.size).inverse_bytes(part, regularizations) for part in parts)
+
     def validate(self, system: System) -> None:
         """The configuration against all of θ, and against each block that does not cut its rank."""
         assert isinstance(system, BlockSystem)

@@ -195,6 +195,10 @@ class DirectInverse(Inverse):
 class Direct(Estimator):
     """Exact Hessian: one pass over the data, P² float64 sums."""
 
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """H and a factorisation for each λ, float64."""
+        return 8 * (1 + regularizations) * system.size**2
+
     def fit(self, system: System) -> Generator[Round, Moments, DirectInverse]:
         """One round: the matrix of the mean loss."""
         function = partial(matrix_sums, curvature=system.curvature)

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from dask_influence.core import directional
 from dask_influence.core.capture import Captured, capture
+from dask_influence.core.checks import SEEDS
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
 from dask_influence.core.kernel import Kernel
@@ -46,7 +47,7 @@ from dask_influence.core.outputs import Outputs
 from dask_influence.core.predictive import EXPECTATIONS, Expectation
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError, DataError, DerivativeError, SingularCurvatureError
-from dask_influence.scalars import check_flag
+from dask_influence.scalars import check_flag, check_integer
 
 CORRECTION_BUDGET = 128 * 2**20
 """Bytes that the per-sample gradients of one layer may take where they have to be formed."""
@@ -374,6 +375,7 @@ class Ekfac(Estimator):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigurationError(f"{name} must be a positive integer; got {value!r}")
+        check_integer("seed", self.seed, *SEEDS)
         layout = self._layout(system)
         if layout.unsupported and not self.skip_unsupported:
             listed = "; ".join(f"{name} of {owner}" for name, owner in layout.unsupported)

@@ -147,6 +147,10 @@ class NystroemSketch(Estimator):
         """Integers of numpy as Python's."""
         plain_integers(self, "rank", "seed")
 
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """The sketch, float64."""
+        return 8 * self.rank * system.size
+
     def validate(self, system: System) -> None:
         """Rank against P, and λ > 0."""
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank < system.size:

@@ -1,0 +1,114 @@
+"""Agreement: what scores predicted against what training again showed, with interval and ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from dask_influence.validation.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Correlation of predicted with actual effects, by test point.
+
+    Attributes
+    ----------
+    name : str
+        Which correlation it is.
+    value : float
+        Its mean over test points; NaN ones (nothing changed) are left out.
+    interval : (float, float)
+        Bootstrap interval of ``value``.
+    per_test : numpy array
+        (N,).
+    predicted, actual : numpy array
+        (N, S): effect on each test point of each subset, or of each point left out.
+    ceiling : float or None
+        What the actual effects themselves would reach against another set of seeds: no score can be
+        expected above. None where one seed tells nothing about noise.
+    slope : float or None
+        Of actual on predicted effects, where both are changes of a loss.
+    noise : float
+        Relative difference of two trainings from one seed; 0 where training is deterministic.
+    failures : mapping of int to str
+        Subsets that could not be trained on, and why.
+    seconds : float
+        Spent on training, on all workers together.
+    settings : mapping
+        What was asked for.
+    """
+
+    name: str
+    value: float
+    interval: Interval
+    per_test: np.ndarray = field(repr=False)
+    predicted: np.ndarray = field(repr=False)
+    actual: np.ndarray = field(repr=False)
+    ceiling: float | None = None
+    slope: float | None = None
+    noise: float = 0.0
+    failures: Mapping[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        tests, count = self.predicted.shape
+        rows = [
+            (self.name, f"{self.value:.4f}"),
+            ("interval (bootstrap)", f"{self.interval[0]:.4f} to {self.interval[1]:.4f}"),
+            (
+                "ceiling (noise of training)",
+                "unknown, of one seed" if self.ceiling is None else f"{self.ceiling:.4f}",
+            ),
+        ]
+        if self.slope is not None:
+            rows.append(("slope, actual on predicted", f"{self.slope:.3f}"))
+        rows += [
+            ("test points × effects", f"{tests} × {count}"),
+            ("left out, as training failed", f"{len(self.failures)}"),
+            ("training", "deterministic" if not self.noise > 0 else f"noise {self.noise:.1e} from one seed"),
+            ("seconds of training", f"{self.seconds:.1f}"),
+            *((name, str(value)) for name, value in self.settings.items()),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """Actual against predicted effects, a point for each pair (Koh & Liang 2017, figure 2).
+
+        Parameters
+        ----------
+        path : path, optional
+            Where the picture is written.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib (``pip install dask-influence[demo]``).
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.8, 4.4), layout="constrained")
+        axes = figure.subplots()
+        axes.scatter(self.predicted.ravel(), self.actual.ravel(), s=4, alpha=0.4, linewidths=0)
+        both = np.concatenate([self.predicted.ravel(), self.actual.ravel()])
+        if self.slope is not None:
+            ends = [both.min(), both.max()]
+            axes.plot(ends, ends, color="0.5", linewidth=0.8)
+        axes.set_xlabel("predicted effect")
+        axes.set_ylabel("effect of training again")
+        axes.set_title(
+            f"{self.name} {self.value:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})", fontsize=10
+        )
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure

@@ -1,0 +1,125 @@
+"""Wrong labels: planted, and found by self influence; and how scores depend on λ."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from dask_influence import DirectInfluence
+from dask_influence.errors import ConfigurationError, DataError
+from dask_influence.validation import Training, flip_labels, mislabel_detection, stability
+
+LOSS = nn.functional.cross_entropy
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[DirectInfluence, tuple[Tensor, Tensor], np.ndarray]:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 5, dtype=torch.float64, generator=random)
+    y, wrong = flip_labels((2 * x[:, 0] + x[:, 1] > 0).long() + (x[:, 2] > 1).long(), 0.1, seed=3)
+    model = Training(
+        lambda: nn.Linear(5, 3).double(),
+        LOSS,
+        optimizer=partial(torch.optim.Adam, lr=0.1),
+        steps=300,
+        regularization=0.01,
+    )(x, y, seed=0)
+    return DirectInfluence(model, LOSS, 0.01).fit((x, y)), (x, y), wrong
+
+
+def test_areas_are_those_of_the_diagonal(noisy: Any) -> None:
+    influence, train, wrong = noisy
+    found = mislabel_detection(influence, train, wrong)
+    diagonal = influence.influences(*train).diagonal().numpy()
+    flags = np.isin(np.arange(150), wrong)
+    assert np.allclose(found.ranked["self influence"], diagonal, rtol=1e-10)
+    assert found.areas["self influence"] == pytest.approx(roc_auc_score(flags, diagonal))
+    with torch.no_grad():
+        each = LOSS(influence.model(train[0]), train[1], reduction="none").numpy()
+    assert np.allclose(found.ranked["loss"], each, rtol=1e-12)
+    assert found.areas["loss"] == pytest.approx(roc_auc_score(flags, each))
+    assert found.areas["self influence"] > 0.85
+    for name, (low, high) in found.intervals.items():
+        assert low < found.areas[name] < high
+    assert found.found("self influence", 1.0) == 1
+    assert found.found("self influence", 0.2) > 0.5
+
+
+def test_flags_do_as_well_and_it_is_resumed(noisy: Any, tmp_path: Path) -> None:
+    influence, train, wrong = noisy
+    flags = np.isin(np.arange(150), wrong)
+    first = mislabel_detection(influence, train, flags, store=tmp_path / "kept")
+    again = mislabel_detection(influence, train, wrong, store=tmp_path / "kept")
+    assert first.areas == again.areas
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["gradient-norm", "self-influence"]
+    first.plot(tmp_path / "found.png")
+    assert (tmp_path / "found.png").stat().st_size > 5000
+    assert "self influence" in str(first)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], [150], [-1], np.zeros(150, bool), np.ones(150, bool), [0.5], range(150)]
+)
+def test_positions_that_are_none_are_refused(noisy: Any, wrong: Any) -> None:
+    influence, train, _ = noisy
+    with pytest.raises(ConfigurationError, match="wrong"):
+        mislabel_detection(influence, train, wrong)
+
+
+def test_flips_change_the_share_asked_for_and_nothing_else() -> None:
+    y = np.repeat([2, 5, 9], 20)
+    changed, wrong = flip_labels(y, 0.25, seed=1)
+    assert len(wrong) == 15
+    assert np.array_equal(np.flatnonzero(changed != y), wrong)
+    assert set(changed) == {2, 5, 9}
+    tensor, same = flip_labels(torch.from_numpy(y), 0.25, seed=1)
+    assert isinstance(tensor, Tensor)
+    assert np.array_equal(tensor.numpy(), changed)
+    assert np.array_equal(same, wrong)
+
+
+@pytest.mark.parametrize(
+    ("y", "fraction", "error"),
+    [
+        (np.ones(5, int), 0.5, DataError),
+        (np.ones(5), 0.5, DataError),
+        (np.eye(3, dtype=int), 0.5, DataError),
+        (np.arange(5), 0.0, ConfigurationError),
+        (np.arange(5), 1.5, ConfigurationError),
+    ],
+)
+def test_flips_that_cannot_be_are_refused(y: np.ndarray, fraction: float, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        flip_labels(y, fraction)
+
+
+def test_stability_compares_each_regularization_with_each(noisy: Any, tmp_path: Path) -> None:
+    influence, train, _ = noisy
+    test = train[0][:6], train[1][:6]
+    found = stability(influence, train, test, regularizations=(1.0, 0.01, 100.0), k=5)
+    assert found.regularizations == (0.01, 1.0, 100.0)
+    assert np.allclose(np.diag(found.correlation), 1)
+    assert np.allclose(found.correlation, found.correlation.T)
+    assert found.correlation[0, 2] < found.correlation[0, 1] < 1
+    low, high = (influence.with_regularization(v).influences(*test, *train).numpy() for v in (0.01, 1.0))
+    common = [
+        len(set(np.argsort(-a)[:5]) & set(np.argsort(-b)[:5])) / 5 for a, b in zip(low, high, strict=True)
+    ]
+    assert found.overlap[0, 1] == pytest.approx(np.mean(common))
+    assert "rank correlation" in str(found)
+    found.plot(tmp_path / "stability.png")
+    assert (tmp_path / "stability.png").stat().st_size > 3000
+
+
+@pytest.mark.parametrize("given", [{"regularizations": (0.1,)}, {"k": 0}, {"k": 151}])
+def test_stability_refuses_what_it_cannot_compare(noisy: Any, given: dict[str, Any]) -> None:
+    influence, train, _ = noisy
+    with pytest.raises(ConfigurationError):
+        stability(influence, train, train, **given)
