@@ -25,6 +25,7 @@ from torch import nn
 from dask_influence import arguments, fitting, runs, saved
 from dask_influence.arguments import InfluenceMode, mode_of
 from dask_influence.configuration import Configuration, configured, signature
+from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators import Estimator
 from dask_influence.core.estimators.blocks import Regularization, Structure
 from dask_influence.core.objective import Loss
@@ -177,6 +178,7 @@ class InfluenceFunctionModel:
         )
 
     # -- fit --------------------------------------------------------------------------
+    @undisturbed()
     def fit(self, train: Any, *, progress: bool | Callable[[str, int, int], None] | None = None) -> Self:
         """Estimate the curvature of the mean loss over ``train``; returns self.
 
@@ -227,6 +229,7 @@ class InfluenceFunctionModel:
         }
 
     # -- in memory, or lazily ---------------------------------------------------------
+    @undisturbed()
     def influences(
         self,
         x_test: Any,
@@ -276,6 +279,7 @@ class InfluenceFunctionModel:
         )
         return arguments.like(scores, x_test, fitted.system.dtype)
 
+    @undisturbed()
     def influence_factors(self, x: Any, y: Any) -> Any:
         """Influence factors (C + λI)⁻¹ g_i, shape (N, P), of the kind of ``x``.
 
@@ -293,6 +297,7 @@ class InfluenceFunctionModel:
         factors = factors_in_memory(fit, test, "x, y", plan.factor_rows, plan.batch, project=False)
         return arguments.like(tasks.stored(factors), x, fitted.system.dtype)
 
+    @undisturbed()
     def influences_from_factors(
         self, factors: Any, x: Any, y: Any, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> Any:
@@ -316,6 +321,7 @@ class InfluenceFunctionModel:
         return arguments.like(scores, factors, fitted.system.dtype)
 
     # -- to a store -------------------------------------------------------------------
+    @undisturbed()
     def influences_to_zarr(
         self,
         store: str | PathLike[str] | Location,
@@ -413,6 +419,7 @@ class InfluenceFunctionModel:
         )
         return run.carry_out(resume=resume, overwrite=overwrite, repair=repair, on_missing=on_missing)
 
+    @undisturbed()
     def influence_factors_to_zarr(
         self,
         store: str | PathLike[str] | Location,
@@ -441,6 +448,7 @@ class InfluenceFunctionModel:
         )
         return run.carry_out(resume=resume, overwrite=overwrite, repair=repair, on_missing=on_missing)
 
+    @undisturbed()
     def plan(
         self,
         test: Any,
@@ -506,6 +514,7 @@ class InfluenceFunctionModel:
         saved.save(self._require_fit(), Location.of(url, storage_options))
 
     @classmethod
+    @undisturbed()
     def load(
         cls,
         url: str | PathLike[str],

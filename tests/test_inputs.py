@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -559,6 +560,35 @@ def test_factors_that_are_not_finite_are_not_blamed_on_the_training_data() -> No
     assert oracles.relative_error(scores, case.up(case.inverse)) <= EXACT
     with pytest.raises(DataError, match="factors hold NaN or inf"):
         fitted.influences_from_factors(da.where(factors > 0, np.nan, factors), *train).compute()
+
+
+OUTER: dict[str, Callable[[], Any]] = {
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", OUTER)
+def test_modes_of_the_caller_change_nothing(mode: str) -> None:
+    case = data.mlp_classification()
+    model, (x, y), (x_test, y_test) = copy.deepcopy(case.model).float(), case.train, case.test
+    train, test = (x.float(), y), (x_test.float(), y_test)
+    lazy = as_dask(train, 10)
+
+    def scores() -> list[Any]:
+        fitted = DirectInfluence(model, case.loss, 0.1).fit(train)
+        factors = fitted.influence_factors(*test)
+        return [
+            fitted.influences(*test, *train),
+            fitted.influences(*test, *train, mode="perturbation"),
+            fitted.influences_from_factors(factors, *train),
+            torch.from_numpy(fitted.influences(*test, *lazy).compute(scheduler="synchronous")),
+        ]
+
+    expected = scores()
+    with OUTER[mode]():
+        found = scores()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_lazy_scores_outlive_the_model_but_not_the_client() -> None:

@@ -25,6 +25,9 @@ from torch import Tensor, nn
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _OWN = __name__.partition(".")[0]
 _PRIVATE = frozenset({"training", "_parameters", "_buffers", "_modules"})
+_Within = tuple[Any, ...]
+"""The modules and objects that what is read is an attribute of."""
+
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -88,19 +91,20 @@ class Content:
         return sorted(p for p, digests in self.parts.items() if fresh.get(p, digests[0]) not in digests)
 
 
-def _parts(path: str, value: Any, weights: bool) -> Iterator[tuple[str, str]]:
+def _parts(path: str, value: Any, weights: bool, within: _Within = ()) -> Iterator[tuple[str, str]]:
     held = _attributes(value)
     if held is None:
-        yield path, _digest(value)
+        yield path, _digest(value, within)
         return
+    within = (*within, value)
     kind = type(value)
     yield f"{path}()", _digest(kind if weights else f"{kind.__module__}.{kind.__qualname__}")
     if isinstance(value, nn.Module):
         held |= {**value._parameters, **value._buffers} if weights else {}
         for name, child in value._modules.items():
-            yield from _parts(f"{path}.{name}", child, weights)
+            yield from _parts(f"{path}.{name}", child, weights, within)
     for name, attribute in held.items():
-        yield f"{path}.{name}", _digest(attribute)
+        yield f"{path}.{name}", _digest(attribute, within)
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
@@ -134,8 +138,8 @@ def _installed(name: str) -> bool:
     return file is not None and file.startswith(_INSTALLED)
 
 
-def _digest(value: Any) -> str:
-    reader = _Reader()
+def _digest(value: Any, within: _Within = ()) -> str:
+    reader = _Reader(within)
     reader.read(value)
     return reader.digest.hexdigest()
 
@@ -143,7 +147,8 @@ def _digest(value: Any) -> str:
 class _Reader:
     """Adds a value to a digest, whatever it is; what was read before is named by its turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, within: _Within) -> None:
+        self._within = within
         self.digest = hashlib.blake2b(digest_size=16)
         self._turns: dict[int, int] = {}
         self._alive: list[Any] = []  # or the identity of what is gone would be given to another
@@ -184,7 +189,7 @@ class _Reader:
             case tuple() | list() | np.ndarray():
                 self._all(value)
             case nn.Module():
-                self._all(_parts("", value, weights=True))
+                self._module(value)
             case _:
                 self._read_code(value)
 
@@ -207,6 +212,13 @@ class _Reader:
                 self._all((value.fget, value.fset))
             case _:
                 self._object(value)
+
+    def _module(self, value: nn.Module) -> None:
+        for turn, outer in enumerate(self._within):
+            if outer is value:  # a module that holds a method of its own, or what holds it
+                self._say("within", str(turn))
+                return
+        self._all(_parts("", value, weights=True, within=self._within))
 
     def _array(self, content: np.ndarray[Any, Any], value: Any) -> None:
         self._say(str(value.dtype), str(tuple(value.shape)))

@@ -43,7 +43,7 @@ def directional_derivatives(
     what comes back, and forming gradients, by cost; either way at most about ``budget`` bytes are
     alive beside the result.
     """
-    layers = _layers_if_cheaper(problem, leading_size(y), directions)
+    layers = _layers_if_cheaper(problem, x, directions)
     if layers is not None:
         return _by_layers(layers, problem, x, y, directions, budget)
     if gradients_are_cheaper(len(directions)):
@@ -77,12 +77,12 @@ def _by_blocks(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _layers_if_cheaper(problem: Problem, samples: int, directions: Tensor) -> Pairs | None:
+def _layers_if_cheaper(problem: Problem, x: Tree, directions: Tensor) -> Pairs | None:
     """θ in layers, where they hold less of a sample than a gradient and contracting is the cheapest."""
-    count, parameters = len(directions), problem.objective.size
+    count, parameters, samples = len(directions), problem.objective.size, leading_size(x)
     others = min(FORWARD_PER_DIRECTION * count, GRADIENT + PRODUCT_PER_DIRECTION * count)
     saved = others - _CAPTURED - PRODUCT_PER_DIRECTION * count
-    if problem.pairing is None or saved * samples * parameters <= _CAPTURE:
+    if problem.pairing is None or not problem.pairing.fits(x) or saved * samples * parameters <= _CAPTURE:
         return None
     layers = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
     if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved * parameters:

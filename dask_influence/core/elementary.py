@@ -350,6 +350,25 @@ def _load_forward_mode() -> None:
 
 
 @contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Run the body outside of any inference mode and autocast of the caller's, which would change its numbers.
+
+    Both belong to a thread: beside it, in a worker or a pool, the same work would not see them.
+
+    Examples
+    --------
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16), undisturbed():
+    ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    torch.float32
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def differentiation() -> Iterator[None]:
     """Run the body alone in this process, with derivatives that are right.
 
@@ -374,7 +393,7 @@ def differentiation() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with (
-                torch.inference_mode(False),
+                undisturbed(),
                 torch.enable_grad(),
                 sdpa_kernel(SDPBackend.MATH),
                 ElementaryMode(),

@@ -32,6 +32,10 @@ class Pairing:
     layers: tuple[tuple[str, int], ...]
     sample: tuple[tuple[int, ...], ...]
 
+    def fits(self, x: Tree) -> bool:
+        """Whether the layers have these positions in samples ``x``: where a sequence is longer they have more."""
+        return self.sample == tuple(tuple(leaf.shape[1:]) for leaf in optree.tree_leaves(x))
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Pairing:
         """From what ``dataclasses.asdict`` makes of it, through JSON or not."""

@@ -105,15 +105,17 @@ def _between(blocks: list[_Block], seen: Response, first: int, second: int) -> T
         result[upper[1], upper[0]] = shaped.mT
         return result.transpose(1, 2)
     result = (curvature.flatten(1).mT @ outer).reshape(shape).transpose(1, 2)
-    _add_bent(result, seen, first, second, a)
-    _add_bent(result.permute(2, 3, 0, 1), seen, second, first, b)
+    _add_bent(blocks, result, seen, first, second, a)
+    _add_bent(blocks, result.permute(2, 3, 0, 1), seen, second, first, b)
     return result
 
 
-def _add_bent(result: Tensor, seen: Response, first: int, second: int, entering: Tensor) -> None:
+def _add_bent(
+    blocks: list[_Block], result: Tensor, seen: Response, first: int, second: int, entering: Tensor
+) -> None:
     """Add δ_m[q'] J_ml[p', q] a_l[p] to (q, p, q', p'), where m's input depends on l's output."""
     moved = seen.jacobians[second][first]  # (n, p', q)
-    if moved is None or result.shape[-1] < moved.shape[1]:  # of m the bias alone is in θ
+    if moved is None or blocks[second].layer.weight is None:
         return
     outer = torch.einsum("ns,nrq->nsrq", seen.derivatives[second], moved)
     part = outer.flatten(1).mT @ entering

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dask_influence.core import directional
+from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree
@@ -589,7 +590,7 @@ _THREADS_BEFORE = 0
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """torch's thread count while tasks run.
+    """torch's thread count while tasks run, and none of the caller's modes.
 
     OpenMP keeps a count for every thread, which is restored with each task, and torch one for threads
     to come, restored when the last task of the process ends.
@@ -602,7 +603,8 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(count)
         _THREADS_DEPTH += 1
     try:
-        yield
+        with undisturbed():
+            yield
     finally:
         with _THREADS_LOCK:
             _THREADS_DEPTH -= 1

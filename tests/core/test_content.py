@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,27 @@ def test_attributes_of_models_are_part_of_them() -> None:
     slopes = [nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(slope)) for slope in (0.1, 0.2)]
     one, other = (contents(net, functional.mse_loss) for net in slopes)
     assert [path for path in one if one[path] != other[path]] == ["model.1.negative_slope"]
+
+
+class Owned(nn.Module):
+    """Knows the model it is part of, beside the table of modules."""
+
+    def __init__(self, owner: nn.Module, bound: float) -> None:
+        super().__init__()
+        self.owner, self.bound = [owner], bound
+
+
+def cyclic(bound: float) -> nn.Module:
+    net = Net()
+    net.part = Owned(net, bound)
+    net.forward = types.MethodType(lambda self, x: self.layer(x).clamp(-bound, bound), net)  # type: ignore[method-assign]
+    return net
+
+
+def test_modules_that_hold_what_holds_them() -> None:
+    one, again, other = (contents(cyclic(bound), functional.cross_entropy) for bound in (1.0, 1.0, 2.0))
+    assert one == again
+    assert [path for path in one if one[path] != other[path]] == ["model.part.bound", "model.forward"]
 
 
 def test_what_calls_change_is_left_out() -> None:

@@ -218,6 +218,34 @@ def test_directions_are_contracted_with_layers_where_it_is_cheaper(
     assert oracles.relative_error(found.double(), expected.double()) <= 1e-5
 
 
+class Averaged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(30, 30), nn.Linear(30, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(x)).mean(1))
+
+
+@pytest.mark.parametrize(("positions", "taken"), [(2, True), (4, False)])
+def test_samples_of_another_length_are_not_contracted(
+    positions: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = Objective.of(data.seeded(Averaged).double(), functional.cross_entropy)
+    few = data.normal(312, 3, 2, 30), data.classes(313, 3, 3)
+    problem, _ = paired(Problem(objective, Forms()), *few)
+    monkeypatch.setattr(directional, "_CAPTURE", 0)
+    calls = []
+    original = Pairs.projections
+    monkeypatch.setattr(Pairs, "projections", lambda *given: calls.append(1) or original(*given))
+    samples = data.normal(314, 7, positions, 30), data.classes(315, 7, 3)
+    along = data.normal(316, 40, objective.size)
+    found = directional.directional_derivatives(problem, *samples, along)
+    assert bool(calls) is taken
+    gradients = oracles.gradients(objective.module, functional.cross_entropy, *samples)
+    assert oracles.relative_error(found, gradients @ along.mT) <= SAME
+
+
 def test_half_precision() -> None:
     held = Held("wide", torch.bfloat16)
     found = held.scores()

@@ -46,6 +46,13 @@ def frozen() -> nn.Module:
     return net
 
 
+def narrow() -> nn.Module:
+    """Of the head, which one unit enters, the bias alone is in θ."""
+    net = nn.Sequential(nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3))
+    net[2].weight.requires_grad_(False)
+    return net
+
+
 def deep() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 3))
 
@@ -57,6 +64,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "branches": Branches,
     "residual": Residual,
     "frozen": frozen,
+    "narrow": narrow,
 }
 
 
