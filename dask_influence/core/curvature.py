@@ -184,6 +184,7 @@ def _structured_hessian(problem: Problem, x: Tree, y: Tree) -> Tensor | None:
             return None
         generator = torch.Generator().manual_seed(0)
         vector = torch.randn(1, objective.size, generator=generator, dtype=torch.float64)
+        vector /= vector.norm()  # or its product would overflow in half precision
         expected = hessian_products(problem, x, y, vector.to(objective.device, objective.dtype))
         expected = expected.to("cpu", torch.float64)
         error, scale = float((vector @ matrix - expected).norm()), float(expected.norm())

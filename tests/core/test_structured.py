@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -170,3 +171,14 @@ def test_a_loss_without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, _ = prepare(Objective.of(data.seeded(lambda: nn.Linear(5, 2)).double(), F.l1_loss), x, y)
     monkeypatch.setattr(curvature, "_matrix_of_products", None)
     assert not matrix_sums(problem, x, y, {}, "hessian").total["matrix"].any()
+
+
+def test_sums_that_are_large_in_half_precision() -> None:
+    model = data.seeded(lambda: nn.Linear(5, 3))
+    x, y = (4 * data.normal(1, 3000, 5)).half(), data.normal(2, 3000, 3).half()
+    problem, _ = prepare(Objective.of(model, F.mse_loss, dtype=torch.float16), x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = matrix_sums(problem, x, y, {}, "hessian").total["matrix"]
+    expected = oracles.hessian(problem.objective.module.double(), F.mse_loss, x.double(), y.double())
+    assert oracles.relative_error(value / len(x), expected) <= 5e-3
