@@ -29,7 +29,7 @@ from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, sliced
 from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem, check_gradients, check_losses
-from dask_influence.errors import DataError, InfluenceError
+from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts, let_pass
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.blame import INNOCENT, MOST_POISON, to_blame, told
@@ -215,7 +215,9 @@ def sound_samples(job: Sealed) -> list[int]:
         places: Sequence[int] = range(len(opened.source))
         try:
             check_samples(problem.objective, x, y)
-        except InfluenceError:
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # no sample's fault
+            raise
+        except Exception:  # what the user's model or loss may raise of a sample
             places = [place for place in places if _is_sound(problem, x, y, place)]
             if not places:
                 raise
@@ -228,7 +230,7 @@ def _is_sound(problem: Problem, x: Tree, y: Tree, place: int) -> bool:
     one = slice(place, place + 1)
     try:
         check_samples(problem.objective, sliced(x, one), sliced(y, one))
-    except InfluenceError:
+    except Exception:  # noqa: BLE001 - as above
         return False
     return True
 
