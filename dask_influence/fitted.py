@@ -35,7 +35,7 @@ from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, required
 from dask_influence.execution.stored import StoredFactors
 from dask_influence.execution.work import Kept, Work
-from dask_influence.storage.sources import Source, check_finite
+from dask_influence.storage.sources import ArraySource, Source, check_finite, non_finite
 
 SAMPLES_CHECKED = 64
 """Samples on which the loss is checked before a fit; derivatives are checked on a few of them."""
@@ -182,6 +182,35 @@ class Fitted:
         except (DataError, LossError) as error:
             raise type(error)(f"{argument}: {error}") from error
 
+    def sound_samples(
+        self, source: Source, argument: str, resources: Resources, executor: Executor
+    ) -> list[int]:
+        """Places among the first samples of a run's data that can be used; refuses data of which none can.
+
+        What a fit would refuse of all of them is refused; single ones are left to the run, which names
+        what it leaves out. Workers look at them, so that a sample that kills its process kills none of
+        this one's; then nothing is known of any of them, and the list is empty.
+        """
+        few = min(SAMPLES_CHECKED, len(source))
+        batch = source.read(0, few)
+        bad = non_finite(batch)
+        places = [place for place in range(few) if place not in bad]
+        if not places:
+            check_finite(batch, argument)
+        kept = ArraySource(*optree.tree_map(lambda leaf: leaf[places], batch), argument=argument)
+        job = tasks.Job(
+            executor.model(self.problem, resources.device),
+            executor.reachable(kept, len(kept)),
+            argument,
+            resources.threads(self.problem),
+        )
+        try:
+            for sound in executor.map(tasks.sound_samples, [(executor.seal(job),)], lambda _: None):
+                return [places[place] for place in sound]
+        except (DataError, LossError) as error:
+            raise type(error)(f"{argument}: {error}") from error
+        return []
+
     def check_fitted_data(self, source: Source) -> None:
         """Refuse training data of another length than those fitted; warn where they may differ."""
         if len(source) != self.system.samples:
@@ -213,14 +242,29 @@ class Fitted:
         """Whether the inverse has directions of its own, so that scores need no factors."""
         return self.inverse.directions is not None
 
-    def problem_of(self, mode: InfluenceMode, train: Source) -> Problem:
-        """The fitted problem, its input gradient checked on training data where the mode needs it."""
+    def problem_of(self, mode: InfluenceMode, train: Source, sound: Sequence[int] | None = None) -> Problem:
+        """The fitted problem, its input gradient checked on training data where the mode needs it.
+
+        ``sound`` are places of samples that can be used, where some cannot; none of them leaves the check
+        to samples after the first ones.
+        """
         if mode is InfluenceMode.Up:
             return self.problem
         if self.mixed.problem is None:
-            sample = first_samples(self.problem.objective, train, train.argument)
+            if sound is None:
+                sample = first_samples(self.problem.objective, train, train.argument)
+            else:
+                sample = self._picked(train, sound)
             self.mixed.problem = with_mixed_form(self.problem, *sample)
         return self.mixed.problem
+
+    def _picked(self, train: Source, sound: Sequence[int]) -> tuple[Any, Any]:
+        start = 0 if sound else min(SAMPLES_CHECKED, len(train) - 1)
+        batch = train.read(start, min(start + SAMPLES_CHECKED, len(train)))
+        bad = non_finite(batch)
+        places = list(sound) or [p for p in range(min(SAMPLES_CHECKED, len(train) - start)) if p not in bad]
+        x, y = tasks.to_tensors(optree.tree_map(lambda leaf: leaf[places], batch), self.problem.objective)
+        return x, y
 
     @property
     def _inverse_bytes(self) -> int:

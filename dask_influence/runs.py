@@ -166,8 +166,8 @@ def score_run(
     output = target.output(fitted, "scores", ids, digests, mode=mode.value, **asked)
     output = dataclasses.replace(output, names=ids, solves=isinstance(test, Source))
     if isinstance(test, Source):
-        fitted.check_query(test, "test")
-    fitted.check_query(train, "train")
+        fitted.sound_samples(test, "test", target.resources, target.executor)
+    sound = fitted.sound_samples(train, "train", target.resources, target.executor)
     if reduced is None:
         features = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
         templates = score_templates(plan, fitted.score_dtype, features)
@@ -189,7 +189,7 @@ def score_run(
         )
 
     pieces = partial(score_names, solves=output.solves)
-    return Run(target, output, fitted, fitted.problem_of(mode, train), plan, templates, pieces, write)
+    return Run(target, output, fitted, fitted.problem_of(mode, train, sound), plan, templates, pieces, write)
 
 
 def score_plan(
@@ -277,7 +277,7 @@ def factor_run(target: Target, fitted: Fitted, test: Source, *, test_ids: Any = 
     )
     ids = {"test": arguments.ids(test_ids, test, "test_ids")}
     output = target.output(fitted, "factors", ids, {"test": test.digest()})
-    fitted.check_query(test, "test")
+    fitted.sound_samples(test, "test", target.resources, target.executor)
 
     def write(executor: Executor, fit: Fit, plan: Plan) -> None:
         write_factors(executor, fit, test, output, plan, target.progress)

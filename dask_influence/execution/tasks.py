@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from dask_influence.core import directional
+from dask_influence.core.checks import check_samples
 from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
 from dask_influence.core.moments import Moments
-from dask_influence.core.objective import Objective, Tree
+from dask_influence.core.objective import Objective, Tree, sliced
 from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem, check_gradients, check_losses
 from dask_influence.errors import DataError
@@ -197,6 +198,41 @@ class _Sums:
         if not all(value.sum().isfinite() or value.isfinite().all() for value in part.total.values()):
             check_gradients(problem.objective, x, y, self.argument, self.start)
         return part
+
+
+# -- what a query brings -----------------------------------------------------------------
+def sound_samples(job: Sealed) -> list[int]:
+    """Places of the job's samples that :func:`check_samples` passes, alone and together.
+
+    Raises
+    ------
+    DataError, LossError
+        Where it passes none of them, or those that it passes alone do not go together.
+    """
+    opened: Job = job.open()
+    with torch_threads(opened.threads):
+        problem, x, y = opened.batch(0, len(opened.source))
+        places: Sequence[int] = range(len(opened.source))
+        try:
+            check_samples(problem.objective, x, y)
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # no sample's fault
+            raise
+        except Exception:  # what the user's model or loss may raise of a sample
+            places = [place for place in places if _is_sound(problem, x, y, place)]
+            if not places:
+                raise
+            kept = optree.tree_map(lambda leaf: leaf[torch.tensor(places)], (x, y))
+            check_samples(problem.objective, *kept)
+    return list(places)
+
+
+def _is_sound(problem: Problem, x: Tree, y: Tree, place: int) -> bool:
+    one = slice(place, place + 1)
+    try:
+        check_samples(problem.objective, sliced(x, one), sliced(y, one))
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    return True
 
 
 # -- factors ---------------------------------------------------------------------------

@@ -159,24 +159,29 @@ def entries(store: Path) -> dict[str, Any]:
     ],
     ids=["input", "gradient", "raises"],
 )
-def test_samples_without_derivatives(tmp_path: Path, side: str, value: float, reason: str, mode: str) -> None:
-    infl = model(module=Moody())
+@pytest.mark.parametrize("first", [0, 66], ids=["among the first", "later"])
+def test_samples_without_derivatives(
+    tmp_path: Path, side: str, value: float, reason: str, mode: str, first: int
+) -> None:
+    infl, bad = model(module=Moody()), [first, 70]
     sound = infl.influences_to_zarr(tmp_path / "sound", *problem(side, {}), mode=mode, tile_bytes=TILE)
-    test, train = stored(tmp_path, problem(side, {66: value, 70: value}))
-    with pytest.raises(PoisonedSamplesError, match=rf"{side} sample 66.*{reason}.*sample 70") as caught:
+    test, train = stored(tmp_path, problem(side, dict.fromkeys(bad, value)))
+    with pytest.raises(PoisonedSamplesError, match=rf"{side} sample {first}.*{reason}.*sample 70") as caught:
         infl.influences_to_zarr(tmp_path / "run", test, train, mode=mode, tile_bytes=TILE, **IDS)
     assert isinstance(caught.value, (DataError, IncompleteRunError))
     ids = IDS[f"{side}_ids"]
-    listed = [{"sample": j, "id": ids[j], "reason": reason} for j in (66, 70)]
+    listed = [{"sample": j, "id": ids[j], "reason": reason} for j in bad]
     assert caught.value.missing == {side: listed}
-    with pytest.warns(InfluenceWarning, match=rf"lacks {side} sample 66 \(id '{ids[66]}'\): {reason}"):
+    with pytest.warns(
+        InfluenceWarning, match=rf"lacks {side} sample {first} \(id '{ids[first]}'\): {reason}"
+    ):
         written = open_influences(tmp_path / "run")
     assert written.attrs["state"] == "incomplete"
-    assert written.attrs["missing"] == {side: [ids[66], ids[70]]}
-    np.testing.assert_array_equal(written.influence.values, expected(side, sound.influence.values, [66, 70]))
+    assert written.attrs["missing"] == {side: [ids[j] for j in bad]}
+    np.testing.assert_array_equal(written.influence.values, expected(side, sound.influence.values, bad))
     residual = written.factor_residual.values
-    assert np.isnan(residual[[66, 70]]).all() == (side == "test")
-    assert np.isfinite(np.delete(residual, [66, 70])).all()
+    assert np.isnan(residual[bad]).all() == (side == "test")
+    assert np.isfinite(np.delete(residual, bad)).all()
     found = [one for name, entry in entries(tmp_path / "run").items() if name != "residual"
              for one in entry.get("missing", ())]  # fmt: skip
     assert sorted(found, key=lambda one: one["sample"]) == listed
@@ -472,18 +477,21 @@ def test_a_store_that_holds_no_strip_yet_is_replaced_on_request(tmp_path: Path) 
 
 # -- crashes --------------------------------------------------------------------------------------
 def test_samples_that_kill_their_worker(tmp_path: Path, client: Client) -> None:
-    """Found one by one in child processes; the bits of all others are those of an undisturbed run."""
+    """Found one by one in child processes; the bits of all others are those of an undisturbed run.
+
+    One of them is among the first, which workers look at before anything is done.
+    """
     infl = model(client, deadly())
     sound = infl.influences_to_zarr(tmp_path / "sound", *problem("train", {}), tile_bytes=TILE)
-    test, train = problem("test", {70: MARK})[0], problem("train", {66: MARK, 69: MARK})[1]
+    test, train = problem("test", {70: MARK})[0], problem("train", {3: MARK, 69: MARK})[1]
     reason = r"it ended its process \(exit code 7\)"
-    told = rf"test sample 70: {reason}; train sample 66: {reason}; train sample 69: {reason}"
+    told = rf"test sample 70: {reason}; train sample 3: {reason}; train sample 69: {reason}"
     with pytest.raises(PoisonedSamplesError, match=told):
         infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE)
     with pytest.warns(InfluenceWarning, match=told):
         again = infl.influences_to_zarr(tmp_path / "run", test, train, tile_bytes=TILE, on_missing="warn")
-    assert again.attrs["missing"] == {"test": [70], "train": [66, 69]}
-    scores = expected("train", expected("test", sound.influence.values, [70]), [66, 69])
+    assert again.attrs["missing"] == {"test": [70], "train": [3, 69]}
+    scores = expected("train", expected("test", sound.influence.values, [70]), [3, 69])
     np.testing.assert_array_equal(again.influence.values, scores)
     assert verify(tmp_path / "run")
 
