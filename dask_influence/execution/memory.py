@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -25,20 +26,31 @@ FEATURE_BYTES = 64 * 2**20
 
 
 def influences_in_memory(
-    fit: Fit, test: Source, train: Source, plan: Plan, *, project: bool, perturbation: bool
+    fit: Fit,
+    test: Source,
+    train: Source,
+    plan: Plan,
+    check: Callable[[], None],
+    *,
+    project: bool,
+    perturbation: bool,
 ) -> np.ndarray:
-    """Scores (N, M, *features), straight from the samples where the inverse has a kernel for that."""
-    if not perturbation and not fit.inverse.needs_rounds:
-        kernel = fit.inverse.kernel(*_job(fit, test).batch(0, 1))
-        if kernel is not None:
-            return scores_by_kernel(fit, kernel, test, train, plan)
+    """Scores (N, M, *features), straight from the samples where the inverse has a kernel for that.
+
+    ``check`` refuses training data that cannot be used, before any of them are.
+    """
     if (
         perturbation
         and not project
         and not fit.inverse.needs_rounds
         and fit.model.problem().forms.mixed == "chain"
     ):
-        return _perturbations_by_chain(fit, test, train, plan)
+        return _perturbations_by_chain(fit, test, train, plan, check)
+    check()
+    if not perturbation and not fit.inverse.needs_rounds:
+        kernel = fit.inverse.kernel(*_job(fit, test).batch(0, 1))
+        if kernel is not None:
+            return scores_by_kernel(fit, kernel, test, train, plan)
     factors = factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
     return scores_in_memory(
         fit, factors, train, train.argument, plan, project=project, perturbation=perturbation
@@ -104,33 +116,41 @@ def _pool(lanes: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _perturbations_by_chain(fit: Fit, test: Source, train: Source, plan: Plan) -> np.ndarray:
+def _perturbations_by_chain(
+    fit: Fit, test: Source, train: Source, plan: Plan, check: Callable[[], None]
+) -> np.ndarray:
     """Perturbations (N, M, *features): each lane solves a chunk of test points, then goes on to its scores.
 
-    What the training samples of a batch need for all test points is computed here in the meantime.
+    This thread differentiates, which only one can do at a time, while lanes multiply: first the gradients
+    of the test points, then what the training samples of a batch need for all of them.
     """
     problem, work, lanes = fit.model.problem(), plan.work, _lanes(fit.threads)
     scores = np.empty((work.tests, work.trains, *work.features), dtype=fit.score_dtype)
-    queries = _job(fit, test)
+    queries, inverse = _job(fit, test), fit.solver.inverse()
 
-    def query(chunk: range) -> torch.Tensor:
-        bounds = (chunk.start, chunk.stop, plan.batch)
-        factors = tasks.closed_factors(queries, fit.solver, *bounds, project=False, certify=False)
-        return tasks.Query.of(factors.rows, None, problem).directions
+    def solve(gradients: torch.Tensor) -> torch.Tensor:
+        with tasks.torch_threads(fit.threads):
+            factors = tasks.solved(inverse, gradients, project=False, certify=False)
+            return tasks.Query.of(factors.rows, None, problem).directions
 
-    def score(chain: Chain, solved: Future[torch.Tensor], chunk: range, columns: range) -> None:
-        part = torch.from_numpy(scores[chunk.start : chunk.stop, columns.start : columns.stop])
+    def score(chain: Chain, solved: Future[torch.Tensor], rows: slice, columns: range) -> None:
+        part = torch.from_numpy(scores[rows, columns.start : columns.stop])
         with tasks.torch_threads(fit.threads):
             derivatives = chain.mixed_derivatives(solved.result(), out=part)
         tasks.refuse_non_finite(derivatives, train.argument, columns.start)
 
-    solving = [(lanes.submit(query, chunk), chunk) for chunk in Chunks(work.tests, plan.factor_rows)]
-    for columns in Chunks(work.trains, plan.batch):
-        with tasks.torch_threads(fit.threads):
+    with tasks.torch_threads(fit.threads):
+        solving = []
+        for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
+            gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)
+            for chunk in Chunks(len(batch), plan.factor_rows):
+                rows = slice(batch.start + chunk.start, batch.start + chunk.stop)
+                solving.append((lanes.submit(solve, gradients[chunk.start : chunk.stop]), rows))
+        check()
+        for columns in Chunks(work.trains, plan.batch):
             chain = _job(fit, train).computed(directional.chain_of, columns.start, columns.stop)
-        scoring = [lanes.submit(score, chain, solved, chunk, columns) for solved, chunk in solving]
-        for part in scoring:
-            part.result()
+            for part in [lanes.submit(score, chain, solved, rows, columns) for solved, rows in solving]:
+                part.result()
     return scores
 
 
