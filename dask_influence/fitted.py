@@ -50,10 +50,19 @@ def first_samples(objective: Objective, source: Source, argument: str) -> tuple[
 
 
 @dataclasses.dataclass
-class Mixed:
-    """The problem with its input gradient checked too, once for all that share a fit."""
+class Learned:
+    """What has been found out since the fit, once for all that share it.
 
-    problem: Problem | None = None
+    Attributes
+    ----------
+    mixed : Problem or None
+        The problem with its input gradient checked too.
+    specs : set of str
+        Shapes and dtypes of queries that went well.
+    """
+
+    mixed: Problem | None = None
+    specs: set[str] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Fitted:
     behaviour: list[str]
     content: Content
     speed: Speed = dataclasses.field(default_factory=Speed, repr=False)
-    mixed: Mixed = dataclasses.field(default_factory=Mixed, repr=False)
+    learned: Learned = dataclasses.field(default_factory=Learned, repr=False)
 
     # -- λ ----------------------------------------------------------------------------
     def with_regularization(self, hessian_regularization: Regularization) -> Fitted:
@@ -174,13 +183,20 @@ class Fitted:
             required(self.passes)
 
     def check_query(self, source: Source, argument: str) -> None:
-        """Refuse data of a query that a fit would refuse, by their first samples and before anything runs."""
-        objective = self.problem.objective
+        """Refuse data of a query that a fit would refuse, by their first samples and before anything runs.
+
+        Of shapes and dtypes that have been looked at, what may still be wrong is some sample's fault, and
+        is named where it shows.
+        """
+        objective, spec = self.problem.objective, repr(source.spec)
+        if spec in self.learned.specs:
+            return
         sample = first_samples(objective, source, argument)
         try:
             check_samples(objective, *sample)
         except (DataError, LossError) as error:
             raise type(error)(f"{argument}: {error}") from error
+        self.learned.specs.add(spec)
 
     def sound_samples(
         self, source: Source, argument: str, resources: Resources, executor: Executor
@@ -250,13 +266,13 @@ class Fitted:
         """
         if mode is InfluenceMode.Up:
             return self.problem
-        if self.mixed.problem is None:
+        if self.learned.mixed is None:
             if sound is None:
                 sample = first_samples(self.problem.objective, train, train.argument)
             else:
                 sample = self._picked(train, sound)
-            self.mixed.problem = with_mixed_form(self.problem, *sample)
-        return self.mixed.problem
+            self.learned.mixed = with_mixed_form(self.problem, *sample)
+        return self.learned.mixed
 
     def _picked(self, train: Source, sound: Sequence[int]) -> tuple[Any, Any]:
         start = 0 if sound else min(SAMPLES_CHECKED, len(train) - 1)

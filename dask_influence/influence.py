@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -268,14 +269,14 @@ class InfluenceFunctionModel:
             plan = fitted.plan(test, train, mode)
             return lazy_influences(fit, test, train, plan, project=plan.projects, perturbation=perturbation)
         fitted.check_query(test, "x_test, y_test")
-        if train is not test:
-            fitted.check_query(train, "x, y")
+        check = (lambda: None) if train is test else partial(fitted.check_query, train, "x, y")
         if self.client is not None:
+            check()
             return arguments.like(self._through_store(test, train, mode), x_test, fitted.system.dtype)
         fit = fitted.shipped(self._resources, LocalExecutor(), fitted.problem_of(mode, train))
         plan = fitted.plan(test, train, mode, alone=True)
         scores = influences_in_memory(
-            fit, test, train, plan, project=plan.projects, perturbation=perturbation
+            fit, test, train, plan, check, project=plan.projects, perturbation=perturbation
         )
         return arguments.like(scores, x_test, fitted.system.dtype)
 

@@ -206,7 +206,8 @@ def test_the_plan_counts_what_is_held_and_says_so(kind: str) -> None:
         plan.work, paired=dataclasses.replace(plan.work.paired, numbers=numbers + 1000)
     )
     held = dataclasses.replace(plan, work=more).peak_bytes - plan.peak_bytes
-    assert held == 8 * 1000 * (plan.query_rows + 2 * plan.tile[1])
+    batch = min(plan.batch, plan.tile[1])
+    assert held == 8 * 1000 * (plan.query_rows + 2 * plan.tile[1] + 4 * batch)  # four while they are made
     with pytest.raises(MemoryLimitError, match="memory_limit"):
         plan.validate(1_000_000)
     before = KINDS[kind][0](case.model, case.loss, 0.5, **KINDS[kind][1])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,20 +28,31 @@ FEATURE_BYTES = 64 * 2**20
 
 
 def influences_in_memory(
-    fit: Fit, test: Source, train: Source, plan: Plan, *, project: bool, perturbation: bool
+    fit: Fit,
+    test: Source,
+    train: Source,
+    plan: Plan,
+    check: Callable[[], None],
+    *,
+    project: bool,
+    perturbation: bool,
 ) -> np.ndarray:
-    """Scores (N, M, *features), straight from the samples where the inverse has a kernel for that."""
-    if not perturbation and not fit.inverse.needs_rounds:
-        kernel = fit.inverse.kernel(*_job(fit, test).batch(0, 1))
-        if kernel is not None:
-            return scores_by_kernel(fit, kernel, test, train, plan)
+    """Scores (N, M, *features), straight from the samples where the inverse has a kernel for that.
+
+    ``check`` refuses training data that cannot be used, before any of them are.
+    """
     if (
         perturbation
         and not project
         and not fit.inverse.needs_rounds
         and fit.model.problem().forms.mixed == "chain"
     ):
-        return _perturbations_by_chain(fit, test, train, plan)
+        return _perturbations_by_chain(fit, test, train, plan, check)
+    check()
+    if not perturbation and not fit.inverse.needs_rounds:
+        kernel = fit.inverse.kernel(*_job(fit, test).batch(0, 1))
+        if kernel is not None:
+            return scores_by_kernel(fit, kernel, test, train, plan)
     factors = factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
     return scores_in_memory(
         fit, factors, train, train.argument, plan, project=project, perturbation=perturbation
@@ -84,19 +98,17 @@ def factors_in_memory(
         bounds = (chunk.start, chunk.stop, batch)
         return tasks.closed_factors(job, fit.solver, *bounds, project=project, certify=False).rows
 
-    return torch.cat(list(_lanes(fit.threads).map(solve, chunks)))
+    return torch.cat(list(_pool(_lanes(fit.threads)).map(solve, chunks)))
 
 
-def _lanes(threads: int) -> ThreadPoolExecutor:
-    """Threads for tasks of ``threads`` torch threads, which leave cores free: as on a cluster, for the same bits.
-
-    They stay: to start some takes milliseconds beside others that compute.
-    """
-    return _pool(max(1, torch.get_num_threads() // threads))
+def _lanes(threads: int) -> int:
+    """How many tasks of ``threads`` torch threads run at once, each on a part, as on a cluster: for the same bits."""
+    return max(1, torch.get_num_threads() // threads)
 
 
 @functools.cache
 def _pool(lanes: int) -> ThreadPoolExecutor:
+    """Threads that stay: to start some takes milliseconds beside others that compute."""
     return ThreadPoolExecutor(lanes, thread_name_prefix="dask-influence")
 
 
@@ -104,33 +116,78 @@ def _pool(lanes: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _perturbations_by_chain(fit: Fit, test: Source, train: Source, plan: Plan) -> np.ndarray:
-    """Perturbations (N, M, *features): each lane solves a chunk of test points, then goes on to its scores.
+class _Shared:
+    """Calls that this thread and ``others`` take from one queue, in order."""
 
-    What the training samples of a batch need for all test points is computed here in the meantime.
+    def __init__(self, others: int) -> None:
+        self._others, self._queue = others, deque[Callable[[], None]]()
+        self._busy: list[Future[None]] = []
+
+    def add(self, calls: Iterable[Callable[[], None]]) -> None:
+        """Let the others begin with ``calls``, after those that were added before."""
+        self._queue.extend(calls)
+        self._busy += [_pool(self._others).submit(self._take) for _ in range(self._others)]
+
+    def finish(self) -> None:
+        """Take part until all is done."""
+        try:
+            self._take()
+            for other in self._busy:
+                other.result()
+        finally:
+            self._queue.clear()
+            wait(self._busy)
+            self._busy.clear()
+
+    def _take(self) -> None:
+        while True:
+            try:
+                call = self._queue.popleft()
+            except IndexError:
+                return
+            call()
+
+
+def _perturbations_by_chain(
+    fit: Fit, test: Source, train: Source, plan: Plan, check: Callable[[], None]
+) -> np.ndarray:
+    """Perturbations (N, M, *features): lanes solve chunks of test points, then go on to their scores.
+
+    This thread is one of the lanes, and differentiates, which only one can do at a time, while the others
+    multiply: first the gradients of the test points, then what the training samples of a batch need.
     """
-    problem, work, lanes = fit.model.problem(), plan.work, _lanes(fit.threads)
+    problem, work, lanes = fit.model.problem(), plan.work, _Shared(_lanes(fit.threads) - 1)
     scores = np.empty((work.tests, work.trains, *work.features), dtype=fit.score_dtype)
-    queries = _job(fit, test)
+    queries, inverse = _job(fit, test), fit.solver.inverse()
 
-    def query(chunk: range) -> torch.Tensor:
-        bounds = (chunk.start, chunk.stop, plan.batch)
-        factors = tasks.closed_factors(queries, fit.solver, *bounds, project=False, certify=False)
-        return tasks.Query.of(factors.rows, None, problem).directions
+    def solve(gradients: torch.Tensor, solved: Future[torch.Tensor]) -> None:
+        try:
+            with tasks.torch_threads(fit.threads):
+                factors = tasks.solved(inverse, gradients, project=False, certify=False)
+                solved.set_result(tasks.Query.of(factors.rows, None, problem).directions)
+        except BaseException as error:
+            solved.set_exception(error)  # another lane may wait for it
+            raise
 
-    def score(chain: Chain, solved: Future[torch.Tensor], chunk: range, columns: range) -> None:
-        part = torch.from_numpy(scores[chunk.start : chunk.stop, columns.start : columns.stop])
+    def score(chain: Chain, solved: Future[torch.Tensor], rows: slice, columns: range) -> None:
+        part = torch.from_numpy(scores[rows, columns.start : columns.stop])
         with tasks.torch_threads(fit.threads):
             derivatives = chain.mixed_derivatives(solved.result(), out=part)
         tasks.refuse_non_finite(derivatives, train.argument, columns.start)
 
-    solving = [(lanes.submit(query, chunk), chunk) for chunk in Chunks(work.tests, plan.factor_rows)]
-    for columns in Chunks(work.trains, plan.batch):
-        with tasks.torch_threads(fit.threads):
+    with tasks.torch_threads(fit.threads):
+        solving: list[tuple[Future[torch.Tensor], slice]] = []
+        for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
+            gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)
+            for chunk in Chunks(len(batch), plan.factor_rows):
+                solved = Future[torch.Tensor]()
+                solving.append((solved, slice(batch.start + chunk.start, batch.start + chunk.stop)))
+                lanes.add([partial(solve, gradients[chunk.start : chunk.stop], solved)])
+        check()
+        for columns in Chunks(work.trains, plan.batch):
             chain = _job(fit, train).computed(directional.chain_of, columns.start, columns.stop)
-        scoring = [lanes.submit(score, chain, solved, chunk, columns) for solved, chunk in solving]
-        for part in scoring:
-            part.result()
+            lanes.add(partial(score, chain, solved, rows, columns) for solved, rows in solving)
+            lanes.finish()
     return scores
 
 

@@ -369,7 +369,7 @@ class Plan:
         least = floor.task_bytes
         advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
         work = self.work
-        if work.rank is not None and floor.directions == work.rank:
+        if work.rank and floor.directions == work.rank:
             own = max(
                 8 * work.parameters, work.inverse_bytes // work.rank
             )  # of the inverse, and of the query

@@ -310,12 +310,18 @@ def closed_factors(
             unknown = np.full(len(rows), np.nan)
             return Factors(rows, unknown).without(missing or {}, start, stop)
         gradients = query_gradients(job, start, stop, batch, missing)
-        wide = gradients.to(torch.float64)
-        factors = without_rounds(solver.solve(wide)) if certify or not project else None
-        residual = solver.residuals(wide, factors) if certify and factors is not None else None
-        rows = solver.coefficients(wide) if project or factors is None else factors
+        factors = solved(solver, gradients, project=project, certify=certify)
+    return factors.without(missing or {}, start, stop)
+
+
+def solved(inverse: Inverse, gradients: Tensor, *, project: bool, certify: bool) -> Factors:
+    """Factors of test points with these gradients (n, P), or their coefficients."""
+    wide = gradients.to(torch.float64)
+    factors = without_rounds(inverse.solve(wide)) if certify or not project else None
+    residual = inverse.residuals(wide, factors) if certify and factors is not None else None
+    rows = inverse.coefficients(wide) if project or factors is None else factors
     measured = torch.full((len(rows),), torch.nan, dtype=torch.float64) if residual is None else residual
-    return Factors(rows.to(gradients.dtype), measured.numpy()).without(missing or {}, start, stop)
+    return Factors(rows.to(gradients.dtype), measured.numpy())
 
 
 def _weighted(

@@ -129,7 +129,7 @@ WORKS = (
         "LissaInfluence",
         LISSA,
         (Peer("pydvl", "LissaInfluence", PEER_LISSA, differs="its own draws"),),
-        tests=60,
+        tests=20,
     ),
     Work(
         "digits",
@@ -147,6 +147,7 @@ WORKS = (
         "ArnoldiInfluence",
         ARNOLDI,
         (Peer("pydvl", "ArnoldiInfluence", ARNOLDI, differs="compared on digits"),),
+        once=True,
     ),
     Work(
         "large",

@@ -47,7 +47,7 @@ def empty_strip(location: Location, index: int) -> str:
     return name
 
 
-def work_of_a_strip(plan: Plan, folder: Path, measured: int = 16) -> float:
+def work_of_a_strip(plan: Plan, folder: Path, measured: int = 2) -> float:
     """Seconds of a strip of ``plan``, derivatives and tiles written: those of a few columns of tiles, scaled."""
     torch.manual_seed(0)
     columns = plan.tile[1] * measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three test points and five training samples at a time."""
     whole = memory._perturbations_by_chain
 
-    def cut(fit: Fit, test: Source, train: Source, plan: Plan) -> np.ndarray:
-        return whole(fit, test, train, dataclasses.replace(plan, factor_rows=3, batch=5))
+    def cut(fit: Fit, test: Source, train: Source, plan: Plan, check: Callable[[], None]) -> np.ndarray:
+        return whole(fit, test, train, dataclasses.replace(plan, factor_rows=3, batch=5), check)
 
     monkeypatch.setattr(memory, "_perturbations_by_chain", cut)
 
@@ -64,7 +65,7 @@ def test_a_sample_without_a_finite_derivative_is_named(
     fitted: DirectInfluence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoiled(rows: torch.Tensor, *args: object) -> object:
-        if len(args) > 1 and args[1] == 5:  # the second batch
+        if args[:2] == ("x, y", 5):  # the second batch
             rows[2] = torch.nan
         return refuse(rows, *args)
 

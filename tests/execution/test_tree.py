@@ -76,7 +76,9 @@ def test_a_schedule_does_what_is_missing(blocks: int, runs: int, axis: Axis, dra
     tree = Tree(blocks, runs, axis)
     names = {tree.name(node): node for node in every(tree)}
     held = drawn.draw(st.sets(st.sampled_from(sorted(names)), max_size=30), label="held")
-    schedule = Schedule(tree, {name: record(tree, names[name]) for name in held})
+    recorded = held | {tree.name(below) for name in held for below in tree.below(names[name])}
+    schedule = Schedule(tree, {name: record(tree, names[name]) for name in held}, recorded)
+    assert not schedule.lost
     done: Counter[str] = Counter()
     present = set(held)
     while schedule:
@@ -99,10 +101,30 @@ def test_a_schedule_does_what_is_missing(blocks: int, runs: int, axis: Axis, dra
 def test_few_parts_wait(strips: int) -> None:
     """One node at a time, as in one process: the parts that exist are those of one path to the root."""
     tree = Tree(1, strips, "test")
-    schedule, waiting, most = Schedule(tree, {}), 0, 0
+    schedule, waiting, most = Schedule(tree, {}, ()), 0, 0
     for node, parts in schedule.ready():
         waiting += (node != tree.root(0)) - len(parts)
         most = max(most, waiting)
         schedule.finished(node, record(tree, node))
     assert waiting == 0
     assert most <= FAN_IN * 2
+
+
+@given(SIZES, AXES, st.data())
+def test_lost_entries_below_what_is_done_are_found(strips: int, axis: Axis, drawn: st.DataObject) -> None:
+    """Strips are done again; entries of merges, whose data went into what is done, are told."""
+    tree = Tree(1, strips, axis)
+    roots = {tree.name(root): record(tree, root) for root in tree.roots()}
+    below = {tree.name(node): node for root in tree.roots() for node in tree.below(root)}
+    lost = drawn.draw(
+        st.sets(st.sampled_from(sorted(below)), max_size=9) if below else st.just(set()), label="lost"
+    )
+    recorded = {*roots, *below} - lost
+    schedule = Schedule(tree, roots, recorded)
+    assert {tree.name(node) for node in schedule.lost} == {name for name in lost if below[name].level}
+    again = set()
+    for node, parts in schedule.ready():
+        assert not parts
+        again.add(tree.name(node))
+        schedule.finished(node, record(tree, node))
+    assert again == {name for name in lost if not below[name].level}
