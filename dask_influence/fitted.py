@@ -199,15 +199,23 @@ class Fitted:
         self.learned.specs.add(spec)
 
     def sound_samples(
-        self, source: Source, argument: str, resources: Resources, executor: Executor
-    ) -> list[int]:
+        self,
+        source: Source,
+        argument: str,
+        resources: Resources,
+        executor: Executor,
+        mode: InfluenceMode = InfluenceMode.Up,
+    ) -> list[int] | None:
         """Places among the first samples of a run's data that can be used; refuses data of which none can.
 
         What a fit would refuse of all of them is refused; single ones are left to the run, which names
         what it leaves out. Workers look at them, so that a sample that kills its process kills none of
-        this one's; then nothing is known of any of them, and the list is empty.
+        this one's; then nothing is known of any of them, and the list is empty. None where samples of
+        these shapes and dtypes have been looked at, and no derivative of ``mode`` is to be checked on them.
         """
-        few = min(SAMPLES_CHECKED, len(source))
+        spec, few = repr(source.spec), min(SAMPLES_CHECKED, len(source))
+        if spec in self.learned.specs and (mode is InfluenceMode.Up or self.learned.mixed is not None):
+            return None
         batch = source.read(0, few)
         bad = non_finite(batch)
         places = [place for place in range(few) if place not in bad]
@@ -222,6 +230,7 @@ class Fitted:
         )
         try:
             for sound in executor.map(tasks.sound_samples, [(executor.seal(job),)], lambda _: None):
+                self.learned.specs.add(spec)
                 return [places[place] for place in sound]
         except (DataError, LossError) as error:
             raise type(error)(f"{argument}: {error}") from error

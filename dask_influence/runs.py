@@ -167,7 +167,7 @@ def score_run(
     output = dataclasses.replace(output, names=ids, solves=isinstance(test, Source))
     if isinstance(test, Source):
         fitted.sound_samples(test, "test", target.resources, target.executor)
-    sound = fitted.sound_samples(train, "train", target.resources, target.executor)
+    sound = fitted.sound_samples(train, "train", target.resources, target.executor, mode)
     if reduced is None:
         features = tuple(f"feature_{axis}" for axis in range(len(plan.work.features)))
         templates = score_templates(plan, fitted.score_dtype, features)
