@@ -40,6 +40,11 @@ class Samples:
     depiction: Depiction
     _read: dict[int, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def drawable(self) -> bool:
+        """Whether there is anything to draw."""
+        return self.source is not None or self.tokens is not None
+
     def check(self, facts: Facts) -> None:
         """Refuse data that cannot be those of the run, or cannot be drawn as was asked.
 
@@ -85,7 +90,7 @@ class Samples:
 
     def drawing(self, position: int | None, strength: Array | None = None) -> Drawing | None:
         """A sample, or None where there is nothing to draw it from."""
-        if position is None or (self.source is None and self.tokens is None):
+        if position is None or not self.drawable:
             return None
         tokens = None if self.tokens is None else self.tokens[position]
         x = np.zeros(0) if self.source is None else self.of(position)[0]

@@ -39,7 +39,7 @@ def score_distribution(dataset: xr.Dataset, *, bins: int = 60, ax: Axes | None =
         Scores of pairs, or sums over groups, at one λ: ``open_influences(store)``. Up to 32 MiB are read; in
         perturbation mode the norm of each pair's scores is shown.
     bins : int
-        Of equal width on that axis.
+        Of equal width on that axis, at most; fewer where there are few scores.
     ax : matplotlib.axes.Axes, optional
         Where to draw.
 
@@ -83,6 +83,7 @@ def histogram(
     low, high = (float(np.arcsinh(end / scale)) for end in (values.min(), values.max()))
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
+    bins = min(bins, 10 + 2 * math.isqrt(len(values)))
     edges = scale * np.sinh(np.linspace(low, high, bins + 1))
     edges[0], edges[-1] = min(edges[0], values.min()), max(edges[-1], values.max())
     counts, _ = np.histogram(values, edges)
@@ -239,7 +240,8 @@ def _ranges(ax: Axes, ranges: Mapping[str, tuple[float, float]], damping: float 
     _ticks(ax, min(0.0, *(low for low, _ in ranges.values())), largest, linear)
     if damping is not None:
         ax.axvline(damping, color=QUIET, linestyle="--", linewidth=1)
-        ax.annotate(f"λ = {damping:g}", (damping, 1), xycoords=("data", "axes fraction"), ha="left", va="top")
+        offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "ha": "left", "va": "top"}
+        ax.annotate(f"λ = {damping:g}", (damping, 1), xycoords=("data", "axes fraction"), **offset)
     ax.set_yticks(range(len(names)), [_plain(name) for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6 - 0.04 * len(names))
     left = len(ranges) - len(names)
@@ -284,7 +286,7 @@ def residuals(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     logs = np.log10(np.maximum(values, least))  # an exact zero is as good as the best of the others
     low, high = logs.min(), logs.max()
     low, high = (low - 0.5, high + 0.5) if high - low < 0.5 else (low, high)
-    counts, edges = np.histogram(logs, np.linspace(low, high, 31))
+    counts, edges = np.histogram(logs, np.linspace(low, high, min(30, 5 + 2 * math.isqrt(len(logs))) + 1))
     ax.stairs(counts, 10**edges, fill=True, color=HELPS, linewidth=0)
     ax.set_xscale("log")
     ax.set_xlabel("relative residual")
@@ -388,6 +390,7 @@ def work_curve(ax: Axes, effort: Effort) -> Axes:
     ax.axhline(len(effort.workers), color=LINE, linewidth=1)
     ax.set_xlim(0, edges[-1] / size)
     ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(_few())
     ax.set_xlabel(f"{unit} since the first task began")
     ax.set_ylabel("tasks at work")
     ax.yaxis.set_major_locator(_few())

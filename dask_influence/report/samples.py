@@ -25,7 +25,7 @@ LARGEST_SIDE = 192
 MOST_TOKENS = 160
 MOST_FEATURES = 12
 
-HELPS, HARMS = (33, 102, 172), (178, 24, 43)
+HELPS, HARMS = (52, 120, 204), (212, 62, 66)
 """Colours of maps, which stand on the page's own ground."""
 
 

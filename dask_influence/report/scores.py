@@ -417,11 +417,15 @@ class Own:
             Stored(facts, OWN).read(slice(None)).astype(np.float64), np.asarray(facts.dataset["train"].values)
         )
 
+    def id_of(self, position: int) -> Any:
+        """Id of a training point."""
+        return _plain(self.ids[position])
+
     def largest(self, count: int) -> list[Scored]:
         """The points that the model relies on most to get themselves right."""
         held = np.flatnonzero(~np.isnan(self.values))
         order = held[np.argsort(-self.values[held], kind="stable")][:count]
-        return [Scored(_plain(self.ids[at]), float(self.values[at]), int(at)) for at in order]
+        return [Scored(self.id_of(int(at)), float(self.values[at]), int(at)) for at in order]
 
 
 def _plain(one: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_influence.arguments import labels_of
+from dask_influence.arguments import digest_of, labels_of
 from dask_influence.errors import ConfigurationError, StoreMismatchError
 from dask_influence.report.data import Samples
 from dask_influence.report.facts import Array, Facts
@@ -149,7 +149,8 @@ def report(
         samples[side].check(facts)
     named = {"test": test_ids, "train": train_ids}
     ids = {side: labels_of(given, f"{side}_ids") for side, given in named.items() if given is not None}
-    from dask_influence.report.contents import Asked, Contents  # with matplotlib
+    from dask_influence.report.asked import Asked  # with Jinja and matplotlib
+    from dask_influence.report.contents import page
     from dask_influence.report.page import rendered
 
     scores = _scores(facts, ids)
@@ -163,7 +164,7 @@ def report(
         top,
         title,
     )
-    _put(path, rendered(Contents(asked).page()))
+    _put(path, rendered(page(asked)))
     return path
 
 
@@ -229,6 +230,14 @@ def _perturbation(
             f'perturbation: {other.location.url} holds no scores of mode "perturbation" for single training points'
         )
     _check_same("perturbation", facts, other)
+    held = other.fingerprint
+    if held.get("test") != facts.digest("test") and held.get("test_ids") == digest_of(
+        np.arange(other.plan.work.tests)
+    ):
+        raise StoreMismatchError(
+            f"perturbation: {other.location.url} is of other test data than {facts.location.url}, and names its test "
+            "points by position: write it with test_ids= that say which of these they are"
+        )
     return Scores(other, layout, {})
 
 

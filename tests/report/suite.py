@@ -82,7 +82,10 @@ class Browser:
     def open(self, page: Path, width: int = WIDE, theme: str = "light") -> None:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        features = [{"name": "prefers-color-scheme", "value": theme}]
+        features = [
+            {"name": "prefers-color-scheme", "value": theme},
+            {"name": "prefers-reduced-motion", "value": "reduce"},
+        ]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         self.logs()
         self.driver.get(page.as_uri())
@@ -123,6 +126,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     for argument in (
         "headless",
         "no-sandbox",
+        "hide-scrollbars",
         "disable-gpu",
         "disable-quic",
         "no-first-run",

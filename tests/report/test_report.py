@@ -44,8 +44,8 @@ def test_lists_are_those_of_the_scores(stores: Stores, made: Make) -> None:
         assert listed(found[name]) == [list(map(str, order[:4])), list(map(str, order[::-1][:4]))]
         shown = [one.one("b").text for one in found[name].all("p", "score")]
         assert shown[0] == f"{values[row].max():+.4g}"
-        assert shown[4] == f"{values[row].min():+.4g}"
-        effect = f"{values[row].max() / TRAINS:+.1e} loss without it"
+        assert shown[4] == f"{values[row].min():+.4g}".replace("-", "−")
+        effect = f"loss {values[row].max() / TRAINS:+.2g}"
         assert effect in found[name].all("p", "score")[0].text
     assert f"{TESTS - 2} of {TESTS} test points" in notes(document)
 
@@ -53,7 +53,7 @@ def test_lists_are_those_of_the_scores(stores: Stores, made: Make) -> None:
 def test_by_default_the_most_harmed_test_points_are_shown(
     stores: Stores, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dask_influence.report.contents.TESTS", 3)
+    monkeypatch.setattr("dask_influence.report.lists.TESTS", 3)
     lowest = np.argsort(stores.scores().min(axis=1), kind="stable")[:3]
     assert list(cases(made("scores.zarr"))) == [f"Test point t{row}" for row in lowest]
     assert list(cases(made("top.zarr"))) == [f"Test point t{row}" for row in lowest]
