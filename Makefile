@@ -101,6 +101,10 @@ bench-estimators: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## time every est
 bench-memory: $(READY) ## peak memory of workers, client and scheduler against the plan (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/worker_memory.py
 
+.PHONY: bench-report
+bench-report: $(READY) ## size, time and memory of a report about 10,000 × 1,000,000 scores
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/report_size.py
+
 .PHONY: accuracy
 accuracy: $(READY) ## compare scores on digits with the effect of training again (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/digits_accuracy.py

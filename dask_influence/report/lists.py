@@ -169,7 +169,7 @@ class Lists:
     def _scored(self, one: Scored, strongest: float, row: Ranked, layout: Layout) -> Point:
         if layout.features:
             return self.point(
-                one, layout.columns, strongest, f"‖{one.score:.4g}‖", None, self._strength(row, one)
+                one, layout.columns, strongest, f"norm {one.score:.4g}", None, self._strength(row, one)
             )
         effect = f"loss {signed(one.score / self.asked.fitted, 2)}" if self.asked.fitted else None
         strength = self._strength(row, one) if (layout.rows, layout.columns) == ("test", "train") else None

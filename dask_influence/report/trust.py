@@ -32,6 +32,8 @@ CHECKED = {
 }
 """Diagnostics that are listed, and what they are called."""
 
+SYSTEM, RESIDUAL = (text.replace(" ", "\u00a0") for text in ("(H + λI) s = g", "‖(H + λI) s − g‖ / ‖g‖"))
+
 DERIVATIVES = {
     "gradient": "gradient of each sample",
     "directional": "derivatives along directions",
@@ -51,8 +53,8 @@ def certificates(asked: Asked) -> dict[str, Any]:
         notes.append("Residuals of the factors: the store holds none.")
     else:
         text = (
-            "Each test point's system (H + λI) s = g was solved, and what is left of it measured: "
-            f"‖(H + λI) s − g‖ / ‖g‖ is at most {worst[1]:.2g}, at test point {worst[0]}."
+            f"Each test point's system {SYSTEM} was solved, and what is left of it measured: "
+            f"{RESIDUAL} is at most {worst[1]:.2g}, at test point {worst[0]}."
         )
         curve = svg(lambda ax: figures.residuals(dataset, ax=ax), "residuals", "Histogram of residuals")
         about = "Relative residuals. A sketch leaves out what it did not keep, and that shows here."
@@ -145,10 +147,10 @@ def run(asked: Asked) -> dict[str, Any]:
 
 def _about_run(facts: Facts) -> str:
     effort = facts.effort
-    many = len(effort.workers) > 1
+    tasks, processes = len(effort.seconds), len(effort.workers)
     within = "" if effort.wall is None else f", within {seconds(effort.wall)}"
     return (
-        f"{len(effort.seconds):,} tasks took {seconds(effort.total)} on {len(effort.workers):,} "
-        f"process{'es' if many else ''}{within}; the longest took {seconds(float(effort.seconds.max()))}. "
+        f"{tasks:,} task{'s' if tasks > 1 else ''} took {seconds(effort.total)} on {processes:,} "
+        f"process{'es' if processes > 1 else ''}{within}; the longest took {seconds(float(effort.seconds.max()))}. "
         f"{format_bytes(effort.nbytes)} were written, compressed. Fit and factors are not in these times."
     )
