@@ -108,11 +108,18 @@ def responses(problem: Problem, x: Tree, y: Tree, layout: Layout, step: int) -> 
     tracer = _Tracer(problem, layout)
     tracer.examined(x)
     order = tracer.single_calls()
-    if order is None:
+    if order is None or not tracer.reverses:
         return None
     starts = range(0, leading_size(y), step)
     parts = (slice(start, start + step) for start in starts)
     return (tracer.response(sliced(x, part), sliced(y, part), order) for part in parts)
+
+
+def each_called_once(problem: Problem, x: Tree, layout: Layout) -> bool:
+    """Whether every layer of ``layout`` is a linear one that a sample enters just once, in one position."""
+    tracer = _Tracer(problem, layout)
+    tracer.examined(x)
+    return tracer.single_calls() is not None
 
 
 class _Tracer:
@@ -137,7 +144,7 @@ class _Tracer:
     def single_calls(self) -> list[int] | None:
         """Which call is that of each layer, if those are linear ones of one position and there are no others."""
         keys, layers = self.trace.keys, self.layout.layers
-        if not (self.batched and self.reverses) or sorted(keys) != sorted(layer.key for layer in layers):
+        if not self.batched or sorted(keys) != sorted(layer.key for layer in layers):
             return None
         order = [keys.index(layer.key) for layer in layers]
         single = all(
