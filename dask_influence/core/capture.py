@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dask_influence.core.elementary import differentiation
-from dask_influence.core.layers import CALLS, Layer, Layout
+from dask_influence.core.layers import CALLS, Layer, Layout, layout_of
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.outputs import Outputs, blocks_of_samples
 from dask_influence.core.problem import Problem
@@ -115,11 +115,14 @@ def responses(problem: Problem, x: Tree, y: Tree, layout: Layout, step: int) -> 
     return (tracer.response(sliced(x, part), sliced(y, part), order) for part in parts)
 
 
-def each_called_once(problem: Problem, x: Tree, layout: Layout) -> bool:
-    """Whether every layer of ``layout`` is a linear one that a sample enters just once, in one position."""
+def perceptron(problem: Problem, x: Tree) -> Layout | None:
+    """The layers, where they hold all of θ and are linear ones that a sample enters once, in one position; else None."""
+    layout = layout_of(problem.objective)
+    if layout.unsupported or any(layer.indexed or layer.groups > 1 for layer in layout.layers):
+        return None
     tracer = _Tracer(problem, layout)
     tracer.examined(x)
-    return tracer.single_calls() is not None
+    return None if tracer.single_calls() is None else layout
 
 
 class _Tracer:

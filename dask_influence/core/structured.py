@@ -23,8 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dask_influence.core.capture import Response, capture, each_called_once, responses
-from dask_influence.core.layers import Layer, Layout, layout_of
+from dask_influence.core.capture import Response, capture, perceptron, responses
+from dask_influence.core.layers import Layer, Layout
 from dask_influence.core.objective import Tree
 from dask_influence.core.outputs import Outputs
 from dask_influence.core.problem import Problem
@@ -49,7 +49,7 @@ def hessian_sum(problem: Problem, x: Tree, y: Tree) -> Tensor | None:
     >>> hessian_sum(problem, x, y).shape
     torch.Size([21, 21])
     """
-    layout = _linear_layout(problem)
+    layout = perceptron(problem, x)
     if layout is None:
         return None
     total = _Total(problem, layout)
@@ -71,8 +71,8 @@ def gauss_newton_sum(problem: Problem, x: Tree, y: Tree, factors: Factors) -> Te
 
     So it has no more negative eigenvalues than A, up to the rounding of float64.
     """
-    layout = _linear_layout(problem)
-    if layout is None or not each_called_once(problem, x, layout):
+    layout = perceptron(problem, x)
+    if layout is None:
         return None
     total, signs, done = _Total(problem, layout), list[Tensor](), 0
 
@@ -91,14 +91,6 @@ def gauss_newton_sum(problem: Problem, x: Tree, y: Tree, factors: Factors) -> Te
             curvature = derivatives[first].mT @ (sign * derivatives[second])
             total.add(first, second, inputs, curvature)
     return total.symmetric()
-
-
-def _linear_layout(problem: Problem) -> Layout | None:
-    """The layers, where they hold all of θ and are linear ones."""
-    layout = layout_of(problem.objective)
-    if layout.unsupported or any(layer.indexed or layer.groups > 1 for layer in layout.layers):
-        return None
-    return layout
 
 
 class _Block:
