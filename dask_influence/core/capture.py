@@ -116,7 +116,7 @@ def responses(problem: Problem, x: Tree, y: Tree, layout: Layout, step: int) -> 
 
 
 def perceptron(problem: Problem, x: Tree) -> Layout | None:
-    """The layers, where they hold all of θ and are linear ones that a sample enters once, in one position; else None."""
+    """The layers, if they hold all of θ and are linear ones that a sample enters once, in one position; else None."""
     layout = layout_of(problem.objective)
     if layout.unsupported or any(layer.indexed or layer.groups > 1 for layer in layout.layers):
         return None
