@@ -146,9 +146,8 @@ class Fitted:
         Of several λ the curvature is one, and so is its spectrum. Numbers have six digits.
         """
         inverse = self.inverse.parts[0] if isinstance(self.inverse, SweepInverse) else self.inverse
-        own = {} if inverse.needs_rounds else inverse.diagnostics()
         known = {name: value for name, value in self.counts.items() if name not in ("passes", "restored")}
-        return _six_digits({**known, **own})
+        return _six_digits({**known, **inverse.recorded()})
 
     # -- names ------------------------------------------------------------------------
     @cached_property

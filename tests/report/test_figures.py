@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from dask_influence import open_influences
-from dask_influence.errors import ConfigurationError
+from dask_influence.core.estimators import direct
+from dask_influence.errors import ConfigurationError, IndefiniteCurvatureWarning
 from dask_influence.execution.ledger import Ledger
 from dask_influence.report import (
     residuals,
@@ -85,6 +87,22 @@ def test_the_spectrum_is_that_of_the_sketch(stores: Stores) -> None:
     assert "3 more" in many.get_xlabel()
     with pytest.raises(ConfigurationError, match="no diagnostics"):
         spectrum(xr.Dataset())
+
+
+def test_what_a_store_keeps_of_the_diagnostics(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = open_influences(stores / "scores.zarr").attrs["diagnostics"]
+    own = stores.direct().diagnostics
+    assert kept["largest_eigenvalue"] == pytest.approx(own["largest_eigenvalue"], rel=1e-5)
+    assert kept["derivatives"]["gradient"]["form"] == own["derivatives"]["gradient"]["form"]
+    assert "passes" not in kept  # another client may have made them
+    monkeypatch.setattr(direct, "LARGEST_LOOKED_AT", 600)
+    for sign in (1.0, -1.0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IndefiniteCurvatureWarning)
+            inverse = direct.DirectInverse(sign * torch.eye(650, dtype=torch.float64), 0.05, 1e-16)
+        assert inverse.recorded()["positive_definite"] is (sign > 0)
+        assert "largest_eigenvalue" not in inverse.recorded()
+        assert "largest_eigenvalue" in inverse.diagnostics()
 
 
 def test_residuals_are_counted(stores: Stores) -> None:
