@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,12 +20,21 @@ from dask_influence.validation import Agreement, Detection, Stability
 
 Found = Agreement | Detection | Stability
 
+TITLES = {
+    "leave_one_out": "leave-one-out: Pearson correlation with the change of the test losses",
+    "linear_datamodeling_score": "linear datamodeling score: Spearman correlation over random subsets",
+    "finite_difference_response": "finite-difference response: Pearson correlation with the effect of a weight",
+    "proximal_bregman_response": "proximal Bregman response: Pearson correlation with the effect of removal",
+    "mislabel_detection": "wrong labels found by self influence: area under the curve",
+}
+"""Of the parts that have a figure."""
+
 HEADINGS = {
-    "leave_one_out": "leave-one-out r",
+    "leave_one_out": "LOO",
     "linear_datamodeling_score": "LDS",
-    "finite_difference_response": "finite difference r",
-    "proximal_bregman_response": "proximal Bregman r",
-    "mislabel_detection": "mislabel AUC",
+    "finite_difference_response": "r",
+    "proximal_bregman_response": "r",
+    "mislabel_detection": "AUC",
 }
 
 
@@ -64,7 +74,10 @@ class Finding:
     def told(self) -> str:
         """One line of the log."""
         where = f"{self.estimator}, λ = {_lambda(self.regularization)}: {self.part.replace('_', ' ')}"
-        return where if self.value is None else f"{where} {_cell(self)}"
+        if self.value is None:
+            return where
+        value, (low, high) = self.value
+        return f"{where} {value:.4f} ({low:.4f} to {high:.4f})"
 
     def to_json(self) -> dict[str, Any]:
         """The same for programs."""
@@ -100,60 +113,49 @@ class Findings:
 
     def __str__(self) -> str:
         parts = [part for part in HEADINGS if any(one.part == part for one in self.all)]
-        told = [self._table(parts)] if parts else []
-        told += [line for part in parts for line in self._notes(part)]
+        told = [text for part in parts for text in (self._table(part), *self._notes(part), "")]
         for one in self.all:
             if isinstance(one.found, Stability):
-                told.append(f"\n{one.estimator}, scores of which are compared\n{one.found}")
-        return "\n".join(told)
+                told += [f"stability of the scores of {one.estimator}", str(one.found), ""]
+        return "\n".join(told).rstrip()
 
-    def _table(self, parts: list[str]) -> str:
-        referred = {one.part for one in self.all if one.reference is not None}
-        table = Table()
+    def _table(self, part: str) -> str:
+        """One part: a row for each estimator and λ."""
+        here = [one for one in self.all if one.part == part]
+        sloped = any(isinstance(one.found, Agreement) and one.found.slope is not None for one in here)
+        referred = any(one.reference is not None for one in here)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("estimator")
-        table.add_column("λ", justify="right")
-        for part in parts:
-            table.add_column(HEADINGS[part], justify="right")
-            if part in referred:
-                table.add_column("reference", justify="right")
-        rows: dict[tuple[str, str], dict[str, Finding]] = {}
-        for one in self.all:
-            rows.setdefault((one.estimator, _lambda(one.regularization)), {})[one.part] = one
-        for (estimator, value), found in rows.items():
-            if not found.keys() & set(parts):
-                continue
-            cells = []
-            for part in parts:
-                cells.append(_cell(found.get(part)))
-                if part in referred:
-                    reference = found[part].reference if part in found else None
-                    cells.append("" if reference is None else f"{reference:g}")
-            table.add_row(estimator, value, *cells)
+        shown = ("λ", HEADINGS[part], "interval", *["slope"] * sloped, *["reference"] * referred)
+        for heading in shown:
+            table.add_column(heading, justify="right")
+        for one in here:
+            value, (low, high) = one.value or (math.nan, (math.nan, math.nan))
+            cells = [_lambda(one.regularization), f"{value:.4f}", f"{low:.4f} to {high:.4f}"]
+            if sloped:
+                slope = one.found.slope if isinstance(one.found, Agreement) else None
+                cells.append("" if slope is None else f"{slope:.3f}")
+            if referred:
+                cells.append("" if one.reference is None else f"{one.reference:g}")
+            table.add_row(one.estimator, *cells)
         stream = io.StringIO()
-        Console(file=stream, width=200, no_color=True).print(table)
-        return stream.getvalue().rstrip()
+        Console(file=stream, width=120, no_color=True).print(table)
+        lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+        return "\n".join([TITLES[part], *filter(None, lines)])
 
     def _notes(self, part: str) -> Iterator[str]:
         """What is the same for all estimators, and what a reader has to know beside the figures."""
-        here = [one for one in self.all if one.part == part]
-        first = here[0].found
+        first = next(one.found for one in self.all if one.part == part)
         if isinstance(first, Agreement):
-            yield f"{HEADINGS[part]}: {', '.join(_measured(first))}"
-            slopes = [
-                f"{one.estimator} {one.found.slope:.3f}"
-                for one in here
-                if isinstance(one.found, Agreement) and one.found.slope is not None
-            ]
-            if slopes:
-                yield f"  slope of measured on predicted effects: {', '.join(slopes)}"
+            yield ", ".join(_measured(first))
             if first.failures:
                 number, reason = next(iter(first.failures.items()))
-                yield f"  failed and left out: {len(first.failures)}, such as number {number}: {reason}"
+                yield f"failed and left out: {len(first.failures)}, such as number {number}: {reason}"
         elif isinstance(first, Detection):
             others = ", ".join(
-                f"{name} {area:.3f}" for name, area in first.areas.items() if name != "self influence"
+                f"{name} {area:.4f}" for name, area in first.areas.items() if name != "self influence"
             )
-            yield f"{HEADINGS[part]}: {int(first.wrong.sum())} wrong of {len(first.wrong)} labels; baselines: {others}"
+            yield f"{int(first.wrong.sum())} wrong of {len(first.wrong)} labels; without influence: {others}"
 
 
 def _measured(found: Agreement) -> Iterator[str]:
@@ -165,13 +167,6 @@ def _measured(found: Agreement) -> Iterator[str]:
         yield "ceiling unknown, of one seed" if found.ceiling is None else f"ceiling {found.ceiling:.4f}"
     yield "deterministic" if not found.noise > 0 else f"noise {found.noise:.1e} of two from one seed"
     yield f"{found.seconds:.0f} s of work"
-
-
-def _cell(one: Finding | None) -> str:
-    if one is None or one.value is None:
-        return ""
-    value, (low, high) = one.value
-    return f"{value:.4f} ({low:.3f} to {high:.3f})"
 
 
 def _plain(value: Any) -> Any:

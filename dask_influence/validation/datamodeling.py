@@ -92,10 +92,11 @@ def linear_datamodeling_score(
     scores = experiment.scores(np.arange(experiment.trains))
     predicted = np.stack([scores[:, members[n]].sum(1) for n in found.subsets], axis=1)
     rows = statistics.spearman(predicted, actual)
+    value = statistics.mean(rows)
     return Agreement(
         "linear datamodeling score (Spearman)",
-        statistics.mean(rows),
-        experiment.interval(statistics.resampled_spearman(predicted, actual), predicted.shape),
+        value,
+        experiment.interval(statistics.resampled_spearman(predicted, actual), predicted.shape, value),
         rows,
         predicted,
         actual,

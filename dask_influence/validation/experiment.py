@@ -132,14 +132,19 @@ class Experiment:
         with reporting(self.progress) as report:
             return effects(self.executor, job, subsets, self.seeds, self.store, report, least)
 
-    def interval(self, resampled: statistics.Resampled, shape: tuple[int, ...]) -> statistics.Interval:
-        """Of the mean correlation, over test points and subsets (N, S) drawn anew."""
+    def interval(
+        self, resampled: statistics.Resampled, shape: tuple[int, ...], value: float
+    ) -> statistics.Interval:
+        """Around ``value``, the mean correlation, over test points and subsets (N, S) drawn anew."""
 
         def statistic(drawn: tuple[np.ndarray, ...]) -> float:
             rows, columns = drawn
             return statistics.mean(resampled(np.bincount(columns, minlength=shape[1]))[rows])
 
-        return statistics.bootstrap(statistic, shape, confidence=self.confidence, seed=self.seed)
+        low, high = statistics.bootstrap(
+            statistic, shape, confidence=self.confidence, seed=self.seed, center=value
+        )
+        return max(low, -1.0), min(high, 1.0)
 
     def ceiling(self, correlation: Correlation, losses: np.ndarray) -> float | None:
         """What the mean over seeds would reach against the truth, from losses (S, K, N) of half the seeds each.

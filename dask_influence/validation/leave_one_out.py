@@ -104,10 +104,11 @@ def leave_one_out(
     actual = (losses[1:] - losses[0]).T
     predicted = experiment.scores(kept) / experiment.trains
     rows = statistics.pearson(predicted, actual)
-    interval = experiment.interval(statistics.resampled_pearson(predicted, actual), predicted.shape)
+    value = statistics.mean(rows)
+    interval = experiment.interval(statistics.resampled_pearson(predicted, actual), predicted.shape, value)
     return Agreement(
         "leave-one-out Pearson correlation",
-        statistics.mean(rows),
+        value,
         interval,
         rows,
         predicted,

@@ -232,10 +232,11 @@ def _agreement(
     predicted = experiment.scores(chosen[list(found.subsets)]) / experiment.trains
     actual = found.losses[:, 0].T  # (N, points)
     rows = statistics.pearson(predicted, actual)
+    value = statistics.mean(rows)
     return Agreement(
         name,
-        statistics.mean(rows),
-        experiment.interval(statistics.resampled_pearson(predicted, actual), predicted.shape),
+        value,
+        experiment.interval(statistics.resampled_pearson(predicted, actual), predicted.shape, value),
         rows,
         predicted,
         actual,

@@ -140,7 +140,7 @@ def test_responses_and_stability_of_each_estimator_and_regularization(
     assert all((folder.path / "drawn" / name).stat().st_size > 3000 for name in drawn)
     shown = invoke("validate", path).stdout
     assert "rank correlation" in shown
-    assert "slope of measured on predicted" in shown
+    assert "slope" in shown
 
 
 def test_ranks_are_compared_of_the_estimators_that_have_one(validating: Write) -> None:
@@ -169,7 +169,7 @@ def test_wrong_labels_known_and_planted(folder: Folder, validating: Write) -> No
     )
     result = invoke("validate", planted)
     assert result.exit_code == 0, result.stderr
-    assert "5 wrong of 53 labels; baselines: loss 0." in result.stdout
+    assert "5 wrong of 53 labels; without influence: loss 0." in result.stdout
 
 
 def test_workers_train_with_modules_of_the_job(folder: Folder, validating: Write) -> None:

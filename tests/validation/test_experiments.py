@@ -81,6 +81,7 @@ def test_datamodeling_score_is_the_rank_correlation_of_sums(exact: DirectInfluen
     found = linear_datamodeling_score(exact, TRAIN, TEST, ridge, subsets=12, seeds=(0, 1), fraction=0.4)
     assert found.value > 0.9
     assert found.ceiling == pytest.approx(1)  # the seed changes nothing
+    assert found.interval[0] < found.value < found.interval[1] <= 1
     assert found.predicted.shape == found.actual.shape == (7, 12)
     plain = GradientDotInfluence(exact.model, LOSS, 1.0).fit(TRAIN)
     other = linear_datamodeling_score(plain, TRAIN, TEST, ridge, subsets=12, seeds=(0,), fraction=0.4)

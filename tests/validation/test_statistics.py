@@ -62,6 +62,14 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert 165 <= covered <= 194  # 180 expected of 200, ± 3.5 standard deviations
 
 
+def test_a_center_moves_the_interval_there_and_leaves_its_width() -> None:
+    values = RANDOM.normal(size=40)
+    statistic = lambda drawn: values[drawn[0]].mean()  # noqa: E731
+    plain, moved = (statistics.bootstrap(statistic, (40,), center=center) for center in (None, 7.0))
+    assert moved[1] - moved[0] == pytest.approx(plain[1] - plain[0])
+    assert moved[0] < 7 < moved[1]
+
+
 def test_interval_of_two_axes_is_wider_than_of_one() -> None:
     values = RANDOM.normal(size=(30, 1)) + RANDOM.normal(size=(1, 10))
     both = statistics.bootstrap(lambda drawn: values[np.ix_(*drawn)].mean(), (30, 10))
