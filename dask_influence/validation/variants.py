@@ -46,6 +46,5 @@ def variant(influence: InfluenceFunctionModel, model: Any = None, **own: Any) ->
 
 def name_of(influence: InfluenceFunctionModel) -> str:
     """A name that is another for every other fit: model, data, estimator, λ."""
-    fitted = influence._require_fit()
-    identity = json.dumps(fitted.identity(), sort_keys=True, default=str)
-    return f"{type(influence).__name__}-{digest_of(identity, fitted.published)[:12]}"
+    identity = json.dumps(influence._require_fit().identity(), sort_keys=True, default=str)
+    return f"{type(influence).__name__}-{digest_of(identity)[:12]}"
