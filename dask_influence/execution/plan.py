@@ -262,7 +262,9 @@ class Plan:
         Scores are never among them. The model is there twice, and in float64 while derivatives are checked.
         """
         work = self.work
-        ids = 3 * 8 * (work.tests + work.trains)  # beside themselves, as they are written and as they are opened
+        ids = (
+            3 * 8 * (work.tests + work.trains)
+        )  # beside themselves, as they are written and as they are opened
         return PROCESS_BYTES + CLIENT_BYTES + self.resident_bytes + 8 * work.parameters + ids
 
     def _paired_bytes(self, size: Size) -> int:
