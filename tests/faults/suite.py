@@ -180,7 +180,7 @@ def tried(world: World, scenario: Scenario, tally: Tally) -> None:
     try:
         world.settle()
         end = attempt(world, scenario, form, tally)
-    except Exception as error:  # whatever it is: neither the same bits nor a named error
+    except Exception as error:  # noqa: BLE001 # whatever it is: neither the same bits nor a named error
         end = LOST
         tally.lost.append(f"{index} {scenario.name} ({form})")
         print(f"\n{error if isinstance(error, Lost) else traceback.format_exc()}")
