@@ -167,6 +167,11 @@ def mislabel_detection(
     confidence, seed : float, int
         Of the bootstrap.
 
+    Returns
+    -------
+    Detection
+        Areas with intervals, and the quantities themselves.
+
     Raises
     ------
     ConfigurationError

@@ -91,6 +91,11 @@ def stability(
     k : int
         How many training points count as the first.
 
+    Returns
+    -------
+    Stability
+        (L, L) correlations and overlaps.
+
     Raises
     ------
     ConfigurationError
