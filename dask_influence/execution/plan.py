@@ -27,6 +27,9 @@ from dask_influence.scalars import check_integer
 DIRECTION_BYTES = 512 * 2**20
 """Bytes of directions that one query block may hold, unless a memory limit says less."""
 
+FACTOR_BYTES, FEWEST_FACTORS = 64 * 2**20, 32
+"""Bytes of one factor task, and rows that it takes however large they are, so that solving is matrix products."""
+
 LARGEST_TILE = 64 * 2**20
 LARGEST_REDUCED_TILE = (
     8 * 2**20
@@ -536,8 +539,7 @@ def arrange(
     tile = (rows, balanced(work.trains, min(work.trains, max(1, per_tile // rows))).size)
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
         query_rows = max(rows, query_rows // rows * rows)  # no tile straddles two query blocks
-    factor_share = min(DIRECTION_BYTES, share)
-    factor_rows = min(work.tests, max(1, factor_share // _factor_bytes(work)))
+    factor_rows = _factor_rows(work, share, spread)
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
     strip_columns = tile[1] if alone else _strip_columns(plan)
@@ -597,9 +599,18 @@ def _strip_columns(plan: Plan) -> int:
     return plan.tile[1] * -(-columns // runs)
 
 
+def _factor_rows(work: Work, share: int, spread: bool) -> int:
+    """Rows of a factor task that takes at most ``share`` bytes, and where work is shared out no more than pay."""
+    each = _factor_bytes(work)
+    rows = share // each
+    if spread:
+        rows = min(rows, max(FEWEST_FACTORS, FACTOR_BYTES // each))
+    return min(work.tests, max(1, rows))
+
+
 def _spread(factor_rows: int, tests: int) -> int:
     """Rows of a factor task: small enough that a few workers share even a small test set."""
-    return min(factor_rows, max(32, -(-tests // 4)))
+    return min(factor_rows, max(FEWEST_FACTORS, -(-tests // 4)))
 
 
 def format_bytes(count: float) -> str:
