@@ -75,6 +75,11 @@ test-faults: $(READY) ## kill, cut, fill and damage what a run stands on, at ran
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.suite --scenarios $(or $(SCENARIOS),100) --seed $(or $(SEED),0)
 
+.PHONY: docs
+docs: $(READY) ## the reference from README and docstrings, every link checked (build/docs/html/index.html)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python .ci/docs/build.py build/docs
+
 .PHONY: lint
 lint: $(READY) ## style, types and layers alone
 	$(BIN)/ruff check .
@@ -112,5 +117,5 @@ accuracy: $(READY) ## compare scores on digits with the effect of training again
 
 .PHONY: clean
 clean: ## remove caches and outputs, not the environments
-	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf demo-output example-output build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find dask_influence tests examples -name __pycache__ -prune -exec rm -rf {} +

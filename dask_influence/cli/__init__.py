@@ -10,6 +10,25 @@ code      what it says
 128 + n   stopped by signal n (130 by Ctrl-C, 143 by SIGTERM); the same call resumes
 ========  =====================================================================================
 
+The job file
+    Data are a Zarr group, ``.npy`` files (``npy: {x: x.npy, y: y.npy}``), Parquet (``parquet: {path: t.parquet,
+    x: [a, b], y: label}``, extra ``parquet``), or what a function of yours returns; on this machine or in an object
+    store. Weights are safetensors or a checkpoint of tensors alone: nothing is ever unpickled.
+    ``reduce: {name: TopK, k: 10}`` and ``hessian_regularizations: [0.01, 0.1]`` are as in Python. A mistake is named
+    with its line, its field and what is allowed; ``dask-influence schema`` prints the JSON schema.
+Secrets
+    ``${NAME}`` and ``${NAME:-default}`` are taken from the environment after parsing; what they stand for, and
+    everything in ``storage_options`` but endpoint and region, is never shown.
+Schedulers
+    ``--scheduler-address`` (or ``DASK_SCHEDULER_ADDRESS``), ``--scheduler-file`` and the ``--tls-`` options join a
+    scheduler that is there; otherwise workers of this machine are started as ``cluster`` says.
+Progress
+    A bar on a terminal and lines elsewhere (``--log-format json``), kept in the store for ``status``, and served to
+    Prometheus with ``--metrics-port`` (extra ``metrics``); ``--performance-report`` keeps Dask's own (extra
+    ``dashboard``).
+Signals
+    Ctrl-C and SIGTERM leave a store that the same call completes, with the same bits.
+
 Modules: :mod:`~dask_influence.cli.document` (YAML with lines and variables) carries
 :mod:`~dask_influence.cli.job` (the schema), :mod:`~dask_influence.cli.loading` (what its strings
 mean) and :mod:`~dask_influence.cli.cluster` (who does the work); :mod:`~dask_influence.cli.status`

@@ -43,6 +43,11 @@ def score_distribution(dataset: xr.Dataset, *, bins: int = 60, ax: Axes | None =
     ax : matplotlib.axes.Axes, optional
         Where to draw.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Those drawn on.
+
     Raises
     ------
     ConfigurationError
@@ -114,6 +119,11 @@ def top_scores(dataset: xr.Dataset, test: Any, *, count: int = 10, ax: Axes | No
     ax : matplotlib.axes.Axes, optional
         Where to draw.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Those drawn on.
+
     Raises
     ------
     ConfigurationError
@@ -169,6 +179,11 @@ def spectrum(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         Of a finished run: its ``diagnostics`` are among the attributes.
     ax : matplotlib.axes.Axes, optional
         Where to draw.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Those drawn on.
 
     Raises
     ------
@@ -263,6 +278,11 @@ def residuals(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     ax : matplotlib.axes.Axes, optional
         Where to draw.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Those drawn on.
+
     Raises
     ------
     ConfigurationError
@@ -306,6 +326,11 @@ def self_influence(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         What ``reduce=SelfInfluence()`` left, at one λ.
     ax : matplotlib.axes.Axes, optional
         Where to draw.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Those drawn on.
 
     Raises
     ------
@@ -356,6 +381,11 @@ def timing(
         Where to draw.
     storage_options : mapping, optional
         Credentials and client settings.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Those drawn on.
 
     Raises
     ------

@@ -113,9 +113,7 @@ def report(
     StoreError
         No store is there, or it cannot be read; ``CorruptStoreError`` where it is damaged.
     StoreMismatchError
-        The other stores are of another model or other data.
-
-    Nothing is written then.
+        The other stores are of another model or other data; nothing is written after any of these errors.
 
     Examples
     --------
