@@ -86,9 +86,11 @@ format: $(READY) ## put the code in the house style
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(READY) $(PEERS_READY) ## time the package beside pyDVL, values compared first
+bench: $(READY) $(PEERS_READY) ## time the package beside pyDVL, values compared first; beside its floor; and as sizes grow
 	$(BIN)/python tests/benchmarks/against_peers.py --peer-python $(PEERS)/bin/python
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/cluster_costs.py
+	$(BIN)/python tests/benchmarks/floor.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scaling.py
 
 .PHONY: bench-estimators
 bench-estimators: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## time every estimator beside pyDVL and kronfluence (half an hour)
