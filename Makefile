@@ -63,6 +63,13 @@ test-deploy: $(READY) ## build the image and run the manifests' pods as containe
 	    || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends docker.io mmdebstrap iptables; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s --timeout 1800 tests/deploy/suite.py
 
+.PHONY: test-report
+test-report: $(READY) ## look at reports in a real headless browser: light, dark, wide, narrow, by keyboard (root; Debian)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[browser,report,test]'
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || { apt-get update -qq \
+	    && apt-get install -qq --yes --no-install-recommends chromium chromium-driver fonts-liberation; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/report/suite.py
+
 .PHONY: test-faults
 test-faults: $(READY) ## kill, cut, fill and damage what a run stands on, at random, and see that nothing is lost (as root: all of it)
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
@@ -100,6 +107,10 @@ bench-estimators: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## time every est
 .PHONY: bench-memory
 bench-memory: $(READY) ## peak memory of workers, client and scheduler against the plan (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/worker_memory.py
+
+.PHONY: bench-report
+bench-report: $(READY) ## size, time and memory of a report about 10,000 × 1,000,000 scores
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/report_size.py
 
 .PHONY: accuracy
 accuracy: $(READY) ## compare scores on digits with the effect of training again (minutes; again: it goes on where it was)

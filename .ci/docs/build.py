@@ -32,6 +32,7 @@ reference/models
 reference/reductions
 reference/stores
 reference/validation
+reference/report
 reference/command-line
 reference/configuration
 reference/errors

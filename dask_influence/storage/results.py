@@ -65,7 +65,7 @@ RUN_KEY = "_run/run.json"
 FINAL = ("complete", "incomplete")
 """States of a run that has written all it can; incomplete is one that lacks the scores of some samples."""
 
-FINISHED = ("state", "missing")
+FINISHED = ("state", "missing", "diagnostics")
 """Attributes of the group that a run adds when everything else is written."""
 
 LARGEST_CHUNK = 16 * 2**20
