@@ -227,6 +227,7 @@ class InfluenceFunctionModel:
             **fitted.counts,
             "hessian_regularization": self.hessian_regularization,
             **fitted.inverse.diagnostics(),
+            **fitted.pair_report,
         }
 
     # -- in memory, or lazily ---------------------------------------------------------

@@ -119,7 +119,7 @@ class LowRankInverse(Inverse):
         return None if self.complement else self.vectors
 
     @property
-    def spectral(self) -> Spectral | None:
+    def form(self) -> Spectral | None:
         """w = 1/(Λ + λ) − 1/λ and μ = 1/λ, where the complement is kept."""
         if not self.complement:
             return None
@@ -237,9 +237,9 @@ class Arnoldi(Estimator):
         """V and its images, float64."""
         return 16 * self.rank * system.size
 
-    def spectral(self, system: System) -> int | None:
-        """R, where the complement is kept."""
-        return self.rank if self.complement else None
+    def form(self, system: System) -> Spectral | None:
+        """R directions, where the complement is kept."""
+        return Spectral.foreseen(self.rank, system.size) if self.complement else None
 
     def __post_init__(self) -> None:
         """Integers of numpy as Python's."""
