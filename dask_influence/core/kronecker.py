@@ -252,12 +252,7 @@ class _Rotated(_Part):
     def held(self, seen: Captured, like: Tensor) -> Tensor:
         inputs, outputs = (basis[0] for basis in self.form.bases(self.index, like))
         d = seen.derivatives[:, 0, :, 0].to(like) @ outputs
-        if self.layer.weight is None:
-            a = inputs.expand(*d.shape[:2], 1)
-        else:
-            a = seen.inputs[:, :, 0].to(like) @ inputs[: self.layer.columns]
-            if self.layer.bias is not None:
-                a += inputs[-1]
+        a = rotated_inputs(self.layer, seen.inputs[:, :, 0].to(like), inputs)
         return torch.cat([d.flatten(1), a.flatten(1)], dim=1)
 
     def _sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,6 +283,14 @@ class _Rotated(_Part):
             shaped = (side.unflatten(0, (-1, self.positions)) for side in (some_d, some_a))
             found.append((torch.einsum("ntq,ntp->nqp", *shaped).square_() * weights).sum((1, 2)))
         return torch.cat(found)
+
+
+def rotated_inputs(layer: Layer, inputs: Tensor, basis: Tensor) -> Tensor:
+    """U_Aᵀ a of inputs (n, T, p), with the 1 of the bias, for a layer of one group and its U_A (p, p)."""
+    if layer.weight is None:
+        return basis.expand(*inputs.shape[:2], 1)
+    rotated = inputs @ basis[: layer.columns]
+    return rotated if layer.bias is None else rotated.add_(basis[-1])
 
 
 class _Picked(_Part):

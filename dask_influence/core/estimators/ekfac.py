@@ -25,12 +25,14 @@ Martens & Grosse 2015 (KFAC); George et al. 2018 (eigenvalue correction); Grosse
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from math import prod
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ from dask_influence.core.checks import SEEDS
 from dask_influence.core.curvature import add_gram, mirrored
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
-from dask_influence.core.kronecker import Factored, Kronecker
+from dask_influence.core.kronecker import Factored, Kronecker, rotated_inputs
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree, leading_size
@@ -52,6 +54,10 @@ from dask_influence.scalars import check_flag, check_integer
 
 CORRECTION_BUDGET = 128 * 2**20
 """Bytes that the per-sample gradients of one layer may take where they have to be formed."""
+
+
+LARGE = 256
+"""Rows from which a matrix is decomposed by itself."""
 
 
 # -- sums over a chunk -------------------------------------------------------------------
@@ -100,9 +106,8 @@ def correction_sums(
             if layer.indexed:
                 sums[f"{i}.eigenvalues"] += _indexed_squares(layer, seen.inputs, delta)
             else:
-                a = layer.homogeneous(seen.inputs.to(dtype))
-                a = torch.einsum("ntgp,gps->ntgs", a, bases[f"{i}.inputs"]).to(torch.float64)
-                sums[f"{i}.eigenvalues"] += _squares(a, delta)
+                a = _rotated(layer, seen.inputs.to(dtype), bases[f"{i}.inputs"])
+                sums[f"{i}.eigenvalues"] += _squares(a.to(torch.float64), delta)
     return Moments(sums, leading_size(y))
 
 
@@ -129,6 +134,13 @@ def _frequencies(layer: Layer, ids: Tensor) -> Tensor:
     """Σ_j (1/T) of the positions that pick each row of an embedding, (g, 1, 1)."""
     counts = torch.bincount(ids.reshape(-1), minlength=layer.groups + 1)[: layer.groups]
     return counts.to(torch.float64)[:, None, None] / ids.shape[1]
+
+
+def _rotated(layer: Layer, inputs: Tensor, basis: Tensor) -> Tensor:
+    """U_Aᵀ a of inputs (n, T, g, p), with the 1 of the bias."""
+    if layer.groups == 1:
+        return rotated_inputs(layer, inputs[:, :, 0], basis[0])[:, :, None]
+    return torch.einsum("ntgp,gps->ntgs", layer.homogeneous(inputs), basis)
 
 
 def _squares(a: Tensor, delta: Tensor) -> Tensor:
@@ -283,7 +295,7 @@ class EkfacInverse(Inverse):
         rows = gradients.to(self.dtype)
         factors = torch.zeros_like(rows, dtype=torch.float64)
         for i, block in enumerate(self.blocks):
-            inputs, outputs = (self.tensors[f"{i}.{side}"].to(self.dtype) for side in ("inputs", "outputs"))
+            inputs, outputs = self.form.bases(i, rows)
             rotated = outputs.mT @ block.gather(rows) @ inputs  # (n, g, q, p)
             rotated /= (self.tensors[f"{i}.eigenvalues"] + self.regularization).to(self.dtype)
             block.scatter(outputs @ rotated @ inputs.mT, factors)
@@ -445,9 +457,10 @@ class Ekfac(Estimator):
         shapes = [_factor_shapes(layer) for layer in layout.layers]
         size = sum(prod(shape) for pair in shapes for shape in pair)
         moments = yield Round(partial(covariance_sums, expectation=expectation), result_bytes=8 * size)
-        tensors, spectra = {}, {}
-        for name in moments.total:
-            spectra[name], tensors[name] = _eigh(moments.mean(name), name, layout)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # LAPACK lets other threads run
+            parts = {name: pool.submit(_eigh, moments.mean(name), name, layout) for name in moments.total}
+        spectra = {name: part.result()[0] for name, part in parts.items()}
+        tensors = {name: part.result()[1] for name, part in parts.items()}
         if self.update_diagonal:
             function = partial(correction_sums, expectation=expectation)
             size = sum(layer.size for layer in layout.layers)
@@ -483,5 +496,9 @@ def _eigh(matrix: Tensor, name: str, layout: Layout) -> tuple[Tensor, Tensor]:
             f"layer {layer.path}: the covariance of its {name.partition('.')[2]} is not finite; look for NaN, "
             "inf or overflow in the model's activations, or for a loss that is not convex in the outputs"
         )
-    values, vectors = torch.linalg.eigh(matrix)
+    # its LAPACK takes two thirds of the time of torch's, which has a batch of small ones in one call
+    if matrix.shape[-1] >= LARGE and matrix.device.type == "cpu":
+        values, vectors = map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
+    else:
+        values, vectors = torch.linalg.eigh(matrix)
     return values.clamp_min(0), vectors.contiguous()  # as they are after a journey
