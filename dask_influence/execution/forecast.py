@@ -32,7 +32,7 @@ CALIBRATION_SAMPLES, CALIBRATION_DIRECTIONS = 32, 8
 
 
 SLOW = 0.1
-"""Seconds from which one factor tells enough."""
+"""Seconds from which one call tells enough."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ def calibrate(problem: Problem, inverse: Inverse, x: Tree, y: Tree) -> Speed:
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """The shorter of two calls: the first one also warms up."""
-    return min(_timed(call) for _ in range(2))
+    """The shorter of two calls, if one takes so little that it may be for warming up."""
+    first = _timed(call)
+    return first if first >= SLOW else min(first, _timed(call))
 
 
 def _timed(call: Callable[[], object]) -> float:
