@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -76,8 +77,8 @@ class Fitted:
         Loss and derivative forms, what is inverted, its inverse.
     passes : Passes or None
         Answers further rounds over the fitted data; a loaded fit has none.
-    digest : str
-        Names the inverse in fingerprints.
+    named : str or None
+        The digest, where it is known already.
     counts : dict
         Of the fit, for diagnostics.
     behaviour : list of str
@@ -95,7 +96,7 @@ class Fitted:
     system: System
     inverse: Inverse
     passes: Passes | None
-    digest: str
+    named: str | None
     counts: dict[str, Any]
     behaviour: list[str]
     content: Content
@@ -109,6 +110,7 @@ class Fitted:
         checked: Any = configuration.hessian_regularization  # a mapping where the inverse is one of blocks
         return dataclasses.replace(
             self,
+            named=self.digest,
             configuration=configuration,
             system=self.system.with_regularization(checked),
             inverse=self.inverse.with_regularization(checked),
@@ -122,7 +124,10 @@ class Fitted:
         inverses = [self.inverse.with_regularization(value) for value in values]
         systems = [self.system.with_regularization(value) for value in values]
         return dataclasses.replace(
-            self, inverse=SweepInverse(inverses, self.system.names), system=SweepSystem.of(systems)
+            self,
+            named=self.digest,
+            inverse=SweepInverse(inverses, self.system.names),
+            system=SweepSystem.of(systems),
         )
 
     @property
@@ -135,6 +140,11 @@ class Fitted:
         )
 
     # -- names ------------------------------------------------------------------------
+    @cached_property
+    def digest(self) -> str:
+        """Names the fit in fingerprints; made when it is asked for, since digesting a large inverse takes a while."""
+        return persistence.inverse_digest(self.inverse) if self.named is None else self.named
+
     @property
     def dtype(self) -> str:
         """Floating dtype of the scores, by its name in torch."""
@@ -145,8 +155,7 @@ class Fitted:
         """The same as numpy has it."""
         return tasks.stored_dtype(self.system.dtype)
 
-    @property
-    def published(self) -> str:
+    def _published(self) -> str:
         """Names the inverse for workers, who keep what they have read: other numbers, as λ, other name."""
         values = json.dumps(self.inverse.state()[1], sort_keys=True, default=str)
         return hashlib.blake2b(f"{self.digest}:{values}".encode(), digest_size=16).hexdigest()
@@ -309,7 +318,7 @@ class Fitted:
         return Fit(
             executor.model(problem, resources.device),
             self.inverse,
-            executor.inverse(self.inverse, self.published),
+            executor.inverse(self.inverse, self._published),
             self.system,
             self.passes,
             resources.certify,

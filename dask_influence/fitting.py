@@ -91,10 +91,10 @@ def fit(
         "restored": 0 if kept is None else kept.restored,
         "derivatives": known.report,
     }
-    digest = persistence.inverse_digest(inverse)
+    named = None
     if inverse.needs_rounds:  # its factors depend on the data beyond what it holds
-        digest = f"{digest}-{source.digest()}"
-    return _fitted(configuration, known, inverse, passes, digest, counts)
+        named = f"{persistence.inverse_digest(inverse)}-{source.digest()}"
+    return _fitted(configuration, known, inverse, passes, named, counts)
 
 
 def foreseen(configuration: Configuration, resources: Resources, source: Source) -> Fitted:
@@ -117,7 +117,7 @@ def _fitted(
     known: _Checked,
     inverse: Inverse,
     passes: Passes | None,
-    digest: str,
+    named: str | None,
     counts: dict[str, Any],
 ) -> Fitted:
     return Fitted(
@@ -126,7 +126,7 @@ def _fitted(
         known.system,
         inverse,
         passes,
-        digest,
+        named,
         counts,
         known.behaviour,
         known.content,

@@ -1,67 +1,87 @@
-"""Scores against the truth they predict: the change of the test loss when a training point is left out."""
+"""The accuracy that is claimed, on a third of the data: what ``make accuracy`` measures on all of it."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
-import torch
-from torch.nn.functional import cross_entropy
+import yaml
+from click.testing import CliRunner
 
-from dask_influence import DirectInfluence, GradientDotInfluence, InfluenceFunctionModel
-from tests.benchmarks.digits_accuracy import (
-    PENALTY,
-    Digits,
-    halves,
-    left_out,
-    linear,
-    linear_datamodeling_score,
-    losses_of,
-    newton,
-    pearson,
-    regression_slope,
-)
+from dask_influence.cli import cli
 
-LEFT_OUT = 12
-SUBSETS = 8
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def digits() -> Digits:
-    """A third of the training data, so that a refit takes a third of the time."""
-    whole = Digits.load()
-    return Digits((whole.train[0][:479], whole.train[1][:479]), whole.test)
+def validated(folder: Path, name: str, change: Any) -> dict[tuple[str, str, float], dict[str, Any]]:
+    """Findings of a job of the examples, made small by ``change``."""
+    shutil.copy(EXAMPLES / "digits_validation.py", folder)
+    job = yaml.safe_load((EXAMPLES / name).read_text())
+    job["cluster"] = {"workers": 0}
+    change(job)
+    (folder / name).write_text(yaml.safe_dump(job))
+    result = CliRunner().invoke(cli, ["validate", str(folder / name), "--json"])
+    assert result.exit_code == 0, result.stderr
+    return {
+        (one["part"], one["estimator"], one["hessian_regularization"]): one["result"]
+        for one in json.loads(result.stdout)["findings"]
+    }
 
 
-@pytest.fixture(scope="module")
-def theta(digits: Digits) -> torch.Tensor:
-    """Weights at the minimum."""
-    return newton(*digits.train)
+def keep(section: dict[str, Any], *names: str) -> None:
+    """Only these estimators."""
+    for field in ("estimators", "references"):
+        section[field] = {name: section[field][name] for name in names}
 
 
-def scores(kind: type[InfluenceFunctionModel], digits: Digits, theta: torch.Tensor) -> np.ndarray:
-    """All scores at the λ that is the second derivative of the penalty."""
-    model = kind(linear(theta), cross_entropy, 2 * PENALTY).fit(digits.train)
-    return model.influences(*digits.test, *digits.train).numpy()
+def test_exact_scores_of_logistic_regression_are_the_effect_of_training_again(tmp_path: Path) -> None:
+    """In size too; without curvature they are not."""
 
+    def small(job: dict[str, Any]) -> None:
+        job["model"] = {"factory": job["model"], "arguments": {"count": 479}}
+        job["data"]["train"]["arguments"]["count"] = 479
+        section = job["validation"]
+        section |= {
+            "leave_one_out": {"points": 12},
+            "linear_datamodeling_score": {"subsets": 10, "seeds": [0]},
+            "finite_difference_response": {"points": 5, "weight": 1e-5},
+        }
+        keep(section, "exact", "gradient dot")
 
-def test_leave_one_out(digits: Digits, theta: torch.Tensor) -> None:
-    """Exact scores are the effect of leaving a point out, in size too; without curvature they are not."""
-    actual = left_out(digits, theta, np.arange(LEFT_OUT))
-    predicted = scores(DirectInfluence, digits, theta)[:, :LEFT_OUT]
-    assert pearson(predicted, actual) >= 0.999
-    assert regression_slope(predicted / len(digits.train[0]), actual) == pytest.approx(1, abs=0.2)
-    baseline = scores(GradientDotInfluence, digits, theta)[:, :LEFT_OUT]
-    assert pearson(baseline, actual) < 0.9
-
-
-def test_training_on_halves(digits: Digits, theta: torch.Tensor) -> None:
-    """Summed scores of a half's members rank the losses that training on it gives."""
-    x, y = digits.train
-    members = halves(SUBSETS, of=len(x))
-    losses = np.stack([losses_of(linear(newton(x[s], y[s], theta)), digits.test) for s in members], axis=1)
-    exact, baseline = (
-        linear_datamodeling_score(scores(kind, digits, theta), members, losses)
-        for kind in (DirectInfluence, GradientDotInfluence)
+    found = validated(tmp_path, "digits_logistic.yaml", small)
+    loo, lds, response = ("leave_one_out", "linear_datamodeling_score", "finite_difference_response")
+    exact, plain = (
+        {part: found[part, name, 0.01] for part in (loo, lds, response)} for name in ("exact", "gradient dot")
     )
-    assert exact >= 0.93
-    assert baseline < 0.85
+    assert exact[loo]["value"] >= 0.999
+    assert exact[loo]["slope"] == pytest.approx(1, abs=0.2)
+    assert exact[lds]["value"] >= 0.93
+    assert exact[response]["value"] >= 0.999999
+    assert exact[response]["slope"] == pytest.approx(1, abs=1e-3)
+    assert plain[loo]["value"] < 0.9
+    assert plain[lds]["value"] < 0.85
+    assert found["mislabel_detection", "exact", 0.01]["self influence"]["value"] > 0.95
+
+
+def test_gauss_newton_scores_of_a_network_rank_subsets_and_match_the_proximal_response(
+    tmp_path: Path,
+) -> None:
+    def small(job: dict[str, Any]) -> None:
+        job["model"]["arguments"]["steps"] = 600
+        job["data"]["test"]["arguments"]["count"] = 60
+        job["hessian_regularizations"] = [0.001, 0.1]
+        section = job["validation"]
+        section["training"]["optimizer"]["steps"] = 250
+        section |= {
+            "linear_datamodeling_score": {"subsets": 10, "seeds": [0]},
+            "proximal_bregman_response": {"points": 4},
+        }
+        keep(section, "GGN")
+        section["references"] = {}
+
+    found = validated(tmp_path, "digits_network.yaml", small)
+    assert found["linear_datamodeling_score", "GGN", 0.001]["value"] > 0.4
+    assert found["proximal_bregman_response", "GGN", 0.1]["value"] > 0.95

@@ -15,6 +15,7 @@ Modules: :mod:`~dask_influence.cli.document` (YAML with lines and variables) car
 mean) and :mod:`~dask_influence.cli.cluster` (who does the work); :mod:`~dask_influence.cli.status`
 and :mod:`~dask_influence.cli.progress` tell how far it is; :mod:`~dask_influence.cli.session` has
 logs, secrets and exit codes, :mod:`~dask_influence.cli.places` which store is meant,
+:mod:`~dask_influence.cli.validate` what a validation is,
 :mod:`~dask_influence.cli.commands` what each command does. Nothing of it is imported
 before a command runs: every ``dask`` command loads this module.
 """
@@ -188,6 +189,20 @@ def _verify(session: Any, **arguments: Any) -> None:
 def _top(session: Any, **arguments: Any) -> None:
     """Most helpful and most harmful training points of test points, from a STORE."""
     _command("top")(session, **arguments)
+
+
+@cli.command("validate")
+@_job
+@_scheduled
+@click.option("--plots", type=click.Path(file_okay=False), metavar="FOLDER", help="Draw each figure into it.")
+@_json
+@_told
+def _validate(session: Any, **arguments: Any) -> None:
+    """Are the scores of JOB true? Compare them with training again, as its section validation says.
+
+    Called again, it goes on where it was.
+    """
+    _command("validate")(session, **arguments)
 
 
 @cli.command("schema")

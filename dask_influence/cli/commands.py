@@ -9,6 +9,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,11 +19,13 @@ from dask_influence import arguments
 from dask_influence.cli import cluster, loading, progress
 from dask_influence.cli import top as lists
 from dask_influence.cli.cluster import Scheduler
+from dask_influence.cli.findings import Finding, folder_for_plots
 from dask_influence.cli.job import Job
 from dask_influence.cli.job import schema as job_schema
 from dask_influence.cli.places import place, read
 from dask_influence.cli.session import Exit, Session, Stopped, exit_code, stoppable
 from dask_influence.cli.status import NOT_BEGUN, Report, StatusFile
+from dask_influence.cli.validate import Validator
 from dask_influence.errors import ConfigurationError, IncompleteRunError, InfluenceWarning
 from dask_influence.execution import verify as verification
 from dask_influence.execution.dask import DaskExecutor
@@ -199,6 +202,32 @@ def _nbytes(option: str, given: str | None) -> int | None:
         return None if given is None else int(parse_bytes(given))
     except (ValueError, OverflowError):
         raise ConfigurationError(f"{option} must be a number of bytes, such as 8GiB; got {given!r}") from None
+
+
+# -- validate ------------------------------------------------------------------------------
+def validate(
+    session: Session,
+    job: str,
+    plots: str | None,
+    as_json: bool,
+    **scheduler: str | None,
+) -> None:
+    """Measure what scores are worth, and print it."""
+    with stoppable():
+        asked = read(session, job)
+        where, folder = _scheduler(scheduler), folder_for_plots(plots)
+        validator = Validator.of(asked)
+        with ExitStack() as stack:
+            client = stack.enter_context(cluster.cluster(asked.cluster, where))
+            report = stack.enter_context(progress.shown([], lambda: cluster.memory(client)))
+            found = validator.findings(client, report, lambda one: _keep(one, folder))
+        click.echo(json.dumps(found.to_json(), indent=1) if as_json else found)
+
+
+def _keep(one: Finding, folder: Path | None) -> None:
+    log.info(one.told())
+    if folder is not None:
+        one.plot(folder)
 
 
 # -- what a store holds --------------------------------------------------------------------

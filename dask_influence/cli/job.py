@@ -6,93 +6,23 @@ module, a file, a store) is found out by ``cli.loading``.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import types
-import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
-from dask.utils import parse_bytes
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    create_model,
-    model_validator,
-)
+from pydantic import Discriminator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from dask_influence import models
 from dask_influence.cli.document import Document, JobError, Key, Secrets
-from dask_influence.core.curvature import PRODUCTS
-from dask_influence.grid import MOST_BYTES
-from dask_influence.influence import InfluenceFunctionModel
+from dask_influence.cli.estimators import ESTIMATORS, Estimator
+from dask_influence.cli.fields import Arrays, Bytes, Damping, Ids, Options, Reference, Section, short
+from dask_influence.cli.validation import Validation
 
 HIDDEN = ("storage_options", "arguments")
 """Fields whose values are never shown."""
 
 SHOWN_OPTIONS = ("endpoint", "endpoint_url", "region", "region_name", "base_url", "account_name")
 """Options of a store that are no secret."""
-
-
-class Section(BaseModel):
-    """A mapping of the job file; a field that it does not know is refused, with those it knows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, given: Any) -> Any:
-        if isinstance(given, Mapping):
-            unknown = [name for name in given if name not in cls.model_fields]
-            if unknown:
-                raise PydanticCustomError(
-                    "unknown",
-                    "no such field; this section has {allowed}",
-                    {"field": unknown[0], "allowed": ", ".join(cls.model_fields)},
-                )
-        return given
-
-
-# -- what fields are made of ---------------------------------------------------------------
-def _bytes(given: Any) -> Any:
-    if isinstance(given, str):
-        try:
-            return parse_bytes(given)
-        except (ValueError, OverflowError):
-            raise PydanticCustomError("bytes", "must be a number of bytes, such as 64 MiB") from None
-    return given
-
-
-def _reference(given: str) -> str:
-    module, colon, name = given.partition(":")
-    if not (colon and all(part.isidentifier() for part in (*module.split("."), *name.split(".")))):
-        raise PydanticCustomError(
-            "reference", "must be module:name, such as torch.nn.functional:cross_entropy"
-        )
-    return given
-
-
-def _short(section: Any, name: str) -> BeforeValidator:
-    """A section of which a text alone stands for the field ``name``."""
-    return BeforeValidator(
-        lambda given: {name: given} if isinstance(given, str) else given,
-        json_schema_input_type=str | section,
-    )
-
-
-Bytes = Annotated[int, Field(gt=0, le=MOST_BYTES), BeforeValidator(_bytes, json_schema_input_type=int | str)]
-Reference = Annotated[str, AfterValidator(_reference)]
-Options = Annotated[dict[str, Any], Field(default_factory=dict, repr=False)]
-Arrays = Union[str, dict[str, str]]  # noqa: UP007 - pydantic names its members
-Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Ids = Union[str, list[int], list[str]]  # noqa: UP007
 
 
 # -- model, loss ---------------------------------------------------------------------------
@@ -113,7 +43,7 @@ class Model(Section):
     """``module:name`` of what makes it: a class or a function, in the job's folder or installed."""
     arguments: Options
     """Keyword arguments of the factory."""
-    weights: Annotated[Weights, _short(Weights, "path")] | None = None
+    weights: Annotated[Weights, short(Weights, "path")] | None = None
     """None: the factory loads them."""
 
 
@@ -173,65 +103,8 @@ class Data(Section):
 class Datasets(Section):
     """Training data; and test data, unless each training point is scored on itself."""
 
-    train: Annotated[Data, _short(Data, "zarr")]
-    test: Annotated[Data, _short(Data, "zarr")] | None = None
-
-
-# -- estimators: one section each, made from their own arguments ----------------------------
-class _Estimator(Section):
-    name: str
-    hessian_regularization: Damping | dict[str, float] = 0.0
-    """λ, or one for each block of block_structure."""
-    curvature: Literal[tuple(PRODUCTS)] = "hessian"  # type: ignore[valid-type]
-    block_structure: Literal["layer", "parameter"] | dict[str, list[str]] | None = None
-    parameters: list[str] | None = None
-    """Names or glob patterns of the parameters in θ."""
-    device: str = "auto"
-    dtype: Literal["float32", "float64", "bfloat16"] | None = None
-    chunk_size: Annotated[int, Field(ge=1)] | None = None
-    certify: bool = True
-    """Write factor_residual even where it takes a pass over the training data."""
-
-    def constructor_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the model, dtype by its name."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
-
-
-_IN_YAML = (int, float, str, bool, dict, list, type(None))
-
-
-def _yaml_type(annotation: Any) -> Any:
-    """What a file can hold of a type."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is Union:
-        kept = [_yaml_type(part) for part in typing.get_args(annotation)]
-        return Union[tuple(part for part in kept if part is not None)]  # noqa: UP007
-    origin = typing.get_origin(annotation) or annotation
-    if origin is Mapping:
-        return dict[str, Any]
-    return annotation if origin in _IN_YAML else None
-
-
-def _section(model: type[InfluenceFunctionModel]) -> type[_Estimator]:
-    hints = typing.get_type_hints(model.estimator)
-    own = {f.name: (_yaml_type(hints[f.name]), f.default) for f in dataclasses.fields(model.estimator)}
-    name = (Literal[model.__name__], ...)
-    fields: dict[str, Any] = {"name": name, **own}
-    return create_model(model.__name__, __base__=_Estimator, __doc__=model.__doc__, **fields)
-
-
-ESTIMATORS = {
-    name: value
-    for name, value in vars(models).items()
-    if isinstance(value, type)
-    and issubclass(value, InfluenceFunctionModel)
-    and value is not InfluenceFunctionModel
-}
-"""The models a job may name."""
-
-if TYPE_CHECKING:
-    Estimator = _Estimator
-else:
-    Estimator = Annotated[Union[tuple(map(_section, ESTIMATORS.values()))], Discriminator("name")]  # noqa: UP007
+    train: Annotated[Data, short(Data, "zarr")]
+    test: Annotated[Data, short(Data, "zarr")] | None = None
 
 
 # -- reductions ----------------------------------------------------------------------------
@@ -309,8 +182,8 @@ class Logging(Section):
 class Job(Section):
     """An influence job: what to fit, what to score, where to write."""
 
-    model: Annotated[Model, _short(Model, "factory")]
-    loss: Annotated[Loss, _short(Loss, "function")]
+    model: Annotated[Model, short(Model, "factory")]
+    loss: Annotated[Loss, short(Loss, "function")]
     data: Datasets
     estimator: Estimator
     mode: Literal["up", "perturbation"] = "up"
@@ -320,7 +193,9 @@ class Job(Section):
     """Several λ instead of the estimator's own: scores have the dimension ``regularization`` in front."""
     output: Output
     cluster: Cluster = Cluster()
-    artifacts: Annotated[Artifacts, _short(Artifacts, "url")] | None = None
+    artifacts: Annotated[Artifacts, short(Artifacts, "url")] | None = None
+    validation: Validation | None = None
+    """Of ``dask-influence validate`` alone."""
     logging: Logging = Logging()
 
     _document: Document = PrivateAttr()
@@ -421,7 +296,7 @@ def _described(document: Document, error: ErrorDetails) -> tuple[Key, str]:
 
 def _names(key: Key) -> str:
     """What the ``name`` of a section may be."""
-    return ", ".join(ESTIMATORS if key == ("estimator",) else ("TopK", "SelfInfluence", "GroupSum"))
+    return ", ".join(("TopK", "SelfInfluence", "GroupSum") if key[0] == "reduce" else ESTIMATORS)
 
 
 def _arrived(document: Document, key: Key) -> str:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from dask_influence.cli import job as schema
 from dask_influence.cli.document import JobError
-from dask_influence.cli.job import ESTIMATORS, Data, Job, Npy, Parquet, Weights
+from dask_influence.cli.estimators import ESTIMATORS, Estimator
+from dask_influence.cli.job import Data, Job, Npy, Parquet, Weights
 from dask_influence.errors import (
     ConfigurationError,
     DataError,
@@ -203,15 +204,26 @@ def loss(job: Job) -> Callable[..., Tensor]:
 
 def influence(job: Job, client: Any = None) -> InfluenceFunctionModel:
     """The unfitted model of influence that the job describes."""
-    given = job.estimator.constructor_arguments()
+    return influence_of(job, job.estimator, "estimator", module=model(job), function=loss(job), client=client)
+
+
+def influence_of(
+    job: Job,
+    estimator: Estimator,
+    *key: str,
+    module: nn.Module,
+    function: Callable[..., Tensor],
+    client: Any = None,
+) -> InfluenceFunctionModel:
+    """The same for the estimator of the section ``key``."""
+    given = estimator.constructor_arguments()
     if given["dtype"] is not None:
         given["dtype"] = getattr(torch, given["dtype"])
     kept = job.artifacts
     with at(job, "artifacts"):
         artifacts = None if kept is None else location(job, kept.url, kept.storage_options)
-    module, function = model(job), loss(job)
-    with at(job, "estimator"):
-        return ESTIMATORS[job.estimator.name](module, function, client=client, artifacts=artifacts, **given)
+    with at(job, *key):
+        return ESTIMATORS[estimator.name](module, function, client=client, artifacts=artifacts, **given)
 
 
 # -- samples -------------------------------------------------------------------------------

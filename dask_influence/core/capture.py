@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dask_influence.core.elementary import differentiation
-from dask_influence.core.layers import CALLS, Layer, Layout
+from dask_influence.core.layers import CALLS, Layer, Layout, layout_of
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.outputs import Outputs, blocks_of_samples
 from dask_influence.core.problem import Problem
@@ -108,11 +108,21 @@ def responses(problem: Problem, x: Tree, y: Tree, layout: Layout, step: int) -> 
     tracer = _Tracer(problem, layout)
     tracer.examined(x)
     order = tracer.single_calls()
-    if order is None:
+    if order is None or not tracer.reverses:
         return None
     starts = range(0, leading_size(y), step)
     parts = (slice(start, start + step) for start in starts)
     return (tracer.response(sliced(x, part), sliced(y, part), order) for part in parts)
+
+
+def perceptron(problem: Problem, x: Tree) -> Layout | None:
+    """The layers, if they hold all of θ and are linear ones that a sample enters once, in one position; else None."""
+    layout = layout_of(problem.objective)
+    if layout.unsupported or any(layer.indexed or layer.groups > 1 for layer in layout.layers):
+        return None
+    tracer = _Tracer(problem, layout)
+    tracer.examined(x)
+    return None if tracer.single_calls() is None else layout
 
 
 class _Tracer:
@@ -137,7 +147,7 @@ class _Tracer:
     def single_calls(self) -> list[int] | None:
         """Which call is that of each layer, if those are linear ones of one position and there are no others."""
         keys, layers = self.trace.keys, self.layout.layers
-        if not (self.batched and self.reverses) or sorted(keys) != sorted(layer.key for layer in layers):
+        if not self.batched or sorted(keys) != sorted(layer.key for layer in layers):
             return None
         order = [keys.index(layer.key) for layer in layers]
         single = all(

@@ -35,7 +35,7 @@ from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.outputs import Inner, Outputs
 from dask_influence.core.problem import Problem
-from dask_influence.core.structured import hessian_sum
+from dask_influence.core.structured import gauss_newton_sum, hessian_sum
 from dask_influence.errors import ConfigurationError, DerivativeError, InfluenceWarning
 
 VECTOR_BUDGET = 256 * 2**20
@@ -72,15 +72,14 @@ def _multiplier(problem: Problem, x: Tree, y: Tree, curvature: str) -> Callable[
 def matrix_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:
     """Chunk function: Σ_j C(z_j) as a symmetric (P, P) matrix, as ``"matrix"``.
 
-    The Hessian from the responses of its layers where they are linear, else from products with the
+    From the responses of the layers where they are linear. Else the Hessian from products with the
     unit vectors; the others from the rows of a factor, which are first derivatives, unless those
     would not fit.
     """
     count = leading_size(y)
-    if curvature == "hessian":
-        structured = _structured_hessian(problem, x, y)
-        if structured is not None:
-            return Moments({"matrix": structured}, count)
+    structured = _structured(problem, x, y, curvature)
+    if structured is not None:
+        return Moments({"matrix": structured}, count)
     rows = _factor_rows(problem, x, y, curvature)
     if rows is None:
         return Moments({"matrix": _matrix_of_products(problem, x, y, PRODUCTS[curvature])}, count)
@@ -177,11 +176,16 @@ def _weighted_gradients(problem: Problem, x: Tree, y: Tree, weights: Tensor) -> 
 
 
 # -- matrices --------------------------------------------------------------------------
-def _structured_hessian(problem: Problem, x: Tree, y: Tree) -> Tensor | None:
-    """Σ_j ∇²ℓ(z_j) layer by layer, compared with one product; None where that is no way or not the right one."""
+def _structured(problem: Problem, x: Tree, y: Tree, curvature: str) -> Tensor | None:
+    """Σ_j C(z_j) layer by layer, compared with one product; None where that is no way or not the right one."""
+    if curvature == "empirical_fisher":
+        return None  # one row of each sample: as cheap as the layers'
     objective = problem.objective
     try:
-        matrix = hessian_sum(problem, x, y)
+        if curvature == "hessian":
+            matrix = hessian_sum(problem, x, y)
+        else:
+            matrix = gauss_newton_sum(problem, x, y, partial(_factors, curvature=curvature))
     except (RuntimeError, NotImplementedError) as failure:  # the model has operations without the derivatives
         found = f"raises {type(failure).__name__} ({str(failure).splitlines()[0][:100]})"
     else:
@@ -190,14 +194,15 @@ def _structured_hessian(problem: Problem, x: Tree, y: Tree) -> Tensor | None:
         generator = torch.Generator().manual_seed(0)
         vector = torch.randn(1, objective.size, generator=generator, dtype=torch.float64)
         vector /= vector.norm()  # or its product would overflow in half precision
-        expected = hessian_products(problem, x, y, vector.to(objective.device, objective.dtype))
+        expected = PRODUCTS[curvature](problem, x, y, vector.to(objective.device, objective.dtype))
         expected = expected.to("cpu", torch.float64)
         error, scale = float((vector @ matrix - expected).norm()), float(expected.norm())
         if error <= 4 * torch.finfo(objective.dtype).eps ** 0.5 * scale:
             return matrix
         found = f"is off by {error:.1e} of {scale:.1e}"
     warnings.warn(
-        f"the Hessian layer by layer {found} for this model; it is computed column by column, which is slower",
+        f"the curvature {curvature!r} layer by layer {found} for this model; it is computed in the general way, "
+        "which is slower",
         InfluenceWarning,
         stacklevel=2,
     )
@@ -243,14 +248,20 @@ def _rows_of_outputs(problem: Problem, x: Tree, y: Tree, curvature: str) -> tupl
     with differentiation(), torch.no_grad():
         at = Outputs.of(problem.objective, x, y)
         rows = outputs.jacobian(problem, at).to(torch.float64)  # (n, K, P)
-        if curvature == "fisher":
-            factors = likelihood(at).factors().flatten(2)  # (n, Q, K)
-            return (factors @ rows).flatten(0, 1), rows.new_empty(0)
-        values, vectors = torch.linalg.eigh(at.matrices(at.curvature()))  # (n, K), (n, K, K)
-    rows = (values.abs().sqrt()[..., None] * (vectors.mT @ rows)).flatten(0, 1)
+        factors, signs = _factors(at, curvature)
+    rows = (factors @ rows).flatten(0, 1)
+    return rows[signs.flatten() > 0], rows[signs.flatten() < 0]
+
+
+def _factors(at: Outputs, curvature: str) -> tuple[Tensor, Tensor]:
+    """L (n, r, K) float64 with A = Σ_r ± L_rᵀ L_r in the outputs of each sample, and the signs (n, r), 0 for none."""
+    if curvature == "fisher":
+        factors = likelihood(at).factors().flatten(2)
+        return factors, factors.new_ones(factors.shape[:2])
+    values, vectors = torch.linalg.eigh(at.matrices(at.curvature()))  # (n, K), (n, K, K)
+    factors = values.abs().sqrt()[..., None] * vectors.mT
     negligible = values.shape[1] * torch.finfo(torch.float64).eps * values.abs().max()
-    kept = values.flatten()
-    return rows[kept > negligible], rows[kept < -negligible]
+    return factors, values.sign() * (values.abs() > negligible)
 
 
 def add_gram(total: Tensor, rows: Tensor, sign: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""The exact Hessian of perceptrons, from what enters their layers and what comes back.
+"""Matrices of curvature of perceptrons, from what enters their layers and what comes back.
 
 A change V_l of a layer's weights acts on the loss of a sample through the shift c_l = V_l a_l of the
 layer's output alone. With δ_l = ∂ℓ/∂c_l, B_lm = ∂²ℓ/∂c_l∂c_m and J_ml = ∂a_m/∂c_l, the Hessian of a
@@ -6,27 +6,34 @@ sample between the weights (q, p) of layer l and (q', p') of layer m is
 
     B_lm[q, q'] a_l[p] a_m[p']  +  δ_m[q'] J_ml[p', q] a_l[p]  +  δ_l[q] J_lm[p, q'] a_m[p'],
 
-where a ends with a 1 for the bias. (The last two terms are what the Gauss-Newton matrix leaves out,
-beside the part of B.) So as many derivatives are taken as the layers have outputs, not as they have
-weights, and the sum over samples is a matrix product. Schraudolph 2002; Martens & Grosse 2015, §2.
+where a ends with a 1 for the bias. The Gauss-Newton matrix and the Fisher information are the first
+term alone, with B_lm = Σ_r ± (L_r ∂f/∂c_l)ᵀ (L_r ∂f/∂c_m) for a curvature Σ_r ± L_rᵀ L_r in the outputs f.
+So as many derivatives are taken as the layers have outputs, not as they have weights, and the sum over
+samples is a matrix product. Schraudolph 2002; Martens & Grosse 2015, §2.
 
-Notation: n samples, S outputs of all layers together, q × p the matrix of one layer, p with the bias.
+Notation: n samples, S outputs of all layers together, K outputs of the model, r rows of a factor,
+q × p the matrix of one layer, p with the bias.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dask_influence.core.capture import Response, responses
-from dask_influence.core.layers import Layer, layout_of
+from dask_influence.core.capture import Response, capture, perceptron, responses
+from dask_influence.core.layers import Layer, Layout
 from dask_influence.core.objective import Tree
+from dask_influence.core.outputs import Outputs
 from dask_influence.core.problem import Problem
 
 BUDGET = 128 * 2**20
 """Bytes that the outer products of a block of samples may take."""
+
+Factors = Callable[[Outputs], tuple[Tensor, Tensor]]
+"""Outputs of n samples → L (n, r, K) and the sign of each row (n, r)."""
 
 
 def hessian_sum(problem: Problem, x: Tree, y: Tree) -> Tensor | None:
@@ -42,32 +49,48 @@ def hessian_sum(problem: Problem, x: Tree, y: Tree) -> Tensor | None:
     >>> hessian_sum(problem, x, y).shape
     torch.Size([21, 21])
     """
-    layout = layout_of(problem.objective)
-    if layout.unsupported or any(layer.indexed or layer.groups > 1 for layer in layout.layers):
+    layout = perceptron(problem, x)
+    if layout is None:
         return None
-    blocks = [_Block(layer, problem) for layer in layout.layers]
-    size = problem.objective.size
-    step = max(1, BUDGET // (_elements(blocks) * problem.objective.dtype.itemsize))
-    total: dict[tuple[int, int], Tensor] = {}
+    total = _Total(problem, layout)
+    step = max(1, BUDGET // (total.elements * problem.objective.dtype.itemsize))
     found = responses(problem, x, y, layout, step)
     if found is None:
         return None
     for response in found:
-        for first, second in itertools.combinations_with_replacement(range(len(blocks)), 2):
-            part = _between(blocks, response, first, second)
-            key = (first, second)
-            total[key] = total[key].add_(part) if key in total else part
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    for (first, second), part in total.items():
-        _place(matrix, blocks[first], blocks[second], part)
-    return matrix
+        for first, second in total.pairs:
+            total.add(first, second, response.inputs, response.curvature[first][second])
+            if first != second:
+                total.add_bent(response, first, second)
+                total.add_bent(response, second, first)
+    return total.symmetric()
 
 
-def _elements(blocks: list[_Block]) -> int:
-    """Elements that a sample takes: its outer products, and what derivatives keep for each output."""
-    rows, width = (max(getattr(block, name) for block in blocks) for name in ("rows", "width"))
-    outputs, inputs = (sum(getattr(block, name) for block in blocks) for name in ("rows", "width"))
-    return max(rows * rows * width, width * width, 6 * outputs * (outputs + inputs))
+def gauss_newton_sum(problem: Problem, x: Tree, y: Tree, factors: Factors) -> Tensor | None:
+    """Σ_j J_jᵀ A_j J_j with A_j = Σ_r ± L_rᵀ L_r, as :func:`hessian_sum`; products are float64's.
+
+    So it has no more negative eigenvalues than A, up to the rounding of float64.
+    """
+    layout = perceptron(problem, x)
+    if layout is None:
+        return None
+    total, signs, done = _Total(problem, layout), list[Tensor](), 0
+
+    def columns(outputs: Outputs) -> Tensor:
+        factor, sign = factors(outputs)
+        signs.append(sign)
+        return factor.to(outputs.flat)
+
+    for seen in capture(problem, x, y, layout, columns):
+        layers = [layer for layer in seen if layer is not None]  # all of them: each is called
+        derivatives = [layer.derivatives[:, :, 0, 0].to(torch.float64) for layer in layers]  # (n, r, q)
+        inputs = [layer.inputs[:, 0, 0].to(torch.float64) for layer in layers]
+        sign = torch.cat(signs)[done : done + len(inputs[0]), :, None]
+        done += len(inputs[0])
+        for first, second in total.pairs:
+            curvature = derivatives[first].mT @ (sign * derivatives[second])
+            total.add(first, second, inputs, curvature)
+    return total.symmetric()
 
 
 class _Block:
@@ -87,45 +110,77 @@ class _Block:
             self.parts.append((slice(start, start + layer.rows), slice(self.width - 1, self.width)))
 
 
-def _between(blocks: list[_Block], seen: Response, first: int, second: int) -> Tensor:
-    """Σ_j of the Hessian between two layers, (q, p, q', p')."""
-    left, right = blocks[first], blocks[second]
-    a, b = (block.layer.homogeneous(seen.inputs[i]) for i, block in ((first, left), (second, right)))
-    shape = (left.rows, right.rows, left.width, right.width)
-    outer = torch.einsum("np,nr->npr", a, b).flatten(1)
-    curvature = seen.curvature[first][second]  # (n, q, q')
-    if first == second:
-        upper = torch.triu_indices(left.rows, left.rows, device=a.device)
-        pairs = curvature[:, upper[0], upper[1]].mT @ outer
-        result = a.new_empty(shape)
-        shaped = pairs.unflatten(1, shape[2:])
+class _Total:
+    """The sum over samples: the blocks of each pair of layers, l ≤ m, until the rest is their mirror image."""
+
+    def __init__(self, problem: Problem, layout: Layout) -> None:
+        size, device = problem.objective.size, problem.objective.device
+        self.blocks = [_Block(layer, problem) for layer in layout.layers]
+        self.pairs = list(itertools.combinations_with_replacement(range(len(self.blocks)), 2))
+        self._matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    @property
+    def elements(self) -> int:
+        """Elements that a sample takes: its outer products, and what derivatives keep for each output."""
+        rows, width = (max(getattr(block, name) for block in self.blocks) for name in ("rows", "width"))
+        outputs, inputs = (sum(getattr(block, name) for block in self.blocks) for name in ("rows", "width"))
+        return max(rows * rows * width, width * width, 6 * outputs * (outputs + inputs))
+
+    def add(self, first: int, second: int, inputs: list[Tensor], curvature: Tensor) -> None:
+        """Σ_j B[q, q'] a_l[p] a_m[p'] between two layers, for B (n, q, q')."""
+        left, right = self.blocks[first], self.blocks[second]
+        step = max(1, BUDGET // (left.width * right.width * curvature.element_size()))
+        for part in (slice(start, start + step) for start in range(0, len(curvature), step)):
+            a = left.layer.homogeneous(inputs[first][part])
+            b = right.layer.homogeneous(inputs[second][part])
+            outer = torch.einsum("np,nr->npr", a, b).flatten(1)
+            if first == second:
+                self._add_own(left, curvature[part], outer)
+            else:
+                product = curvature[part].flatten(1).mT @ outer
+                shape = (left.rows, right.rows, left.width, right.width)
+                self._place(left, right, product.reshape(shape).transpose(1, 2))
+
+    def _add_own(self, block: _Block, curvature: Tensor, outer: Tensor) -> None:
+        """Of one layer with itself: half of B is enough, and what it gives is symmetric to the last bit."""
+        upper = torch.triu_indices(block.rows, block.rows, device=outer.device)
+        pairs = (curvature[:, upper[0], upper[1]].mT @ outer).unflatten(1, (block.width, block.width))
         own = upper[0] == upper[1]
-        shaped[own] = (shaped[own] + shaped[own].mT) / 2  # to the last bit
-        result[upper[0], upper[1]] = shaped
-        result[upper[1], upper[0]] = shaped.mT
-        return result.transpose(1, 2)
-    result = (curvature.flatten(1).mT @ outer).reshape(shape).transpose(1, 2)
-    _add_bent(blocks, result, seen, first, second, a)
-    _add_bent(blocks, result.permute(2, 3, 0, 1), seen, second, first, b)
-    return result
+        pairs[own] = (pairs[own] + pairs[own].mT) / 2
+        result = pairs.new_empty(block.rows, block.rows, block.width, block.width)
+        result[upper[0], upper[1]] = pairs
+        result[upper[1], upper[0]] = pairs.mT
+        self._place(block, block, result.transpose(1, 2))
 
+    def add_bent(self, seen: Response, first: int, second: int) -> None:
+        """Σ_j δ_m[q'] J_ml[p', q] a_l[p], where m's input depends on l's output."""
+        left, right = self.blocks[first], self.blocks[second]
+        moved = seen.jacobians[second][first]  # (n, p', q)
+        if moved is None or right.layer.weight is None:
+            return
+        a = left.layer.homogeneous(seen.inputs[first])
+        outer = torch.einsum("ns,nrq->nsrq", seen.derivatives[second], moved)
+        part = (outer.flatten(1).mT @ a).unflatten(0, outer.shape[1:])  # (q', p', q, p)
+        if first < second:
+            self._place(left, right, part.permute(2, 3, 0, 1))
+        else:
+            self._place(right, left, part)
 
-def _add_bent(
-    blocks: list[_Block], result: Tensor, seen: Response, first: int, second: int, entering: Tensor
-) -> None:
-    """Add δ_m[q'] J_ml[p', q] a_l[p] to (q, p, q', p'), where m's input depends on l's output."""
-    moved = seen.jacobians[second][first]  # (n, p', q)
-    if moved is None or blocks[second].layer.weight is None:
-        return
-    outer = torch.einsum("ns,nrq->nsrq", seen.derivatives[second], moved)
-    part = outer.flatten(1).mT @ entering
-    result[..., : moved.shape[1]] += part.unflatten(0, outer.shape[1:]).permute(2, 3, 0, 1)
+    def _place(self, left: _Block, right: _Block, part: Tensor) -> None:
+        """Add (q, p, q', p') to the rows of one layer and the columns of another; p' may lack the bias."""
+        for rows, p in left.parts:
+            for columns, r in right.parts:
+                source = part[:, p, :, r]
+                if source.shape[1] and source.shape[3]:
+                    target = self._matrix[rows, columns]
+                    target = target.unflatten(0, source.shape[:2]).unflatten(2, source.shape[2:])
+                    target += source
 
-
-def _place(matrix: Tensor, left: _Block, right: _Block, part: Tensor) -> None:
-    for rows, p in left.parts:
-        for columns, r in right.parts:
-            entries = part[:, p, :, r].reshape(rows.stop - rows.start, -1).to("cpu", torch.float64)
-            matrix[rows, columns] = entries
-            if left is not right:
-                matrix[columns, rows] = entries.mT
+    def symmetric(self) -> Tensor:
+        """The whole matrix, on CPU."""
+        for first, second in self.pairs:
+            if first != second:
+                for rows, _ in self.blocks[first].parts:
+                    for columns, _ in self.blocks[second].parts:
+                        self._matrix[columns, rows] = self._matrix[rows, columns].mT
+        return self._matrix.cpu()

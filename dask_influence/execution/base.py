@@ -75,8 +75,8 @@ class Executor(ABC):
         """Make a model available to every task."""
 
     @abstractmethod
-    def inverse(self, inverse: Inverse, digest: str) -> Solver:
-        """Make an inverse curvature, of that digest, available to every task."""
+    def inverse(self, inverse: Inverse, digest: Callable[[], str]) -> Solver:
+        """Make an inverse curvature available to every task; its digest is made where it is needed."""
 
     @abstractmethod
     def reachable(self, source: Source, chunk_size: int) -> Source:

@@ -137,12 +137,13 @@ class DaskExecutor(Executor):
         """Publish the model's tensors."""
         return ShippedModel.of(problem, device, self._artifacts)
 
-    def inverse(self, inverse: Inverse, digest: str) -> ShippedInverse:
+    def inverse(self, inverse: Inverse, digest: Callable[[], str]) -> ShippedInverse:
         """Publish the inverse's tensors: runs whose stores share a file system share one file."""
-        shipped = ShippedInverse.of(inverse, self._home._artifacts, digest)
+        name = digest()
+        shipped = ShippedInverse.of(inverse, self._home._artifacts, name)
         adopted = self._artifacts.adopt(shipped.tensors)
         if adopted is None:
-            return ShippedInverse.of(inverse, self._artifacts, digest)
+            return ShippedInverse.of(inverse, self._artifacts, name)
         return replace(shipped, tensors=adopted)
 
     def reachable(self, source: Source, chunk_size: int) -> Source:

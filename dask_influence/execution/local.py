@@ -42,7 +42,7 @@ class LocalExecutor(Executor):
         """The problem itself."""
         return Held(problem)
 
-    def inverse(self, inverse: Inverse, digest: str) -> Held:
+    def inverse(self, inverse: Inverse, digest: Callable[[], str]) -> Held:
         """The inverse itself."""
         return Held(inverse)
 

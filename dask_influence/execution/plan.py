@@ -27,6 +27,9 @@ from dask_influence.scalars import check_integer
 DIRECTION_BYTES = 512 * 2**20
 """Bytes of directions that one query block may hold, unless a memory limit says less."""
 
+FACTOR_BYTES, FEWEST_FACTORS = 64 * 2**20, 32
+"""Bytes of one factor task, and rows that it takes however large they are, so that solving is matrix products."""
+
 LARGEST_TILE = 64 * 2**20
 LARGEST_REDUCED_TILE = (
     8 * 2**20
@@ -37,6 +40,9 @@ MOST_STRIPS = 50_000
 STRIP_SECONDS = 2.0
 PROCESS_BYTES = 480 * 2**20
 """What a worker takes before it has done anything: interpreter, torch, Dask, Zarr (CPU build of torch 2.13, Linux)."""
+
+CLIENT_BYTES = 64 * 2**20
+"""What a client takes for a run beside its process: messages of a window of tasks, opening the result."""
 
 # One core, nanoseconds: a training sample costs its gradient and its directions, a score its
 # product and its write. They only set how coarse strips are and the estimate shown to people.
@@ -249,6 +255,18 @@ class Plan:
             return PROCESS_BYTES + threads * self.task_bytes
         strips = self.query_bytes + threads * self.strip_bytes
         return PROCESS_BYTES + self.resident_bytes + max(strips, threads * self.solving_bytes)
+
+    @property
+    def client_bytes(self) -> int:
+        """Peak resident bytes of the process that makes the call, beside its own data: ids, entries of the ledger.
+
+        Scores are never among them. The model is there twice, and in float64 while derivatives are checked.
+        """
+        work = self.work
+        ids = (
+            3 * 8 * (work.tests + work.trains)
+        )  # beside themselves, as they are written and as they are opened
+        return PROCESS_BYTES + CLIENT_BYTES + self.resident_bytes + 8 * work.parameters + ids
 
     def _paired_bytes(self, size: Size) -> int:
         """The same of pairs: weights, directions and a layer of them in order, rows of both sides, tiles."""
@@ -544,10 +562,9 @@ def arrange(
     tile = (rows, balanced(work.trains, min(work.trains, max(1, per_tile // rows))).size)
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
         query_rows = max(rows, query_rows // rows * rows)  # no tile straddles two query blocks
-    factor_share = min(DIRECTION_BYTES, share)
     # in one process nothing certifies rows of pairs, so that no factor is formed
     each = _row_bytes(work) if alone and work.paired is not None else _factor_bytes(work)
-    factor_rows = min(work.tests, max(1, factor_share // each))
+    factor_rows = _factor_rows(work, share, each, spread)
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
     strip_columns = tile[1] if alone else _strip_columns(plan)
@@ -607,9 +624,17 @@ def _strip_columns(plan: Plan) -> int:
     return plan.tile[1] * -(-columns // runs)
 
 
+def _factor_rows(work: Work, share: int, each: int, spread: bool) -> int:
+    """Rows of ``each`` bytes of a task that takes at most ``share``, and where work is shared out no more than pay."""
+    rows = share // each
+    if spread:
+        rows = min(rows, max(FEWEST_FACTORS, FACTOR_BYTES // each))
+    return min(work.tests, max(1, rows))
+
+
 def _spread(factor_rows: int, tests: int) -> int:
     """Rows of a factor task: small enough that a few workers share even a small test set."""
-    return min(factor_rows, max(32, -(-tests // 4)))
+    return min(factor_rows, max(FEWEST_FACTORS, -(-tests // 4)))
 
 
 def format_bytes(count: float) -> str:

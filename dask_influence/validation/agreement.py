@@ -1,4 +1,4 @@
-"""Agreement: what scores predicted against what training again showed, with interval and ceiling."""
+"""Agreement: what scores predicted against what was measured, with interval and ceiling."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Agreement:
     slope : float or None
         Of actual on predicted effects, where both are changes of a loss.
     noise : float
-        Relative difference of two trainings from one seed; 0 where training is deterministic.
+        Relative difference of measuring twice from one seed; 0 where that is deterministic.
     failures : mapping of int to str
-        Subsets that could not be trained on, and why.
+        Subsets or points that could not be measured, and why.
     seconds : float
-        Spent on training, on all workers together.
+        Spent on measuring, on all workers together.
     settings : mapping
         What was asked for.
     """
@@ -61,22 +61,36 @@ class Agreement:
         rows = [
             (self.name, f"{self.value:.4f}"),
             ("interval (bootstrap)", f"{self.interval[0]:.4f} to {self.interval[1]:.4f}"),
-            (
-                "ceiling (noise of training)",
-                "unknown, of one seed" if self.ceiling is None else f"{self.ceiling:.4f}",
-            ),
         ]
+        if "seeds" in self.settings:
+            known = "unknown, of one seed" if self.ceiling is None else f"{self.ceiling:.4f}"
+            rows.append(("ceiling (noise of training)", known))
         if self.slope is not None:
             rows.append(("slope, actual on predicted", f"{self.slope:.3f}"))
         rows += [
             ("test points × effects", f"{tests} × {count}"),
-            ("left out, as training failed", f"{len(self.failures)}"),
-            ("training", "deterministic" if not self.noise > 0 else f"noise {self.noise:.1e} from one seed"),
-            ("seconds of training", f"{self.seconds:.1f}"),
+            ("failed, and left out", f"{len(self.failures)}"),
+            ("measured twice", "the same" if not self.noise > 0 else f"noise {self.noise:.1e} from one seed"),
+            ("seconds of work", f"{self.seconds:.1f}"),
             *((name, str(value)) for name, value in self.settings.items()),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is shown, for programs; effects themselves are in ``predicted`` and ``actual``."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "interval": list(self.interval),
+            "ceiling": self.ceiling,
+            "slope": self.slope,
+            "noise": self.noise,
+            "failures": {str(number): reason for number, reason in self.failures.items()},
+            "seconds": self.seconds,
+            "test_points": self.predicted.shape[0],
+            "effects": self.predicted.shape[1],
+        }
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Actual against predicted effects, a point for each pair (Koh & Liang 2017, figure 2).
@@ -105,7 +119,7 @@ class Agreement:
             ends = [both.min(), both.max()]
             axes.plot(ends, ends, color="0.5", linewidth=0.8)
         axes.set_xlabel("predicted effect")
-        axes.set_ylabel("effect of training again")
+        axes.set_ylabel("measured effect")
         axes.set_title(
             f"{self.name} {self.value:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})", fontsize=10
         )

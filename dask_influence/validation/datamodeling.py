@@ -11,9 +11,10 @@ import numpy as np
 from dask_influence.errors import ConfigurationError
 from dask_influence.influence import InfluenceFunctionModel
 from dask_influence.scalars import check_integer, check_number
+from dask_influence.storage.stores import Location
 from dask_influence.validation import statistics
 from dask_influence.validation.agreement import Agreement
-from dask_influence.validation.experiment import Experiment
+from dask_influence.validation.experiment import Experiment, check_training
 from dask_influence.validation.training import TrainingFunction
 
 LEAST = 10
@@ -31,7 +32,7 @@ def linear_datamodeling_score(
     seeds: Sequence[int] = (0, 1, 2),
     seed: int = 0,
     confidence: float = 0.95,
-    store: str | PathLike[str] | None = None,
+    store: str | PathLike[str] | Location | None = None,
     progress: bool | Callable[[str, int, int], None] | None = None,
 ) -> Agreement:
     """Spearman correlation, mean over test points, of summed scores with minus the loss after training.
@@ -76,7 +77,8 @@ def linear_datamodeling_score(
     """
     check_integer("subsets", subsets, LEAST)
     check_number("fraction", fraction)
-    experiment = Experiment.of(influence, train, test, training, seeds, seed, confidence, store, progress)
+    check_training(training)
+    experiment = Experiment.of(influence, train, test, seeds, seed, confidence, store, progress)
     size = int(fraction * experiment.trains)
     if not 0 < size < experiment.trains:
         raise ConfigurationError(
@@ -85,15 +87,16 @@ def linear_datamodeling_score(
         )
     random = np.random.default_rng(seed)
     members = [np.sort(random.permutation(experiment.trains)[:size]) for _ in range(subsets)]
-    found = experiment.retrained(members, least=LEAST)
+    found = experiment.retrained(training, members, least=LEAST)
     actual = -found.losses.mean(1).T  # (N, S)
     scores = experiment.scores(np.arange(experiment.trains))
     predicted = np.stack([scores[:, members[n]].sum(1) for n in found.subsets], axis=1)
     rows = statistics.spearman(predicted, actual)
+    value = statistics.mean(rows)
     return Agreement(
         "linear datamodeling score (Spearman)",
-        statistics.mean(rows),
-        experiment.interval(statistics.spearman, predicted, actual),
+        value,
+        experiment.interval(statistics.resampled_spearman(predicted, actual), predicted.shape, value),
         rows,
         predicted,
         actual,

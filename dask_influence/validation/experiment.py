@@ -1,4 +1,4 @@
-"""What every experiment with training again shares: checks, scores, training, interval and ceiling.
+"""What every experiment shares: checks, scores, measured effects, interval and ceiling.
 
 Notation: M training and N test points, S subsets, K seeds.
 """
@@ -22,7 +22,8 @@ from dask_influence.scalars import check_integer, check_number
 from dask_influence.storage.sources import Source, as_source
 from dask_influence.storage.stores import Location
 from dask_influence.validation import statistics
-from dask_influence.validation.retraining import Job, Retrained, retrained
+from dask_influence.validation.effects import Job, Measured, effects
+from dask_influence.validation.retraining import Retraining, dtype_of
 from dask_influence.validation.training import TrainingFunction
 
 Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -36,7 +37,6 @@ class Experiment:
     influence: InfluenceFunctionModel
     train: Source
     test: Source
-    training: TrainingFunction
     seeds: tuple[int, ...]
     seed: int
     confidence: float
@@ -50,21 +50,18 @@ class Experiment:
         influence: InfluenceFunctionModel,
         train: Any,
         test: Any,
-        training: TrainingFunction,
         seeds: Sequence[int],
         seed: int,
         confidence: float,
-        store: str | PathLike[str] | None,
+        store: str | PathLike[str] | Location | None,
         progress: bool | Callable[[str, int, int], None] | None,
     ) -> Self:
-        """Refuse what cannot be run, before anything is trained."""
+        """Refuse what cannot be run, before anything is measured."""
         if not isinstance(influence, InfluenceFunctionModel):
             raise ConfigurationError(
                 f"influence must be a fitted influence model; got {type(influence).__name__}"
             )
         influence._require_fit()
-        if not callable(training):
-            raise ConfigurationError(f"training must be callable as (x, y, seed); got {training!r}")
         seeds = tuple(seeds) if isinstance(seeds, Sequence | range) else (seeds,)
         if not seeds or len(set(seeds)) < len(seeds):
             raise ConfigurationError(f"seeds must be one or more different integers; got {seeds!r}")
@@ -79,7 +76,7 @@ class Experiment:
             location.check_writable()
         executor = Resources(influence.client, influence.device, influence.artifacts).executor()
         sources = as_source(train, "train"), as_source(test, "test")
-        return cls(influence, *sources, training, seeds, seed, confidence, location, progress, executor)
+        return cls(influence, *sources, seeds, seed, confidence, location, progress, executor)
 
     @property
     def trains(self) -> int:
@@ -112,12 +109,16 @@ class Experiment:
         train = _at(batch, columns)
         return np.asarray(self.influence.influences(*self.test.read(0, len(self.test)), *train), np.float64)
 
-    def retrained(self, subsets: Sequence[np.ndarray], least: int, needed: Sequence[int] = ()) -> Retrained:
+    def retrained(
+        self,
+        training: TrainingFunction,
+        subsets: Sequence[np.ndarray],
+        least: int,
+        needed: Sequence[int] = (),
+    ) -> Measured:
         """Test losses after training on ``subsets``, of which those ``needed`` may not fail."""
-        dtype = self.influence.dtype or next(self.influence.model.parameters()).dtype
-        job = Job(self.training, self.influence.loss, self.train, self.test, dtype)
-        with reporting(self.progress) as report:
-            found = retrained(self.executor, job, subsets, self.seeds, self.store, report, least)
+        job = Retraining(self.train, self.test, training, self.influence.loss, dtype_of(self.influence))
+        found = self.measured(job, subsets, least)
         for number in needed:
             if number in found.failures:
                 raise IncompleteRunError(
@@ -126,17 +127,24 @@ class Experiment:
                 )
         return found
 
+    def measured(self, job: Job, subsets: Sequence[np.ndarray], least: int) -> Measured:
+        """What ``job`` measures of ``subsets``, of which ``least`` may not fail."""
+        with reporting(self.progress) as report:
+            return effects(self.executor, job, subsets, self.seeds, self.store, report, least)
+
     def interval(
-        self, correlation: Correlation, predicted: np.ndarray, actual: np.ndarray
+        self, resampled: statistics.Resampled, shape: tuple[int, ...], value: float
     ) -> statistics.Interval:
-        """Of the mean correlation, over test points and subsets drawn anew."""
+        """Around ``value``, the mean correlation, over test points and subsets (N, S) drawn anew."""
 
         def statistic(drawn: tuple[np.ndarray, ...]) -> float:
             rows, columns = drawn
-            at = np.ix_(rows, columns)
-            return statistics.mean(correlation(predicted[at], actual[at]))
+            return statistics.mean(resampled(np.bincount(columns, minlength=shape[1]))[rows])
 
-        return statistics.bootstrap(statistic, predicted.shape, confidence=self.confidence, seed=self.seed)
+        low, high = statistics.bootstrap(
+            statistic, shape, confidence=self.confidence, seed=self.seed, center=value
+        )
+        return max(low, -1.0), min(high, 1.0)
 
     def ceiling(self, correlation: Correlation, losses: np.ndarray) -> float | None:
         """What the mean over seeds would reach against the truth, from losses (S, K, N) of half the seeds each.
@@ -155,3 +163,9 @@ class Experiment:
 
 def _at(batch: Any, columns: np.ndarray) -> Any:
     return optree.tree_map(lambda leaf: np.asarray(leaf)[columns], batch)
+
+
+def check_training(training: object) -> None:
+    """Refuse what cannot be called."""
+    if not callable(training):
+        raise ConfigurationError(f"training must be callable as (x, y, seed); got {training!r}")

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from dask_influence.influence import InfluenceFunctionModel
+from dask_influence.storage.stores import Location
 from dask_influence.validation import statistics
 from dask_influence.validation.agreement import Agreement
-from dask_influence.validation.experiment import Experiment
+from dask_influence.validation.experiment import Experiment, check_training
 from dask_influence.validation.training import TrainingFunction
 
 LEAST = 3
@@ -28,7 +29,7 @@ def leave_one_out(
     seeds: Sequence[int] = (0,),
     seed: int = 0,
     confidence: float = 0.95,
-    store: str | PathLike[str] | None = None,
+    store: str | PathLike[str] | Location | None = None,
     progress: bool | Callable[[str, int, int], None] | None = None,
 ) -> Agreement:
     """Pearson correlation, mean over test points, of predicted with actual change of the test loss.
@@ -92,21 +93,22 @@ def leave_one_out(
     >>> found.value > 0.99
     True
     """
-    experiment = Experiment.of(influence, train, test, training, seeds, seed, confidence, store, progress)
+    check_training(training)
+    experiment = Experiment.of(influence, train, test, seeds, seed, confidence, store, progress)
     left_out = experiment.picked(points, least=LEAST)
     everything = np.arange(experiment.trains)
-    found = experiment.retrained(
-        [everything, *(np.delete(everything, j) for j in left_out)], least=1 + LEAST, needed=(0,)
-    )
+    subsets = [everything, *(np.delete(everything, j) for j in left_out)]
+    found = experiment.retrained(training, subsets, least=1 + LEAST, needed=(0,))
     losses = found.losses.mean(1)  # (1 + points, N)
     kept = left_out[np.array(found.subsets[1:]) - 1]
     actual = (losses[1:] - losses[0]).T
     predicted = experiment.scores(kept) / experiment.trains
     rows = statistics.pearson(predicted, actual)
-    interval = experiment.interval(statistics.pearson, predicted, actual)
+    value = statistics.mean(rows)
+    interval = experiment.interval(statistics.resampled_pearson(predicted, actual), predicted.shape, value)
     return Agreement(
         "leave-one-out Pearson correlation",
-        statistics.mean(rows),
+        value,
         interval,
         rows,
         predicted,

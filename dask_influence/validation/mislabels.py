@@ -21,9 +21,14 @@ from dask_influence.reductions import SelfInfluence
 from dask_influence.scalars import check_integer, check_number
 from dask_influence.storage.results import open_influences
 from dask_influence.storage.sources import Source, as_source
+from dask_influence.storage.stores import Location
 from dask_influence.validation import statistics
-from dask_influence.validation.retraining import BATCH, tensors
+from dask_influence.validation.effects import losses_of
+from dask_influence.validation.experiment import check_training
+from dask_influence.validation.retraining import trained_on
 from dask_influence.validation.statistics import Interval
+from dask_influence.validation.training import TrainingFunction
+from dask_influence.validation.variants import name_of, variant
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,17 @@ class Detection:
             low, high = self.intervals[name]
             lines.append(f"{name:<{width}}  {area:.3f}  {low:.3f} to {high:.3f}  {self.found(name, 0.1):.0%}")
         return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is shown, for programs."""
+        return {
+            name: {
+                "value": area,
+                "interval": list(self.intervals[name]),
+                "found_in_first_tenth": self.found(name, 0.1),
+            }
+            for name, area in self.areas.items()
+        }
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Share of the wrong labels found against share of the data looked at (Koh & Liang 2017, figure 6).
@@ -147,7 +163,7 @@ def mislabel_detection(
     train: Any,
     wrong: Sequence[int] | np.ndarray,
     *,
-    store: str | PathLike[str] | None = None,
+    store: str | PathLike[str] | Location | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Detection:
@@ -189,7 +205,7 @@ def mislabel_detection(
     influence._require_fit()
     check_integer("seed", seed, 0)
     source = as_source(train, "train")
-    flags = _flags(wrong, len(source))
+    flags = check_wrong(wrong, len(source))
     plain = GradientDotInfluence(
         influence.model,
         influence.loss,
@@ -200,15 +216,78 @@ def mislabel_detection(
         artifacts=influence.artifacts,
         dtype=influence.dtype,
     ).fit(train)
-    with nullcontext(str(store)) if store is not None else tempfile.TemporaryDirectory() as folder:
+    with nullcontext(store) if store is not None else tempfile.TemporaryDirectory() as folder:
+        kept = Location.of(folder)
         ranked = {
-            "self influence": _self_influence(influence, f"{folder}/self-influence", train),
+            "self influence": _self_influence(influence, kept.child("self-influence"), train),
             "loss": _losses(influence, source),
-            "gradient norm": _self_influence(plain, f"{folder}/gradient-norm", train),
+            "gradient norm": _self_influence(plain, kept.child("gradient-norm"), train),
         }
     areas = {name: statistics.area_under_curve(values, flags) for name, values in ranked.items()}
     intervals = {name: _interval(values, flags, confidence, seed) for name, values in ranked.items()}
     return Detection(areas, intervals, ranked, flags)
+
+
+def planted_mislabels(
+    influence: InfluenceFunctionModel,
+    train: Any,
+    training: TrainingFunction,
+    *,
+    fraction: float = 0.1,
+    seed: int = 0,
+    store: str | PathLike[str] | Location | None = None,
+    confidence: float = 0.95,
+) -> Detection:
+    """:func:`mislabel_detection` of labels that are made wrong, after training again on them.
+
+    Parameters
+    ----------
+    influence : InfluenceFunctionModel
+        Its estimator is fitted again, with the model that ``training`` gives on the changed labels.
+    train
+        Data as everywhere, with integer labels (M,).
+    training : callable
+        ``(x, y, seed) → model``: see :class:`~dask_influence.validation.TrainingFunction`; it runs where
+        the influence model works.
+    fraction : float
+        Share of the labels to be changed, as by :func:`flip_labels`.
+    seed : int
+        Of the labels, of training and of the bootstrap.
+    store : path or URL, optional
+        Where weights and self influences are kept, below names of their own.
+    confidence : float
+        Of the bootstrap.
+
+    Raises
+    ------
+    ConfigurationError
+        A fraction that is none; a training function that cannot be called, or makes another model.
+    DataError
+        Labels that are no integers, or of one class.
+    IncompleteRunError
+        Training failed.
+
+    Examples
+    --------
+    >>> from dask_influence import DirectInfluence
+    >>> from dask_influence.validation import Training, planted_mislabels
+    >>> x = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+    >>> y, loss = (x[:, 0] > 0).long(), torch.nn.functional.cross_entropy
+    >>> training = Training(lambda: torch.nn.Linear(4, 2), loss, steps=300, regularization=0.01)
+    >>> found = planted_mislabels(DirectInfluence(torch.nn.Linear(4, 2), loss, 0.01), (x, y), training)
+    >>> int(found.wrong.sum()), found.areas["self influence"] > 0.8
+    (8, True)
+    """
+    check_training(training)
+    source = as_source(train, "train")
+    x, y = source.read(0, len(source))
+    labels, wrong = flip_labels(y, fraction, seed=seed)
+    noisy = as_source((x, labels), "train")
+    location = None if store is None else Location.of(store)
+    model = trained_on(influence, noisy, training, seed, location)
+    fitted = variant(influence, model).fit(noisy)
+    kept = None if location is None else location.child("mislabels", name_of(fitted))
+    return mislabel_detection(fitted, noisy, wrong, store=kept, confidence=confidence, seed=seed)
 
 
 def _interval(values: np.ndarray, flags: np.ndarray, confidence: float, seed: int) -> Interval:
@@ -218,7 +297,8 @@ def _interval(values: np.ndarray, flags: np.ndarray, confidence: float, seed: in
     return statistics.bootstrap(statistic, (len(flags),), confidence=confidence, seed=seed)
 
 
-def _flags(wrong: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
+def check_wrong(wrong: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
+    """Flags (M,) of the wrong labels, from their positions or from flags."""
     given = np.asarray(wrong)
     if given.dtype == bool and given.shape == (count,):
         flags = given
@@ -242,17 +322,11 @@ def _flags(wrong: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
     return flags
 
 
-def _self_influence(influence: InfluenceFunctionModel, store: str, train: Any) -> np.ndarray:
+def _self_influence(influence: InfluenceFunctionModel, store: Location, train: Any) -> np.ndarray:
     influence.influences_to_zarr(store, None, train, reduce=SelfInfluence())
     with open_influences(store) as held:
         return np.asarray(held["self_influence"].to_numpy(), np.float64)
 
 
 def _losses(influence: InfluenceFunctionModel, source: Source) -> np.ndarray:
-    objective = Objective.of(influence.model, influence.loss, dtype=influence.dtype)
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(source), BATCH):
-            batch = source.read(start, min(start + BATCH, len(source)))
-            parts.append(objective.sample_losses(objective.parameters(), *tensors(batch, objective.dtype)))
-    return torch.cat(parts).to(torch.float64).numpy()
+    return losses_of(Objective.of(influence.model, influence.loss, dtype=influence.dtype), source)

@@ -174,7 +174,7 @@ WORKS = (
         peers=(Peer("kronfluence", "", differs="compared on digits"),),
         once=True,
     ),
-    Work("large", "DataInf", "InverseHarmonicMeanInfluence", peers=(PEER_DATAINF,), once=True),
+    Work("large", "DataInf", "InverseHarmonicMeanInfluence", peers=(PEER_DATAINF,), tests=16, once=True),
     Work("large", "gradient dot", "GradientDotInfluence"),
 )
 

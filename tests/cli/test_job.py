@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from dask_influence.cli.document import Document, JobError
-from dask_influence.cli.job import ESTIMATORS, Job, schema
+from dask_influence.cli.estimators import ESTIMATORS
+from dask_influence.cli.job import Job, schema
 
 GOOD = """\
 model:

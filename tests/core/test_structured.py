@@ -1,9 +1,10 @@
-"""The Hessian from the responses of layers, against dense oracles that know no layers."""
+"""Matrices of curvature from the responses of layers, against dense oracles that know no layers."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from dask_influence.core import curvature, structured
 from dask_influence.core.curvature import matrix_sums
 from dask_influence.core.objective import Objective
 from dask_influence.core.problem import Problem, prepare
-from dask_influence.core.structured import hessian_sum
+from dask_influence.core.structured import gauss_newton_sum, hessian_sum
 from dask_influence.errors import InfluenceWarning
 from tests import data, oracles
 
@@ -148,21 +149,87 @@ def test_curvature_takes_it_without_a_column(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(value, hessian_sum(problem, x, y))
 
 
+# -- Gauss-Newton and Fisher -----------------------------------------------------------
+def summed(problem: Problem, x: Tensor, y: Tensor, kind: str) -> Tensor | None:
+    return gauss_newton_sum(problem, x, y, partial(curvature._factors, curvature=kind))
+
+
+def bent(output: Tensor, target: Tensor) -> Tensor:
+    """Of any sign of curvature in the outputs, which are coupled."""
+    return output.sin().gather(1, target[:, None]).mean() + (output[:, 0] * output[:, 1]).mean()
+
+
+@pytest.mark.parametrize("budget", [1, 2**27], ids=["sample by sample", "at once"])
+@pytest.mark.parametrize("loss", [F.cross_entropy, bent])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_dense_gauss_newton_matrix(
+    name: str, loss: Any, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structured, "BUDGET", budget)
+    x, y = data.normal(1, 7, 5), data.classes(2, 7, 3)
+    problem, _ = prepare(Objective.of(data.seeded(MODELS[name]).double(), loss), x, y)
+    value = summed(problem, x, y, "ggn")
+    assert value is not None
+    expected = oracles.ggn(problem.objective.module, loss, x, y)
+    assert oracles.relative_error(value / len(x), expected) <= 1e-12
+    assert torch.equal(value, value.mT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fisher_equals_the_gauss_newton_matrix_of_cross_entropy(name: str) -> None:
+    problem, x, y = prepared(MODELS[name])
+    value, expected = (summed(problem, x, y, kind) for kind in ("fisher", "ggn"))
+    assert value is not None
+    assert expected is not None
+    assert oracles.relative_error(value, expected) <= 1e-12
+
+
+def test_float32_models_keep_it_positive_semidefinite() -> None:
+    # as far as the curvature in the outputs is, which is float32's here
+    x, y = data.normal(1, 40, 5).float(), data.classes(2, 40, 3)
+    problem, _ = prepare(Objective.of(data.seeded(deep).float(), F.cross_entropy), x, y)
+    value = summed(problem, x, y, "ggn")
+    assert value is not None
+    eigenvalues = torch.linalg.eigvalsh(value)
+    assert eigenvalues[0] >= -1e-8 * eigenvalues[-1]
+
+
+@pytest.mark.parametrize("kind", ["ggn", "fisher"])
+@pytest.mark.parametrize("build", [tied, Twice, Tokens], ids=["tied", "twice", "positions"])
+def test_other_models_take_rows(build: Callable[[], nn.Module], kind: str) -> None:
+    problem, x, y = prepared(build)
+    assert summed(problem, x, y, kind) is None
+    value = matrix_sums(problem, x, y, {}, kind).total["matrix"]
+    expected = oracles.ggn(problem.objective.module, F.cross_entropy, x, y)
+    assert oracles.relative_error(value / len(x), expected) <= 1e-9
+
+
+def test_gauss_newton_takes_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, x, y = prepared(deep)
+    monkeypatch.setattr(curvature, "_factor_rows", None)
+    value = matrix_sums(problem, x, y, {}, "ggn").total["matrix"]
+    assert torch.equal(value, summed(problem, x, y, "ggn"))
+
+
+# -- trust -------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("wrong", ["value", "error"])
-def test_a_wrong_one_is_not_taken(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_one_is_not_taken(wrong: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = {"hessian": hessian_sum, "ggn": gauss_newton_sum}[kind]
+
     def spoiled(*args: Any) -> Tensor | None:
         if wrong == "error":
             raise RuntimeError("no forward mode")
-        value = hessian_sum(*args)
+        value: Tensor | None = function(*args)  # type: ignore[operator]
         assert value is not None
         value[3, 3] *= 1.01
         return value
 
     problem, x, y = prepared(deep)
-    monkeypatch.setattr(curvature, "hessian_sum", spoiled)
+    monkeypatch.setattr(curvature, function.__name__, spoiled)
     with pytest.warns(InfluenceWarning, match="off by|raises RuntimeError"):
-        value = matrix_sums(problem, x, y, {}, "hessian").total["matrix"]
-    expected = oracles.hessian(problem.objective.module, F.cross_entropy, x, y)
+        value = matrix_sums(problem, x, y, {}, kind).total["matrix"]
+    expected = getattr(oracles, kind)(problem.objective.module, F.cross_entropy, x, y)
     assert oracles.relative_error(value / len(x), expected) <= 1e-9
 
 

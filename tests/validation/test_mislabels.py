@@ -9,12 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from dask_influence import DirectInfluence
-from dask_influence.errors import ConfigurationError, DataError
-from dask_influence.validation import Training, flip_labels, mislabel_detection, stability
+from dask_influence import (
+    ArnoldiInfluence,
+    DirectInfluence,
+    InfluenceFunctionModel,
+    NystroemSketchInfluence,
+)
+from dask_influence.errors import ConfigurationError, DataError, IncompleteRunError
+from dask_influence.validation import (
+    Training,
+    flip_labels,
+    mislabel_detection,
+    planted_mislabels,
+    stability,
+)
 
 LOSS = nn.functional.cross_entropy
 
@@ -104,7 +116,7 @@ def test_stability_compares_each_regularization_with_each(noisy: Any, tmp_path: 
     influence, train, _ = noisy
     test = train[0][:6], train[1][:6]
     found = stability(influence, train, test, regularizations=(1.0, 0.01, 100.0), k=5)
-    assert found.regularizations == (0.01, 1.0, 100.0)
+    assert found.values == (0.01, 1.0, 100.0)
     assert np.allclose(np.diag(found.correlation), 1)
     assert np.allclose(found.correlation, found.correlation.T)
     assert found.correlation[0, 2] < found.correlation[0, 1] < 1
@@ -118,8 +130,100 @@ def test_stability_compares_each_regularization_with_each(noisy: Any, tmp_path: 
     assert (tmp_path / "stability.png").stat().st_size > 3000
 
 
-@pytest.mark.parametrize("given", [{"regularizations": (0.1,)}, {"k": 0}, {"k": 151}])
-def test_stability_refuses_what_it_cannot_compare(noisy: Any, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [ArnoldiInfluence, NystroemSketchInfluence])
+def test_stability_compares_ranks(noisy: Any, kind: type[InfluenceFunctionModel], tmp_path: Path) -> None:
     influence, train, _ = noisy
-    with pytest.raises(ConfigurationError):
+    test = train[0][:6], train[1][:6]
+    sketch = kind(influence.model, LOSS, 0.01, rank=9, curvature="ggn").fit(train)
+    found = stability(sketch, train, test, ranks=(17, 2, 9), k=5)
+    assert (found.varied, found.values) == ("rank", (2, 9, 17))
+    refitted = kind(influence.model, LOSS, 0.01, rank=2, curvature="ggn").fit(train).influences(*test, *train)
+    own = sketch.influences(*test, *train)
+    rows = [spearmanr(a, b).statistic for a, b in zip(refitted, own, strict=True)]
+    assert found.correlation[0, 1] == pytest.approx(np.mean(rows), abs=1e-6)
+    assert found.correlation[0, 2] < 1
+    assert np.allclose(np.diag(found.correlation), 1)
+    assert sketch.configuration.rank == 9
+    assert "rank = 17" in str(found)
+    assert found.to_json()["varied"] == "rank"
+    found.plot(tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").stat().st_size > 3000
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"regularizations": (0.1,)}, "two or more different values"),
+        ({"regularizations": (0.1, "much")}, "regularizations must be a number"),
+        ({"k": 0}, "k must be an integer"),
+        ({"k": 151}, "k must be an integer"),
+        ({"ranks": (2, 3)}, "DirectInfluence has no rank"),
+        ({"ranks": (2, 3), "regularizations": (0.1, 1.0)}, "leave the other out"),
+    ],
+)
+def test_stability_refuses_what_it_cannot_compare(noisy: Any, given: dict[str, Any], match: str) -> None:
+    influence, train, _ = noisy
+    with pytest.raises(ConfigurationError, match=match):
         stability(influence, train, train, **given)
+
+
+def test_ranks_that_cannot_be_are_refused_before_a_fit(noisy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    influence, train, _ = noisy
+    sketch = ArnoldiInfluence(influence.model, LOSS, 0.01, rank=2).fit(train)
+    monkeypatch.setattr(ArnoldiInfluence, "fit", None)
+    for ranks in ((3, 18), (0, 3)):
+        with pytest.raises(ConfigurationError, match="ranks must be an integer from 1 to 17"):
+            stability(sketch, train, train, ranks=ranks)
+
+
+# -- planted ---------------------------------------------------------------------------
+TRAINING = Training(
+    partial(nn.Linear, 5, 3, dtype=torch.float64),
+    LOSS,
+    optimizer=partial(torch.optim.Adam, lr=0.1),
+    steps=120,
+    regularization=0.01,
+)
+
+
+def test_planted_labels_are_those_of_training_on_them(noisy: Any, tmp_path: Path) -> None:
+    influence, (x, y), _ = noisy
+    found = planted_mislabels(influence, (x, y), TRAINING, fraction=0.2, seed=4, store=tmp_path)
+    labels, wrong = flip_labels(y, 0.2, seed=4)
+    model = TRAINING(x, labels, seed=4)
+    expected = mislabel_detection(
+        DirectInfluence(model, LOSS, 0.01).fit((x, labels)), (x, labels), wrong, seed=4
+    )
+    assert np.array_equal(found.wrong, expected.wrong)
+    assert found.areas == pytest.approx(expected.areas)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = planted_mislabels(influence, (x, y), TRAINING, fraction=0.2, seed=4, store=tmp_path)
+    assert again.areas == found.areas
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    (weights,) = tmp_path.glob("weights/*")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # damaged: trained again
+    assert (
+        planted_mislabels(influence, (x, y), TRAINING, fraction=0.2, seed=4, store=tmp_path).areas
+        == found.areas
+    )
+    assert weights.stat().st_mtime_ns != kept.get(weights)
+
+
+def broken(x: Tensor, y: Tensor, seed: int) -> nn.Module:
+    raise FloatingPointError("diverged")
+
+
+def other(x: Tensor, y: Tensor, seed: int) -> nn.Module:
+    return nn.Linear(5, 4).double()
+
+
+def test_planting_refuses_training_that_fails_or_makes_something_else(noisy: Any) -> None:
+    influence, train, _ = noisy
+    with pytest.raises(IncompleteRunError, match="FloatingPointError: diverged"):
+        planted_mislabels(influence, train, broken)
+    with pytest.raises(ConfigurationError, match="another model than the one that is validated"):
+        planted_mislabels(influence, train, other)
+    with pytest.raises(ConfigurationError, match="training must be callable"):
+        planted_mislabels(influence, train, None)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="integer labels"):
+        planted_mislabels(influence, (train[0], train[0][:, :1]), TRAINING)

@@ -20,6 +20,16 @@ def test_correlations_are_those_of_scipy(ours: str, theirs: object) -> None:
     assert np.allclose(getattr(statistics, ours)(a, b), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["pearson", "spearman"])
+def test_columns_drawn_anew_need_not_be_sorted_again(kind: str) -> None:
+    a, b = RANDOM.normal(size=(5, 12)), np.round(RANDOM.normal(size=(5, 12)))  # ties
+    resampled = getattr(statistics, f"resampled_{kind}")(a, b)
+    for columns in (RANDOM.integers(0, 12, 12), np.arange(12), np.zeros(12, int)):
+        expected = getattr(statistics, kind)(a[:, columns], b[:, columns])
+        found = resampled(np.bincount(columns, minlength=12))
+        assert np.allclose(found, expected, rtol=0, atol=1e-12, equal_nan=True)
+
+
 def test_a_constant_row_has_no_correlation_and_is_left_out() -> None:
     a = np.stack([np.arange(5.0), np.ones(5)])
     rows = statistics.pearson(a, a)
@@ -50,6 +60,14 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         )
         covered += low <= 0 <= high
     assert 165 <= covered <= 194  # 180 expected of 200, ± 3.5 standard deviations
+
+
+def test_a_center_moves_the_interval_there_and_leaves_its_width() -> None:
+    values = RANDOM.normal(size=40)
+    statistic = lambda drawn: values[drawn[0]].mean()  # noqa: E731
+    plain, moved = (statistics.bootstrap(statistic, (40,), center=center) for center in (None, 7.0))
+    assert moved[1] - moved[0] == pytest.approx(plain[1] - plain[0])
+    assert moved[0] < 7 < moved[1]
 
 
 def test_interval_of_two_axes_is_wider_than_of_one() -> None:

@@ -8,7 +8,8 @@ the mean could be taken last,
 by the formula of Sherman & Morrison for each training sample j. Norms and inner products are
 those of the block. The mean is over training samples. Kwon et al. 2023, "DataInf: Efficiently
 Estimating Data Influence in LoRA-tuned LLMs and Diffusion Models", equation 5, with one λ for all
-blocks. Nothing is fitted: every block of right-hand sides takes one pass over the data.
+blocks. Nothing is fitted: every block of right-hand sides takes one pass over the data, in which
+gradients of perceptrons stay outer products (:mod:`~dask_influence.core.outer`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dask_influence.core import directional
 from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree, leading_size, sliced
+from dask_influence.core.outer import OuterGradients, outer_gradients
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 
@@ -55,6 +57,11 @@ def sherman_morrison_sums(
     vectors = operand["vectors"].to(objective.device, torch.float64)
     corrections = torch.zeros_like(vectors)
     count = leading_size(y)
+    held = outer_gradients(problem, x, y)
+    if held is not None:
+        for outer in held:
+            _add_outer(corrections, vectors, outer, blocks, regularization)
+        return Moments({"corrections": corrections}, count)
     step = max(1, GRADIENT_BUDGET // (3 * 8 * objective.size))
     for start in range(0, count, step):
         part = slice(start, start + step)
@@ -69,6 +76,24 @@ def sherman_morrison_sums(
             for low, high in block:
                 corrections[:, low:high] += weights @ gradients[:, low:high]
     return Moments({"corrections": corrections}, count)
+
+
+def _add_outer(
+    corrections: Tensor,
+    vectors: Tensor,
+    outer: OuterGradients,
+    blocks: tuple[Ranges, ...],
+    regularization: float,
+) -> None:
+    """The same of gradients that are outer products."""
+    for block in blocks:
+        spans = [span for span in outer.spans if any(low <= span[0] < high for low, high in block)]
+        inner, norms = outer.inner(vectors, spans[0]), outer.norms(spans[0])
+        for span in spans[1:]:
+            inner, norms = inner + outer.inner(vectors, span), norms + outer.norms(span)
+        weights = inner / (regularization + norms)  # (B, n)
+        for span in spans:
+            corrections[:, slice(*span)] += outer.combined(weights, span)
 
 
 class DataInfInverse(Inverse):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dask_influence import InverseHarmonicMeanInfluence
+from dask_influence.core import outer
+from dask_influence.core.estimators import datainf
 from dask_influence.core.estimators.datainf import sherman_morrison_sums
 from dask_influence.errors import ConfigurationError
 from tests import data, oracles
@@ -63,6 +65,19 @@ def test_equals_the_dense_formula(name: str, how: str) -> None:
     # A mean of rank-one corrections changes little where gradients point everywhere.
     assert oracles.weight_of_curvature(expected, plain) > (0.5 if name == "aligned" else 0.15)
     assert oracles.relative_error(scores(held, blocks=how, chunk_size=7), expected) <= EXACT
+
+
+@pytest.mark.parametrize("how", ["layer", "parameter", "model"])
+def test_outer_products_and_gradients_agree(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = data.mlp_classification()
+    found = scores(held, blocks=how)
+    with monkeypatch.context() as patch:
+        patch.setattr(outer, "BUDGET", 1)
+        assert oracles.relative_error(scores(held, blocks=how), found) <= SAME
+        patch.setattr(datainf, "outer_gradients", lambda *_: None)
+        assert oracles.relative_error(scores(held, blocks=how), found) <= SAME
+    monkeypatch.setattr(datainf, "_add_outer", lambda *_: None)
+    assert oracles.relative_error(scores(held, blocks=how), found) > SAME  # that way is the one taken
 
 
 def test_blocks_are_those_asked_for() -> None:
