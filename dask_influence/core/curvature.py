@@ -58,7 +58,9 @@ def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor],
     block = problem.block_of_vectors(count, VECTOR_BUDGET)
     products = torch.empty(vectors.shape, dtype=torch.float64)
     for part, into in zip(vectors.split(block), products.split(block), strict=True):
-        into.copy_(multiply(part.to(objective.device, objective.dtype)))
+        # torch's own memory, in order: the same wherever the operand came from, hence the same bits
+        own = part.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
+        into.copy_(multiply(own))
     return Moments({"products": products}, count)
 
 

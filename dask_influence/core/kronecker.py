@@ -118,7 +118,11 @@ class Kronecker(Form):
         key = index, like.dtype, like.device
         if key not in self._made:
             layer = self.layers[index]
-            self._made[key] = layer.inputs.to(like), layer.outputs.to(like)
+            # torch's own memory, in order: the same wherever the bases came from, hence the same bits
+            self._made[key] = tuple(
+                basis.to(like, copy=True, memory_format=torch.contiguous_format)
+                for basis in (layer.inputs, layer.outputs)
+            )
         found: tuple[Tensor, Tensor] = self._made[key]
         return found
 
