@@ -70,6 +70,7 @@ class Response(Job):
     """
 
     doing: ClassVar[str] = "response"
+    each: ClassVar[str] = "points"
     remedy: ClassVar[str] = "Give another λ, tolerance or number of steps"
 
     model: Model

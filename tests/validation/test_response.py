@@ -229,7 +229,7 @@ def test_a_point_that_cannot_be_measured_is_left_out(
         return measured(self, members, seed)
 
     monkeypatch.setattr(response.FiniteDifference, "measured", fails)
-    with pytest.warns(DataWarning, match="response failed on 1 of 5 subsets; on number 2"):
+    with pytest.warns(DataWarning, match="response failed on 1 of 5 points; on number 2"):
         found = finite_difference_response(exact, TRAIN, TEST, points=[1, 3, 5, 4, 6])
     assert np.array_equal(found.actual, whole.actual)
     assert np.array_equal(found.predicted, whole.predicted)
