@@ -63,10 +63,22 @@ test-deploy: $(READY) ## build the image and run the manifests' pods as containe
 	    || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends docker.io mmdebstrap iptables; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s --timeout 1800 tests/deploy/suite.py
 
+.PHONY: test-report
+test-report: $(READY) ## look at reports in a real headless browser: light, dark, wide, narrow, by keyboard (root; Debian)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[browser,report,test]'
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || { apt-get update -qq \
+	    && apt-get install -qq --yes --no-install-recommends chromium chromium-driver fonts-liberation; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/report/suite.py
+
 .PHONY: test-faults
 test-faults: $(READY) ## kill, cut, fill and damage what a run stands on, at random, and see that nothing is lost (as root: all of it)
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[s3,test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.suite --scenarios $(or $(SCENARIOS),100) --seed $(or $(SEED),0)
+
+.PHONY: docs
+docs: $(READY) ## the reference from README and docstrings, every link checked (build/docs/html/index.html)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python .ci/docs/build.py build/docs
 
 .PHONY: lint
 lint: $(READY) ## style, types and layers alone
@@ -81,9 +93,11 @@ format: $(READY) ## put the code in the house style
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(READY) $(PEERS_READY) ## time the package beside pyDVL, values compared first
+bench: $(READY) $(PEERS_READY) ## time the package beside pyDVL, values compared first; beside its floor; and as sizes grow
 	$(BIN)/python tests/benchmarks/against_peers.py --peer-python $(PEERS)/bin/python
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/cluster_costs.py
+	$(BIN)/python tests/benchmarks/floor.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scaling.py
 
 .PHONY: bench-estimators
 bench-estimators: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## time every estimator beside pyDVL and kronfluence (half an hour)
@@ -94,6 +108,10 @@ bench-estimators: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## time every est
 bench-memory: $(READY) ## peak memory of workers, client and scheduler against the plan (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/worker_memory.py
 
+.PHONY: bench-report
+bench-report: $(READY) ## size, time and memory of a report about 10,000 × 1,000,000 scores
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/report_size.py
+
 .PHONY: accuracy
 accuracy: $(READY) ## compare scores on digits with the effect of training again (minutes; again: it goes on where it was)
 	$(BIN)/dask-influence validate examples/digits_logistic.yaml
@@ -101,5 +119,5 @@ accuracy: $(READY) ## compare scores on digits with the effect of training again
 
 .PHONY: clean
 clean: ## remove caches and outputs, not the environments
-	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf demo-output example-output build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find dask_influence tests examples -name __pycache__ -prune -exec rm -rf {} +

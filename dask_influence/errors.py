@@ -15,7 +15,7 @@ class InfluenceError(Exception):
 
 
 class NotFittedError(InfluenceError, RuntimeError):
-    """A model is used before :meth:`fit` has run."""
+    """A model is used before its ``fit`` has run."""
 
 
 class ConfigurationError(InfluenceError, ValueError):

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -139,6 +139,15 @@ class Fitted:
             if isinstance(self.inverse, SweepInverse)
             else None
         )
+
+    def recorded_diagnostics(self) -> dict[str, Any]:
+        """What the store keeps of the diagnostics: JSON, the same from every client that may finish the run.
+
+        Of several λ the curvature is one, and so is its spectrum. Numbers have six digits.
+        """
+        inverse = self.inverse.parts[0] if isinstance(self.inverse, SweepInverse) else self.inverse
+        known = {name: value for name, value in self.counts.items() if name not in ("passes", "restored")}
+        return _six_digits({**known, **inverse.recorded()})
 
     # -- names ------------------------------------------------------------------------
     @cached_property
@@ -372,3 +381,14 @@ class Fitted:
         return all(
             tuple(tuple(leaf.shape) for leaf in optree.tree_leaves(side)) == pairing.sample for side in sides
         )
+
+
+def _six_digits(value: Any) -> Any:
+    """Mappings, lists, numbers and texts as JSON has them, floats with six digits."""
+    if isinstance(value, Mapping):
+        return {str(name): _six_digits(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_six_digits(held) for held in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

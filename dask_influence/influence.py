@@ -95,6 +95,8 @@ class InfluenceFunctionModel:
         a killed fit goes on; delete it when they are no longer wanted.
     certify : bool
         Write ``factor_residual`` even where it takes a pass over the training data.
+    own
+        Arguments of the estimator, by name: each model says where they are described.
 
     Raises
     ------
@@ -207,7 +209,22 @@ class InfluenceFunctionModel:
         return self
 
     def with_regularization(self, hessian_regularization: Regularization) -> Self:
-        """A new fitted model at another λ that shares this fit; equal to a refit."""
+        """A new fitted model at another λ that shares this fit; equal to a refit.
+
+        Parameters
+        ----------
+        hessian_regularization : float or mapping
+            λ ≥ 0, as for the constructor.
+
+        Raises
+        ------
+        NotFittedError
+            :meth:`fit` has not run.
+        ConfigurationError
+            A λ that cannot be used.
+        SingularCurvatureError
+            C + λI cannot be inverted.
+        """
         fitted = self._require_fit().with_regularization(hessian_regularization)
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
@@ -253,9 +270,18 @@ class InfluenceFunctionModel:
         Returns
         -------
         scores
-            (N, M), or (N, M, *features) in perturbation mode, of the kind of ``x_test``; a
+            (N, M), or ``(N, M, *features)`` in perturbation mode, of the kind of ``x_test``; a
             lazy dask array where any input is one, chunked like the inputs. Its dtype is
             the model's floating dtype.
+
+        Raises
+        ------
+        NotFittedError
+            :meth:`fit` has not run.
+        ConfigurationError
+            An unknown mode.
+        DataError, DerivativeError
+            Data cannot be used, or not be perturbed (integers); a sample has no finite gradient.
         """
         fitted, mode = self._require_fit(), mode_of(mode)
         test = as_source((x_test, y_test), "x_test, y_test")
@@ -282,9 +308,22 @@ class InfluenceFunctionModel:
 
     @undisturbed()
     def influence_factors(self, x: Any, y: Any) -> Any:
-        """Influence factors (C + λI)⁻¹ g_i, shape (N, P), of the kind of ``x``.
+        """Influence factors (C + λI)⁻¹ g_i, to be scored against any training data.
 
-        Columns are in the order of the model's named parameters in θ.
+        Parameters
+        ----------
+        x, y : arrays
+            N test points, as for :meth:`influences`.
+
+        Returns
+        -------
+        factors
+            (N, P), of the kind of ``x``; columns are in the order of the model's named parameters in θ.
+
+        Raises
+        ------
+        NotFittedError, DataError
+            As for :meth:`influences`.
         """
         fitted = self._require_fit()
         test = as_source((x, y), "test (x, y)")
@@ -302,7 +341,27 @@ class InfluenceFunctionModel:
     def influences_from_factors(
         self, factors: Any, x: Any, y: Any, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> Any:
-        """Scores (N, M) or (N, M, *features) from factors (N, P) of :meth:`influence_factors`."""
+        """Scores from factors of :meth:`influence_factors`.
+
+        Parameters
+        ----------
+        factors : array
+            (N, P).
+        x, y : arrays
+            M training points, as for :meth:`influences`.
+        mode : InfluenceMode or str
+            ``"up"`` or ``"perturbation"``.
+
+        Returns
+        -------
+        scores
+            (N, M) or ``(N, M, *features)``, of the kind of ``factors``.
+
+        Raises
+        ------
+        NotFittedError, ConfigurationError, DataError, DerivativeError
+            As for :meth:`influences`; DataError also where factors are not (N, P) and finite.
+        """
         fitted, mode = self._require_fit(), mode_of(mode)
         train = as_source((x, y), "x, y")
         arguments.check_factors(factors, fitted.system.size)
@@ -439,6 +498,11 @@ class InfluenceFunctionModel:
 
         Arguments are those of :meth:`influences_to_zarr`, which takes the store in place of
         test data.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``factors`` (test, parameter), as :func:`open_influences` returns it.
         """
         fitted = self._require_fit()
         fitted.check_solvable()
@@ -511,7 +575,22 @@ class InfluenceFunctionModel:
 
     # -- saving -----------------------------------------------------------------------
     def save(self, url: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
-        """Write the fit as arrays and JSON, never a pickle; model and loss are given again to :meth:`load`."""
+        """Write the fit as arrays and JSON, never a pickle; model and loss are given again to :meth:`load`.
+
+        Parameters
+        ----------
+        url : str or path
+            Folder of its own (``file``, ``s3``, ``gs``, ``az``, ``memory``).
+        storage_options : mapping, optional
+            Credentials and endpoint; never written or shown.
+
+        Raises
+        ------
+        NotFittedError
+            :meth:`fit` has not run.
+        StoreError
+            The place cannot be written.
+        """
         saved.save(self._require_fit(), Location.of(url, storage_options))
 
     @classmethod
@@ -528,10 +607,22 @@ class InfluenceFunctionModel:
     ) -> Self:
         """A fitted model from what :meth:`save` wrote and the same ``model`` and ``loss``.
 
-        ``train``, the data that the model was fitted on, is needed where factors are solved or
-        certified by passes over them (:class:`CgInfluence`, :class:`LissaInfluence`).
-        ``options`` are those of the constructor that a fit does not depend on (``device``,
-        ``chunk_size``, ``artifacts``, ``certify``).
+        Parameters
+        ----------
+        url : str or path
+            Where :meth:`save` wrote.
+        model, loss
+            Those that were fitted.
+        client : distributed.Client, optional
+            As for the constructor.
+        storage_options : mapping, optional
+            Credentials and endpoint.
+        train : data, optional
+            What the model was fitted on: needed where factors are solved or certified by passes over them
+            (``CgInfluence``, ``LissaInfluence``).
+        options
+            Those of the constructor that a fit does not depend on: ``device``, ``chunk_size``, ``artifacts``,
+            ``certify``.
 
         Raises
         ------

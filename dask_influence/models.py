@@ -209,6 +209,7 @@ class GradientDotInfluence(InfluenceFunctionModel, estimator=GradientDot):
     """The baseline without curvature: ⟨g_test, g_train⟩.
 
     λ is recorded and not used. What an estimator adds to this is what its curvature is worth.
+    Arguments and methods are those of :class:`InfluenceFunctionModel`.
 
     Examples
     --------

@@ -90,7 +90,8 @@ class Target:
             **data,
             **arguments.id_digests(ids),
         }
-        return Output(self.location, fingerprint, {**fitted.provenance(), **asked}, ids)
+        attributes = {**fitted.provenance(), **asked}
+        return Output(self.location, fingerprint, attributes, ids, diagnostics=fitted.recorded_diagnostics)
 
 
 @dataclass(frozen=True)

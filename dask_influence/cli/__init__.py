@@ -6,9 +6,28 @@ code      what it says
 0         done; the store is complete, or as it should be
 1         the run failed, for a reason outside the job: the same call may succeed, and resumes
 2         the job or the command line was refused: the same call would be refused again
-3         the store is incomplete or damaged (``run``, ``status``, ``verify``, ``top``)
+3         the store is incomplete or damaged (``run``, ``status``, ``verify``, ``top``, ``report``)
 128 + n   stopped by signal n (130 by Ctrl-C, 143 by SIGTERM); the same call resumes
 ========  =====================================================================================
+
+The job file
+    Data are a Zarr group, ``.npy`` files (``npy: {x: x.npy, y: y.npy}``), Parquet (``parquet: {path: t.parquet,
+    x: [a, b], y: label}``, extra ``parquet``), or what a function of yours returns; on this machine or in an object
+    store. Weights are safetensors or a checkpoint of tensors alone: nothing is ever unpickled.
+    ``reduce: {name: TopK, k: 10}`` and ``hessian_regularizations: [0.01, 0.1]`` are as in Python. A mistake is named
+    with its line, its field and what is allowed; ``dask-influence schema`` prints the JSON schema.
+Secrets
+    ``${NAME}`` and ``${NAME:-default}`` are taken from the environment after parsing; what they stand for, and
+    everything in ``storage_options`` but endpoint and region, is never shown.
+Schedulers
+    ``--scheduler-address`` (or ``DASK_SCHEDULER_ADDRESS``), ``--scheduler-file`` and the ``--tls-`` options join a
+    scheduler that is there; otherwise workers of this machine are started as ``cluster`` says.
+Progress
+    A bar on a terminal and lines elsewhere (``--log-format json``), kept in the store for ``status``, and served to
+    Prometheus with ``--metrics-port`` (extra ``metrics``); ``--performance-report`` keeps Dask's own (extra
+    ``dashboard``).
+Signals
+    Ctrl-C and SIGTERM leave a store that the same call completes, with the same bits.
 
 Modules: :mod:`~dask_influence.cli.document` (YAML with lines and variables) carries
 :mod:`~dask_influence.cli.job` (the schema), :mod:`~dask_influence.cli.loading` (what its strings
@@ -189,6 +208,39 @@ def _verify(session: Any, **arguments: Any) -> None:
 def _top(session: Any, **arguments: Any) -> None:
     """Most helpful and most harmful training points of test points, from a STORE."""
     _command("top")(session, **arguments)
+
+
+@cli.command("report")
+@_store
+@click.option("-o", "--output", required=True, type=click.Path(), help="HTML file to write, or to replace.")
+@click.option(
+    "-t",
+    "--test",
+    "tests",
+    multiple=True,
+    metavar="ID",
+    help="Test point to show; repeatable. [default: six]",
+)
+@click.option("-k", "--count", type=click.IntRange(1, 50), default=5, show_default=True, help="Of each list.")
+@click.option("--regularization", type=float, help="λ, of a store that holds several.  [default: the first]")
+@click.option(
+    "--perturbation", metavar="STORE", help="Scores of mode perturbation, of the same training data."
+)
+@click.option("--self-influence", metavar="STORE", help="What reduce: SelfInfluence left.")
+@click.option("--image-shape", metavar="HxW", help="Of images that are kept flat, such as 28x28 or 3x32x32.")
+@click.option("--feature-names", type=click.Path(exists=True, dir_okay=False), help="File, a name a line.")
+@click.option(
+    "--class-names", type=click.Path(exists=True, dir_okay=False), help="The same, by class number."
+)
+@click.option("--vocabulary", type=click.Path(exists=True, dir_okay=False), help="The same, by token number.")
+@click.option("--title", help="Of the page.")
+@_told
+def _report(session: Any, **arguments: Any) -> None:
+    """One HTML file of what a STORE holds, readable without a network (extra: report).
+
+    Of a job file the data are read too, and points are drawn as what they are.
+    """
+    _command("report")(session, **arguments)
 
 
 @cli.command("validate")

@@ -9,6 +9,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +30,7 @@ from dask_influence.errors import ConfigurationError, IncompleteRunError, Influe
 from dask_influence.execution import verify as verification
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.stored import StoredFactors
+from dask_influence.report import report as write_report
 from dask_influence.storage.results import open_influences
 from dask_influence.storage.sources import Source, as_source
 from dask_influence.storage.stores import Location
@@ -273,6 +275,61 @@ def top(
         rows = ", ".join(f"{one.test} ({one.missing})" for one in missing)
         log.warning("scores of these test points are not there yet: %s", rows)
         raise SystemExit(Exit.INCOMPLETE)
+
+
+def report(
+    session: Session,
+    store: str,
+    output: str,
+    tests: tuple[str, ...],
+    count: int,
+    perturbation: str | None,
+    self_influence: str | None,
+    image_shape: str | None,
+    feature_names: str | None,
+    class_names: str | None,
+    vocabulary: str | None,
+    **more: Any,
+) -> None:
+    """Write the report, with samples where a job file names them; 3 where the store is not complete."""
+    held, given = place(session, store), dict[str, Any](more)
+    if Path(store).suffix in (".yaml", ".yml"):
+        given |= _data_of(read(session, store))
+    for name, other in {"perturbation": perturbation, "self_influence": self_influence}.items():
+        given[name] = None if other is None else place(session, other)
+    names = {"feature_names": feature_names, "class_names": class_names, "vocabulary": vocabulary}
+    given |= {name: None if file is None else _lines(name, file) for name, file in names.items()}
+    given["image_shape"] = None if image_shape is None else _extents(image_shape)
+    path = write_report(held, output, tests=tests or None, top=count, **given)
+    click.echo(path)
+    found = Report.of(held)
+    if not found.complete:
+        log.warning("the store is %s; the report says what it lacks", found.state)
+        raise SystemExit(Exit.INCOMPLETE)
+
+
+def _data_of(asked: Job) -> dict[str, Any]:
+    """Samples and ids as the job gives them; factors in a store are no samples."""
+    given: dict[str, Any] = {side: loading.data(asked, side) for side in ("test", "train")}
+    if isinstance(given["test"], Location) and StoredFactors.found(given["test"], None):
+        given["test"] = None
+    return given | {f"{side}_ids": loading.ids(asked, side) for side in ("test", "train")}
+
+
+def _extents(given: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(extent) for extent in given.lower().split("x"))
+    except ValueError:
+        raise ConfigurationError(f"--image-shape must be such as 28x28 or 3x32x32; got {given!r}") from None
+
+
+def _lines(name: str, file: str) -> list[str]:
+    try:
+        return Path(file).read_text("utf-8").splitlines()
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--{name.replace('_', '-')}: {file} is no text in UTF-8 ({error})"
+        ) from None
 
 
 def schema() -> None:

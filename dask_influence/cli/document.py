@@ -180,6 +180,9 @@ class Secrets:
     def __repr__(self) -> str:
         return f"Secrets({len(self.shown_as)})"
 
+    def __or__(self, other: Secrets) -> Secrets:
+        return Secrets({**self.shown_as, **other.shown_as})
+
     def and_values(self, tree: Any) -> Secrets:
         """These, and every text in ``tree``, shown as an ellipsis."""
         found = dict.fromkeys(_texts(tree), "…")

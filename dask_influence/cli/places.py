@@ -42,6 +42,6 @@ def read(session: Session, job: str) -> Job:
     from dask_influence.cli.job import Job
 
     asked = Job.read(job)
-    session.secrets = asked.secrets
+    session.secrets |= asked.secrets  # a command may read several jobs
     session.settle(asked.logging.level, asked.logging.format)
     return asked

@@ -214,6 +214,7 @@ class Forecast(Plan):
                 f"{format_bytes(self.worker_bytes(cluster.threads))}, "
                 f"{format_bytes(PROCESS_BYTES)} of them interpreter and libraries",
             ),
+            ("peak bytes of the client", format_bytes(self.client_bytes)),
             ("bytes through the store", format_bytes(self.moved_bytes)),
             ("tasks", f"{self.tasks:,}, {format_seconds(limits['scheduler'])} of the scheduler's time"),
             ("estimated time", format_seconds(self.run_seconds) + by_passes),

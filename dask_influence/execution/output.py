@@ -63,6 +63,8 @@ class Output:
         Ids of samples by side, of dimensions too that the result has not.
     solves : bool
         Whether the run solves factors, rather than read them from another store.
+    diagnostics : callable
+        What is known of the inverse once everything is solved; readers find it among the attributes.
     """
 
     location: Location
@@ -71,6 +73,7 @@ class Output:
     ids: dict[str, np.ndarray[Any, Any]]
     names: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     solves: bool = True
+    diagnostics: Callable[[], Mapping[str, Any]] = dict
     ledger: Ledger = field(init=False)
     missing: MissingSamples = field(init=False)
 
@@ -247,7 +250,9 @@ class Output:
         missing = self.missing.as_json()
         state = "incomplete" if missing else "complete"
         lacking = {side: [one["id"] for one in ones] for side, ones in missing.items()}
-        said = {"state": state, "missing": lacking} if missing else {"state": state}
+        said: dict[str, Any] = {"state": state, "diagnostics": dict(self.diagnostics())}
+        if missing:
+            said["missing"] = lacking
         self.location.put(
             GROUP_KEY, unfinished(self.location.get(GROUP_KEY))
         )  # what was missing once may be there

@@ -41,6 +41,9 @@ STRIP_SECONDS = 2.0
 PROCESS_BYTES = 480 * 2**20
 """What a worker takes before it has done anything: interpreter, torch, Dask, Zarr (CPU build of torch 2.13, Linux)."""
 
+CLIENT_BYTES = 64 * 2**20
+"""What a client takes for a run beside its process: messages of a window of tasks, opening the result."""
+
 # One core, nanoseconds: a training sample costs its gradient and its directions, a score its
 # product and its write. They only set how coarse strips are and the estimate shown to people.
 _NS_PER_PARAMETER = 2.5
@@ -251,6 +254,18 @@ class Plan:
             return PROCESS_BYTES + threads * self.task_bytes
         strips = self.query_bytes + threads * self.strip_bytes
         return PROCESS_BYTES + self.resident_bytes + max(strips, threads * self.solving_bytes)
+
+    @property
+    def client_bytes(self) -> int:
+        """Peak resident bytes of the process that makes the call, beside its own data: ids, entries of the ledger.
+
+        Scores are never among them. The model is there twice, and in float64 while derivatives are checked.
+        """
+        work = self.work
+        ids = (
+            3 * 8 * (work.tests + work.trains)
+        )  # beside themselves, as they are written and as they are opened
+        return PROCESS_BYTES + CLIENT_BYTES + self.resident_bytes + 8 * work.parameters + ids
 
     def _paired_bytes(self, size: Size) -> int:
         """The same of pairs: weights, directions and a layer of them in order, rows of both sides, tiles."""

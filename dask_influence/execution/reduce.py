@@ -8,6 +8,7 @@ node that is done are written again, a strip's by its task, which knows what it 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -270,7 +271,7 @@ class _Run:
         scratch = self.reducing.location.child(PARTIALS)
         self._tell()
         for node, _ in self.schedule.ready():
-            strip = plan.strip(plan.tree.strip(node))
+            began, strip = time.perf_counter(), plan.strip(plan.tree.strip(node))
             call = (job, strip.columns.start, strip.columns.stop, plan.batch, scratch)
             ((_, gradients, bad),) = surviving(
                 self.executor, tasks.gradient_task, quarantine.isolated_gradients, [call]
@@ -279,7 +280,8 @@ class _Run:
             lacking = {"test": (), "train": tuple(bad)}
             scores = self._self_scores(gradients)
             part = partial_of(self.reducing.reducer, scores, strip.rows, strip.columns, lacking, {})
-            self.schedule.finished(node, self.reducing.emit(node, part, entry_of(strip, bad)))
+            entry = {**entry_of(strip, bad), **tasks.effort(began)}
+            self.schedule.finished(node, self.reducing.emit(node, part, entry))
             scratch.delete(gradients.key)
             self._tell()
 

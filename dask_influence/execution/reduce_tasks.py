@@ -10,8 +10,6 @@ itself one of the kept points, its part carries a mark, of which the last task m
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from dask_influence.execution.tasks import (
     Missing,
     Scoring,
     derivatives_of,
+    effort,
     probe_column,
     probe_gradient,
     query_gradients,
@@ -112,7 +111,6 @@ class Reducing:
         records = self._write(node, part) if last else [self._keep(node, part)]
         written = [[record.key, record.nbytes, record.checksum] for record in records]
         own: dict[str, Any] = {"shards": written} if last else {"part": written[0]}
-        own["worker"] = f"{socket.gethostname()}:{os.getpid()}"
         Ledger(self.location).record(tree.name(node), {**entry, **own})
         return None if last else records[0]
 
@@ -189,7 +187,7 @@ def reduce_node(
         except MissingObjectError as gone:
             return node, _joined_before(run, node, gone), missing
         entry = {"merged": [run.scoring.plan.tree.name(n) for n in run.scoring.plan.tree.children(node)]}
-    record = run.emit(node, part, {**entry, "seconds": round(time.perf_counter() - began, 6)})
+    record = run.emit(node, part, {**entry, **effort(began)})
     for taken_up in parts:
         run.location.delete(taken_up.key)
     return node, record, missing

@@ -7,7 +7,9 @@ private copy of the module, write whole tiles, and only then the ledger entry.
 from __future__ import annotations
 
 import os
+import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -581,14 +583,27 @@ def score_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
         "rows": [strip.rows.start, strip.rows.stop],
         "columns": [strip.columns.start, strip.columns.stop],
         "shards": [[record.key, record.nbytes, record.checksum] for record in records],
-        "seconds": round(time.perf_counter() - began, 6),
-        "worker": f"{socket.gethostname()}:{os.getpid()}",
+        **effort(began),
     }
     if missing:
         ids = read_index(run.location, "train", sorted(missing))
         entry["missing"] = listed(missing, ids)
     Ledger(run.location).record(strip.name, entry)
     return missing
+
+
+def effort(began: float) -> dict[str, Any]:
+    """What a ledger entry says of the work itself: how long, until when, by whom, in a process of which peak memory.
+
+    ``began`` is of ``time.perf_counter``; the peak is that of the process since it started.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "seconds": round(time.perf_counter() - began, 6),
+        "ended": round(time.time(), 3),
+        "worker": f"{socket.gethostname()}:{os.getpid()}",
+        "peak_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
 
 
 def listed(missing: Missing, ids: Mapping[int, Any]) -> list[dict[str, Any]]:

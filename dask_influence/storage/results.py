@@ -4,6 +4,22 @@ A store is one Zarr v3 group that ``xr.open_zarr`` opens. The unit of writing is
 one shard, or one chunk where the tile is small enough not to need inner chunks. Two
 processes may write different tiles of one array at the same time, never parts of the same.
 Arrays are named by the caller, so scores, factors and reductions are all written here.
+
+::
+
+    scores.zarr/         a Zarr v3 group: open_influences(store), or xarray.open_zarr(store)
+    ├── influence        (test, train), or (test, train, feature_0, …): the scores, in the model's dtype;
+    │                    with reduce= the arrays that it keeps instead
+    ├── test, train      ids of the rows and columns: yours (test_ids=, train_ids=), or positions
+    ├── factor_residual  (test): ‖(H + λI)s − g‖ / ‖g‖, how well each row's system was solved
+    └── _run/
+        ├── run.json     fingerprint of model, data, λ, estimator and versions; the plan; the state
+        ├── ledger/      one entry for each finished task: bytes and checksums of what it wrote
+        ├── status.json  how far the command line's client is
+        └── artifacts/   what was published to the workers: weights, inverse, factors
+
+Attributes of the group say what was computed from what; ``state`` is ``complete`` once everything is
+there, and ``incomplete`` where samples are missing.
 """
 
 from __future__ import annotations
@@ -49,7 +65,7 @@ RUN_KEY = "_run/run.json"
 FINAL = ("complete", "incomplete")
 """States of a run that has written all it can; incomplete is one that lacks the scores of some samples."""
 
-FINISHED = ("state", "missing")
+FINISHED = ("state", "missing", "diagnostics")
 """Attributes of the group that a run adds when everything else is written."""
 
 LARGEST_CHUNK = 16 * 2**20

@@ -53,6 +53,11 @@ def linear_datamodeling_score(
         Seeds that each model is trained from: with two or more, ``ceiling`` says how far noise of
         training lets any score get.
 
+    Returns
+    -------
+    Agreement
+        Of summed scores with minus the losses.
+
     Raises
     ------
     ConfigurationError

@@ -59,6 +59,11 @@ def leave_one_out(
     progress : bool or callable
         Show a bar, or call it with stage, done, total.
 
+    Returns
+    -------
+    Agreement
+        With the slope of actual on predicted changes.
+
     Raises
     ------
     ConfigurationError

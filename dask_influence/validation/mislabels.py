@@ -183,6 +183,11 @@ def mislabel_detection(
     confidence, seed : float, int
         Of the bootstrap.
 
+    Returns
+    -------
+    Detection
+        Areas with intervals, and the quantities themselves.
+
     Raises
     ------
     ConfigurationError
@@ -257,6 +262,11 @@ def planted_mislabels(
         Where weights and self influences are kept, below names of their own.
     confidence : float
         Of the bootstrap.
+
+    Returns
+    -------
+    Detection
+        With the labels that were made wrong.
 
     Raises
     ------

@@ -319,23 +319,24 @@ class _Path:
 
         The latter at a kink, as relu has them, where the gradient does not vanish.
         """
-        optimizer = self._optimizer()
+        at_once = min(steps, AT_ONCE)
+        optimizer = self._optimizer(at_once)
         first = last = float(self._closure())
-        for _ in range(0, steps, AT_ONCE):
+        for _ in range(0, steps, at_once):
             optimizer.step(self._closure)
             if not float(self._closure()) <= last:  # a line search that went astray, at a kink too
                 self._at = self.best.clone().requires_grad_()
-                optimizer = self._optimizer()
+                optimizer = self._optimizer(at_once)
                 self._closure()
             if self.left <= self._goal or last - self.least <= share * (first - self.least):
                 return True
             last = self.least
         return False
 
-    def _optimizer(self) -> torch.optim.LBFGS:
+    def _optimizer(self, at_once: int) -> torch.optim.LBFGS:
         return torch.optim.LBFGS(
             [self._at],
-            max_iter=AT_ONCE,
+            max_iter=at_once,
             tolerance_grad=0.0,
             tolerance_change=0.0,
             history_size=30,

@@ -131,6 +131,11 @@ def stability(
     Stability
         Correlations and overlaps of each with each.
 
+    Returns
+    -------
+    Stability
+        (L, L) correlations and overlaps.
+
     Raises
     ------
     ConfigurationError

@@ -176,14 +176,14 @@ def tried(world: World, scenario: Scenario, tally: Tally) -> None:
     """Run one scenario, and note how it ended, unless its fault came too late for anything."""
     form, index = world.random.choice(scenario.forms), sum(tally.ends.values()) + 1
     print(f"{index:4} {scenario.name} ({form})", end="", flush=True)
-    world.settle()
     began = time.perf_counter()
     try:
+        world.settle()
         end = attempt(world, scenario, form, tally)
-    except Lost as error:
+    except Exception as error:  # noqa: BLE001 # whatever it is: neither the same bits nor a named error
         end = LOST
         tally.lost.append(f"{index} {scenario.name} ({form})")
-        print(f"\n{error}")
+        print(f"\n{error if isinstance(error, Lost) else traceback.format_exc()}")
     if end == AT_ONCE and not world.strikes:
         tally.missed[scenario.name] += 1
         end = "missed"

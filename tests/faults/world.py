@@ -236,7 +236,8 @@ class Nursed:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
-        self.cluster.close()
+        with suppress(TimeoutError):  # a nanny that lost its worker in the wrong moment waits for it for ever
+            self.cluster.close(timeout=30)
 
     def _open(self) -> None:
         processes = {"memory_limit": "2GiB", "preload": "tests.faults.watch"}
@@ -259,7 +260,7 @@ class Nursed:
         if not self._settle:
             return
         try:
-            self.client.wait_for_workers(self._how["n_workers"], timeout=15)
+            self.client.wait_for_workers(self._how["n_workers"], timeout=30)
         except TimeoutError:
             self.__exit__()
             self._open()
@@ -328,7 +329,7 @@ class Bare:
             time.sleep(0.05)
         names = [self.joined() for _ in range(here)] + [self.joined(away=True) for _ in range(away)]
         if names:
-            self.client.wait_for_workers(len(names), timeout=30)
+            self.client.wait_for_workers(len(names), timeout=120)
         return names
 
     def joined(self, away: bool = False) -> str:

@@ -210,7 +210,7 @@ class Arnoldi(Estimator):
     krylov_dimension : int, optional
         Vectors in the basis before a restart; default max(2R + 2B, 20), at most P.
     tol : float
-        ‖H v − θ v‖ ≤ tol·|θ_max| for each kept pair.
+        ``‖H v − θ v‖ ≤ tol·|θ_max|`` for each kept pair.
     seed : int
         Of the random start block.
     block_size : int, optional

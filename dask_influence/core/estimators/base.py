@@ -205,6 +205,10 @@ class Inverse(ABC):
         """What a user should know before trusting it: eigenvalues, captured spectrum, iterations."""
         return {}
 
+    def recorded(self) -> dict[str, Any]:
+        """What a store keeps of :meth:`diagnostics`: what is quickly known, and the same whatever has been solved."""
+        return {} if self.needs_rounds else self.diagnostics()
+
 
 @dataclass(frozen=True)
 class Estimator(ABC):

@@ -386,7 +386,14 @@ class BlockInverse(Inverse):
 
     def diagnostics(self) -> dict[str, Any]:
         """Of each block under ``blocks``; extreme eigenvalues over all where every block knows them."""
-        blocks = {name: part.diagnostics() for name, part in zip(self.names, self.parts, strict=True)}
+        return self._joined([part.diagnostics() for part in self.parts])
+
+    def recorded(self) -> dict[str, Any]:
+        """The same of what the blocks record."""
+        return self._joined([part.recorded() for part in self.parts])
+
+    def _joined(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        blocks = dict(zip(self.names, parts, strict=True))
         report: dict[str, Any] = {}
         for key, over in (
             ("smallest_eigenvalue", min),

@@ -31,6 +31,9 @@ from dask_influence.core.estimators.base import (
 from dask_influence.core.moments import Moments
 from dask_influence.errors import IndefiniteCurvatureWarning, SingularCurvatureError
 
+LARGEST_LOOKED_AT = 2048
+"""P up to which a run looks at the extreme eigenvalues for its record: a fraction of a second."""
+
 
 class DirectInverse(Inverse):
     """(H + λI)⁻¹ through a symmetric factorisation; H is kept, so that λ can change.
@@ -156,6 +159,13 @@ class DirectInverse(Inverse):
             "largest_eigenvalue": largest,
             "positive_definite": smallest + self.regularization > 0,
         }
+
+    def recorded(self) -> dict[str, Any]:
+        """The same; of a large matrix without its eigenvalues, which take as long as many solves."""
+        if len(self.matrix) <= LARGEST_LOOKED_AT:
+            return self.diagnostics()
+        definite = self._pivots is None
+        return {"factorisation": "cholesky" if definite else "bunch-kaufman", "positive_definite": definite}
 
     @cached_property
     def _extremes(self) -> tuple[float, float]:

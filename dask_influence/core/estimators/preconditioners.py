@@ -166,6 +166,16 @@ class JacobiPreconditioner(Preconditioner):
     seed : int
         Of the signs.
 
+    Raises
+    ------
+    ConfigurationError
+        A number that is none, or no positive one.
+
+    Examples
+    --------
+    >>> JacobiPreconditioner(probes=8)
+    JacobiPreconditioner(probes=8, seed=0, kind='jacobi')
+
     References
     ----------
     Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix".
@@ -198,6 +208,16 @@ class NystroemPreconditioner(Preconditioner):
         R, products taken in the one pass; at most P.
     seed : int
         Of the test matrix.
+
+    Raises
+    ------
+    ConfigurationError
+        A number that is none, or no positive rank.
+
+    Examples
+    --------
+    >>> NystroemPreconditioner(rank=50)
+    NystroemPreconditioner(rank=50, seed=0, kind='nystroem')
 
     References
     ----------
