@@ -24,6 +24,8 @@ from dask_influence.storage.stores import Location
 MOST_TESTS, MOST_TOP = 100, 50
 """What one page may be asked for; a longer one is no page."""
 
+_IDS = str | int | float | np.generic
+
 Store = str | os.PathLike[str] | Location
 
 
@@ -178,9 +180,16 @@ def _check_libraries() -> None:
 def _writable(output: str | os.PathLike[str]) -> Path:
     if not isinstance(output, str | os.PathLike):
         raise ConfigurationError(f"output must be a path; got {output!r}")
-    path = Path(output).expanduser()
     if "://" in str(output):
         raise ConfigurationError(f"output must be a file of this machine; got {str(output)!r}")
+    path = Path(output)
+    try:
+        path = path.expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
+        raise ConfigurationError(f"output cannot be a file: {error}") from error
     if path.is_dir():
         raise ConfigurationError(f"output must be a file; {path} is a folder")
     if not path.parent.is_dir():
@@ -196,7 +205,7 @@ def _tests(given: Sequence[Any] | None) -> list[Any] | None:
     if isinstance(given, str | bytes) or not isinstance(given, Sequence | np.ndarray):
         raise ConfigurationError(f"tests must be a sequence of ids; got {given!r}")
     listed = np.asarray(given).tolist() if isinstance(given, np.ndarray) else list(given)
-    unusable = [one for one in listed if not isinstance(one, str | int | float | np.generic)]
+    unusable = [one for one in listed if isinstance(one, bool) or not isinstance(one, _IDS)]
     if unusable:
         raise ConfigurationError(f"tests must hold ids, numbers or texts; got {unusable[0]!r}")
     if len(listed) > MOST_TESTS:
@@ -221,7 +230,7 @@ def _perturbation(
             if scores is not None and scores.layout.features and scores.layout.columns == "train"
             else None
         )
-    other = Facts.of(given, None, storage_options, "perturbation")
+    other = _beside(facts, given, storage_options, "perturbation")
     layout = Layout.of(other)
     if layout is None or not layout.features or (layout.rows, layout.columns) != ("test", "train"):
         raise ConfigurationError(
@@ -242,11 +251,22 @@ def _perturbation(
 def _own(facts: Facts, given: Store | None, storage_options: Mapping[str, Any] | None) -> Own | None:
     if given is None:
         return Own.of(facts)
-    other = Facts.of(given, None, storage_options, "self_influence")
+    other = _beside(facts, given, storage_options, "self_influence")
     if OWN not in other.dataset:
         raise ConfigurationError(f"self_influence: {other.location.url} was not reduced with SelfInfluence()")
     _check_same("self_influence", facts, other)
     return Own.of(other)
+
+
+def _beside(facts: Facts, given: Store, storage_options: Mapping[str, Any] | None, argument: str) -> Facts:
+    """Another store: of several λ, at that of the scores, if it holds it."""
+    other = Facts.of(given, None, storage_options, argument)
+    shown = facts.regularization
+    if shown is None:
+        shown = facts.dataset.attrs.get("hessian_regularization")
+    if shown == other.regularization or shown not in other.regularizations:
+        return other
+    return Facts.of(given, shown, storage_options, argument)
 
 
 def _check_same(argument: str, facts: Facts, other: Facts) -> None:
@@ -262,7 +282,10 @@ def _check_same(argument: str, facts: Facts, other: Facts) -> None:
 def _put(path: Path, text: str) -> None:
     """The whole file or nothing; what a text holds beyond Unicode is written as a reference."""
     content = text.encode("utf-8", "xmlcharrefreplace")
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".report-")
+    except OSError as error:
+        raise ConfigurationError(f"output: {path} cannot be written: {error}") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
