@@ -24,7 +24,6 @@ from dask_influence.core.estimators import Inverse, SweepInverse, SweepSystem, S
 from dask_influence.core.estimators.blocks import Regularization
 from dask_influence.core.estimators.sweep import check_sweep
 from dask_influence.core.objective import Objective
-from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem, behaviour, with_mixed_form
 from dask_influence.errors import DataError, DataWarning, LossError, StoreMismatchError
 from dask_influence.execution import persistence, tasks
@@ -310,6 +309,12 @@ class Fitted:
         return x, y
 
     @property
+    def pair_report(self) -> dict[str, Any]:
+        """How far scores without factors may be from those with them, where pairs may be taken."""
+        form = self.inverse.form
+        return {} if form is None or self.problem.pairing is None else form.report(self.problem)
+
+    @property
     def _inverse_bytes(self) -> int:
         estimator, system = self.configuration.estimator, self.system
         if isinstance(system, SweepSystem):
@@ -364,12 +369,11 @@ class Fitted:
         work = self.work(tests, train, mode, project=self.projects if project is None else project)
         work = dataclasses.replace(work, kept=kept)
         limits["spread"] = not self.inverse.needs_rounds
-        general, form = arrange(work, **limits), self.inverse.spectral
+        general, form = arrange(work, **limits), self.inverse.form
         if project is False or form is None or not self._pairs(test, train, mode):
             return general
-        rank = len(form.directions)
-        size = Pairs(self.problem, torch.empty(rank, 0)).size
-        pairs = arrange(dataclasses.replace(work, rank=rank, paired=size), **limits)
+        work = dataclasses.replace(work, rank=form.rank, paired=form.size(self.problem))
+        pairs = arrange(work, **limits)
         return pairs if pairs.beats(general) else general
 
     def _pairs(self, test: Source | StoredFactors | None, train: Source, mode: InfluenceMode) -> bool:

@@ -20,7 +20,7 @@ from dask_influence.core.curvature import check_curvature
 from dask_influence.core.estimators import Inverse, Round, System
 from dask_influence.core.layers import layout_of
 from dask_influence.core.moments import Moments
-from dask_influence.core.pairs import Spectral, paired
+from dask_influence.core.pairs import Form, paired
 from dask_influence.core.problem import Problem, behaviour, prepare
 from dask_influence.errors import NotFittedError
 from dask_influence.execution import persistence, tasks
@@ -56,7 +56,7 @@ class _Checked:
         problem, report = prepare(objective, *sample)
         check_curvature(problem, *sample, configuration.curvature)
         estimator.examine(system, problem, *sample)
-        if estimator.spectral(system) is not None or estimator.directions(system) is not None:
+        if estimator.form(system) is not None or estimator.directions(system) is not None:
             problem, report["pairs"] = paired(problem, *sample)
         called = contents(objective.module, objective.loss)
         shown = behaviour(objective, *sample)
@@ -106,7 +106,7 @@ def foreseen(configuration: Configuration, resources: Resources, source: Source)
     inverse = _Foreseen(
         known.system,
         estimator.directions(known.system),
-        estimator.spectral(known.system),
+        estimator.form(known.system),
         estimator.solves_by_rounds,
     )
     return _fitted(configuration, known, inverse, None, "", {"derivatives": known.report})
@@ -137,9 +137,9 @@ def _fitted(
 class _Foreseen(Inverse):
     """An inverse that is not there yet: what is known of its directions, and zero for every factor."""
 
-    def __init__(self, system: System, rank: int | None, paired: int | None, needs_rounds: bool) -> None:
+    def __init__(self, system: System, rank: int | None, form: Form | None, needs_rounds: bool) -> None:
         self.regularization, self._rank, self._size = system.regularization, rank, system.size
-        self._paired = paired
+        self._form = form
         self.needs_rounds = needs_rounds  # type: ignore[misc]
 
     @property
@@ -147,11 +147,8 @@ class _Foreseen(Inverse):
         return None if self._rank is None else torch.empty(self._rank, self._size, device="meta")
 
     @property
-    def spectral(self) -> Spectral | None:
-        if self._paired is None:
-            return None
-        directions = torch.empty(self._paired, self._size, device="meta")
-        return Spectral(directions, torch.ones(1, self._paired), torch.ones(1))
+    def form(self) -> Form | None:
+        return self._form
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         return torch.zeros_like(gradients)

@@ -244,6 +244,7 @@ class InfluenceFunctionModel:
             **fitted.counts,
             "hessian_regularization": self.hessian_regularization,
             **fitted.inverse.diagnostics(),
+            **fitted.pair_report,
         }
 
     # -- in memory, or lazily ---------------------------------------------------------

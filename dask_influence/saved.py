@@ -10,6 +10,7 @@ import torch
 from dask_influence.configuration import Configuration
 from dask_influence.core.content import Content, contents
 from dask_influence.core.forms import Forms
+from dask_influence.core.layers import layout_of
 from dask_influence.core.objective import Objective
 from dask_influence.core.problem import Pairing, Problem
 from dask_influence.errors import StoreError, StoreMismatchError
@@ -76,7 +77,7 @@ def restored(saved: Saved, location: Location, configuration: Configuration, obj
     return Fitted(
         configuration,
         Problem(objective, Forms(**record["forms"]), record["activations"], pairing),
-        configuration.system(objective, record["samples"]),
+        configuration.system(objective, record["samples"], layout_of(objective)),
         saved.inverse,
         None,
         record["fit"],

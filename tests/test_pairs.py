@@ -19,6 +19,7 @@ from torch.nn import functional
 from dask_influence import (
     ArnoldiInfluence,
     DirectInfluence,
+    EkfacInfluence,
     InfluenceFunctionModel,
     NystroemSketchInfluence,
     SelfInfluence,
@@ -35,6 +36,7 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "woodbury": (ArnoldiInfluence, {"rank": 6, "complement": True, "tol": 1e-11}),
     "nystroem": (NystroemSketchInfluence, {"rank": 9, "curvature": "ggn"}),
     "gradient dot": (GradientDotInfluence, {}),
+    "ekfac": (EkfacInfluence, {"curvature": "ggn"}),
 }
 ALL = pytest.mark.parametrize("kind", KINDS)
 
@@ -123,7 +125,8 @@ def test_residuals_are_those_of_the_factors(kind: str, tmp_path: Path) -> None:
     factors = infl.influence_factors(*case.test)
     assert factors.shape == (37, 610)
     gradients = oracles.gradients(case.model, case.loss, *case.test)
-    curvature = case.hessian if kind != "nystroem" else oracles.ggn(case.model, case.loss, *case.train)
+    own = KINDS[kind][1].get("curvature", "hessian")
+    curvature = case.hessian if own == "hessian" else oracles.ggn(case.model, case.loss, *case.train)
     left = factors @ curvature + 0.5 * factors - gradients
     run = infl.influences_to_zarr(tmp_path / "scores", case.test, case.train)
     assert error(run["factor_residual"], left.norm(dim=1) / gradients.norm(dim=1)) <= EXACT
@@ -207,7 +210,8 @@ def test_the_plan_counts_what_is_held_and_says_so(kind: str) -> None:
     )
     held = dataclasses.replace(plan, work=more).peak_bytes - plan.peak_bytes
     batch = min(plan.batch, plan.tile[1])
-    assert held == 8 * 1000 * (plan.query_rows + 2 * plan.tile[1] + 4 * batch)  # four while they are made
+    # the test side mapped and put together; four of the training side while they are made
+    assert held == 8 * 1000 * (2 * plan.query_rows + 2 * plan.tile[1] + 4 * batch)
     with pytest.raises(MemoryLimitError, match="memory_limit"):
         plan.validate(1_000_000)
     before = KINDS[kind][0](case.model, case.loss, 0.5, **KINDS[kind][1])

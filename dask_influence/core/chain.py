@@ -3,10 +3,10 @@
 Where the model is a sequence of modules, what enters a module is a, what leaves it h, and ā, h̄ are
 the derivatives of the loss by them. A direction v in θ moves all four: ȧ, ḣ on the way forward, the
 derivatives of a and h along v, and ā̇, h̄̇ on the way back. The last of these is the mixed derivative
-∇x ⟨v, ∇θ ℓ⟩. (Pearlmutter 1994, the R operator, in the input instead of the weights.) Of a linear
-layer with weights W and V the part of v that belongs to them,
+∇x ⟨v, ∇θ ℓ⟩, and what they leave in a layer is the product of the Hessian with v. (Pearlmutter 1994,
+the R operator.) Of a linear layer with weights W and V the part of v that belongs to them,
 
-    ḣ = W ȧ + V a,        ā̇ = Wᵀ h̄̇ + Vᵀ h̄;
+    ḣ = W ȧ + V a,        ā̇ = Wᵀ h̄̇ + Vᵀ h̄,        (H v)_W = h̄̇ aᵀ + h̄ ȧᵀ;
 
 of an elementwise function φ
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,8 +82,10 @@ class Chain:
             output = self._steps[-1].output
             self._loss = _Loss(objective, output, y)
             adjoint = self._loss.adjoint
-            for step in reversed(self._steps):
+            used = next((i for i, step in enumerate(self._steps) if not isinstance(step, _Reshaped)), 0)
+            for step in reversed(self._steps[used + 1 :]):
                 adjoint = step.back(adjoint)
+            self._steps[used].end(adjoint)
 
     def mixed_derivatives(self, directions: Tensor, out: Tensor | None = None) -> Tensor:
         """∇x ⟨v_d, ∇θ ℓ(z_j)⟩ for ``directions`` (D, P): (n, D, *features).
@@ -111,6 +114,46 @@ class Chain:
         else:
             result.copy_(adjoint)
 
+    def products(self, directions: Tensor, *, gauss_newton: bool = False) -> Tensor:
+        """Σ_j ∇²θ ℓ(z_j) v_d for ``directions`` (D, P), all at once: (D, P).
+
+        With ``gauss_newton`` Σ_j J_jᵀ A_j J_j v_d, J the derivative of the chain's output: the way back
+        leaves out what bends.
+
+        Raises
+        ------
+        ConfigurationError
+            Where parameters in θ belong to another module than a linear layer.
+        """
+        result = torch.zeros_like(directions)  # not every parameter need have a product
+        steps = self._steps[self._first :]
+        with torch.no_grad():
+            along, into = (self._objective.unflatten(rows) for rows in (directions, result))
+            tangents: list[Tensor | None] = [None]
+            for step in steps:
+                tangents.append(step.push(along, tangents[-1]))
+            moved = tangents.pop()
+            adjoint = None if moved is None else self._loss.pull(moved)
+            if gauss_newton:
+                along, tangents = {}, [None] * len(steps)
+            for step in reversed(steps):
+                tangent = tangents.pop()
+                step.gather(tangent, adjoint, into)
+                if tangents:
+                    adjoint = step.pull(along, tangent, adjoint)
+        return result
+
+    @cached_property
+    def _first(self) -> int:
+        """The first step with parameters in θ: none before it moves."""
+        for step, module in zip(self._steps, _links(self._objective.module), strict=True):
+            if isinstance(step, _General) and step.names:
+                raise ConfigurationError(
+                    f"{type(module).__name__} holds parameters in θ and is no linear layer"
+                )
+        held = (i for i, step in enumerate(self._steps) if isinstance(step, _Linear) and step.names)
+        return next(held, len(self._steps) - 1)
+
     def _block(self, directions: int) -> int:
         """Directions at a time: what the cache holds, but enough for products of a fair size."""
         samples = len(self._steps[0].input)
@@ -138,6 +181,10 @@ class _Step(abc.ABC):
         self.adjoint = adjoint
         return self._back(adjoint)
 
+    def end(self, adjoint: Tensor) -> None:
+        """:meth:`back` where nobody asks for ā."""
+        self.back(adjoint)
+
     @abc.abstractmethod
     def _back(self, adjoint: Tensor) -> Tensor: ...
 
@@ -149,14 +196,20 @@ class _Step(abc.ABC):
     def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
         """ā̇ of ȧ and h̄̇, whose memory it may take."""
 
+    def gather(self, tangent: Tensor | None, adjoint: Tensor | None, into: Along) -> None:  # noqa: B027 - most have none
+        """Add the derivative of its parameters' gradient, of ȧ and h̄̇, to ``into``."""
+
 
 class _Linear(_Step):
     """h = W a + b."""
 
     def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
-        self._names = theta.names
+        self.names = theta.names
         self._weight = theta.values["weight"]
         super().__init__(entering, nn.functional.linear(entering, self._weight, theta.values.get("bias")))
+
+    def end(self, adjoint: Tensor) -> None:
+        self.adjoint = adjoint
 
     def _back(self, adjoint: Tensor) -> Tensor:
         return adjoint @ self._weight
@@ -190,8 +243,20 @@ class _Linear(_Step):
                 moved.baddbmm_(own.expand(len(weights), *own.shape), weights)
         return None if moved is None else moved.reshape(len(moved), *self.input.shape)
 
+    def gather(self, tangent: Tensor | None, adjoint: Tensor | None, into: Along) -> None:
+        weights, biases = self._of(into, "weight"), self._of(into, "bias")
+        back, entering = _rows(self.adjoint), _rows(self.input)
+        if weights is not None and adjoint is not None:
+            for total, moved in zip(weights, _rows(adjoint, 1), strict=True):
+                total.addmm_(moved.mT, entering)
+        if weights is not None and tangent is not None:
+            for total, moved in zip(weights, _rows(tangent, 1), strict=True):
+                total.addmm_(back.mT, moved)
+        if biases is not None and adjoint is not None:
+            biases += _rows(adjoint, 1).sum(1)
+
     def _of(self, along: Along, name: str) -> Tensor | None:
-        return along[self._names[name]] if name in self._names else None
+        return along.get(self.names[name]) if name in self.names else None
 
 
 class _Elementwise(_Step):
@@ -240,7 +305,7 @@ class _General(_Step):
     """Any module of one tensor, by ``torch.func``."""
 
     def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
-        self._names, self._theta = theta.names, {name: theta.values[name] for name in theta.names}
+        self.names, self._theta = theta.names, {name: theta.values[name] for name in theta.names}
         self._call = lambda own, a: functional_call(module, own, (a,))
         super().__init__(entering, self._call(self._theta, entering))
         if not isinstance(self.output, Tensor):
@@ -265,7 +330,7 @@ class _General(_Step):
         self, function: Callable[..., Tensor], along: Along, *pairs: tuple[Tensor, Tensor | None]
     ) -> Tensor | None:
         """The derivative of ``function`` of θ and values, along directions and the values' tangents."""
-        own = {name: along[full] for name, full in self._names.items()}
+        own = {name: along[full] for name, full in self.names.items()}
         given = [tangent for _, tangent in pairs if tangent is not None]
         if not own and not given:
             return None

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dask_influence.core import forms, outputs
-from dask_influence.core.directional import directional_derivatives, gradients
+from dask_influence.core.directional import chain_of, directional_derivatives, gradients
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.families import Likelihood, recognise
 from dask_influence.core.moments import Moments
@@ -54,15 +54,21 @@ def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor],
     """Chunk function: Σ_j C(z_j) v_b for ``operand["vectors"]`` (B, P), as ``"products"``."""
     objective = problem.objective
     vectors = operand["vectors"]
-    count = leading_size(y)
+    count, multiply = leading_size(y), _multiplier(problem, x, y, curvature)
     block = problem.block_of_vectors(count, VECTOR_BUDGET)
-    products = [
-        PRODUCTS[curvature](problem, x, y, part.to(objective.device, objective.dtype)).to(
-            "cpu", torch.float64
-        )
-        for part in vectors.split(block)
-    ]
-    return Moments({"products": torch.cat(products)}, count)
+    products = torch.empty(vectors.shape, dtype=torch.float64)
+    for part, into in zip(vectors.split(block), products.split(block), strict=True):
+        # torch's own memory, in order: the same wherever the operand came from, hence the same bits
+        own = part.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
+        into.copy_(multiply(own))
+    return Moments({"products": products}, count)
+
+
+def _multiplier(problem: Problem, x: Tree, y: Tree, curvature: str) -> Callable[[Tensor], Tensor]:
+    """Products with these samples' curvature; what is the same for all vectors is computed once."""
+    if curvature in ("hessian", "ggn") and problem.forms.product == "chain":
+        return partial(chain_of(problem, x, y).products, gauss_newton=curvature == "ggn")
+    return partial(PRODUCTS[curvature], problem, x, y)
 
 
 def matrix_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:
@@ -82,9 +88,9 @@ def matrix_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], 
     size, device = problem.objective.size, problem.objective.device
     total = torch.zeros(size, size, dtype=torch.float64, device=device)
     for positive, negative in rows:
-        _add_gram(total, positive, 1.0)
-        _add_gram(total, negative, -1.0)
-    return Moments({"matrix": total.triu() + total.triu(1).mT}, count)
+        add_gram(total, positive, 1.0)
+        add_gram(total, negative, -1.0)
+    return Moments({"matrix": mirrored(total)}, count)
 
 
 # -- products --------------------------------------------------------------------------
@@ -260,13 +266,18 @@ def _factors(at: Outputs, curvature: str) -> tuple[Tensor, Tensor]:
     return factors, values.sign() * (values.abs() > negligible)
 
 
-def _add_gram(total: Tensor, rows: Tensor, sign: float) -> None:
+def add_gram(total: Tensor, rows: Tensor, sign: float = 1.0) -> None:
     """total += sign · rowsᵀ rows, in the upper triangle (in blocks: half of the products)."""
     if len(rows) == 0:
         return
     for start in range(0, len(total), _GRAM_COLUMNS):
         stop = start + _GRAM_COLUMNS
         total[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:], alpha=sign)
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """The symmetric matrix of an upper triangle."""
+    return total.triu() + total.triu(1).mT
 
 
 def _samples_at_once(problem: Problem, width: int) -> int:

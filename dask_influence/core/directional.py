@@ -59,7 +59,7 @@ def mixed_derivatives(problem: Problem, x: Tree, y: Tree, directions: Tensor, bu
 
 
 def chain_of(problem: Problem, x: Tree, y: Tree) -> Chain:
-    """What :func:`mixed_derivatives` of these samples begins with, where the problem's form is a chain."""
+    """What derivatives of these samples begin with, where the problem's form is a chain."""
     return Chain(problem.objective, problem.objective.parameters(), x, y)
 
 

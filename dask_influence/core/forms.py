@@ -40,8 +40,9 @@ class Forms:
     ----------
     gradient : {"vmap", "loop"}
         Per-sample gradients: all samples at once, or one at a time.
-    product : {"forward_over_reverse", "reverse_over_reverse"} and each with "_loop"
-        H·v: the directional derivative of the gradient, or the gradient of ⟨v, gradient⟩.
+    product : {"chain", "forward_over_reverse", "reverse_over_reverse"}, the latter two with "_loop"
+        H·v: module by module along a chain; the directional derivative of the gradient; or the
+        gradient of ⟨v, gradient⟩.
     directional : {"forward", "dummy_weights", "gradients"} and the first two with "_loop"
         ⟨v, ∇θ ℓ(z_j)⟩: forward mode; ∂/∂u_j of ⟨v, ∇θ Σ u_j ℓ(z_j)⟩; per-sample gradients
         formed and multiplied.
@@ -261,6 +262,10 @@ def _product_reverse_loop(objective: Objective, theta: Theta, x: Tree, y: Tree, 
     return torch.stack(rows)
 
 
+def _product_chain(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
+    return Chain(objective, theta, x, y).products(vectors)
+
+
 # -- directional derivatives -----------------------------------------------------------
 def _directional_forward(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
     def losses(p: Theta) -> Tensor:
@@ -361,6 +366,7 @@ def _mixed_chain(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: 
 # chain it takes a quarter less time on one thread, and its blocks of vectors can go to several.
 GRADIENT: dict[str, Callable[..., Tensor]] = {"vmap": _gradient_vmap, "loop": _gradient_loop}
 PRODUCT: dict[str, Callable[..., Tensor]] = {
+    "chain": _product_chain,
     "reverse_over_reverse": _product_reverse,
     "forward_over_reverse": _product_forward,
     "forward_over_reverse_loop": _product_forward_loop,

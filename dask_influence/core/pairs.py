@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Self
 
 import optree
 import torch
@@ -49,6 +49,63 @@ Span = tuple[int, int]
 
 _GRADIENT = Expectation("empirical_fisher")
 """Columns whose pullback is the gradient at the targets given."""
+
+
+# -- what an inverse has to offer -------------------------------------------------------
+class Form(ABC):
+    """An inverse, at L values of λ, by which pairs of samples are scored without factors."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """R, the projections that a row holds."""
+
+    @abstractmethod
+    def joined(self, others: Sequence[Self]) -> Self:
+        """Itself and ``others``, of the same fit at other λ, as one."""
+
+    @abstractmethod
+    def size(self, problem: Problem) -> Size:
+        """Of its rows; known before a fit."""
+
+    @abstractmethod
+    def pairs(self, problem: Problem) -> PairScores:
+        """What scores the pairs."""
+
+    def report(self, problem: Problem) -> dict[str, Any]:
+        """For diagnostics: how far scores of pairs may be from those of factors, where that is not rounding."""
+        return {}
+
+
+class PairScores(ABC):
+    """Rows of single samples, and scores of pairs of them.
+
+    Attributes
+    ----------
+    directions : Tensor
+        Along which rows hold projections, (R, P).
+    dtype : torch.dtype
+        Of rows.
+    """
+
+    directions: Tensor
+    dtype: torch.dtype
+
+    @abstractmethod
+    def rows(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
+        """What is known of samples, (n, W)."""
+
+    @abstractmethod
+    def weighted(self, rows: Tensor) -> Tensor:
+        """What the test side of a score is, (n·L, W), the λ running fastest."""
+
+    @abstractmethod
+    def scores(self, tests: Tensor, trains: Tensor) -> Tensor:
+        """Scores (N, n) of :meth:`weighted` rows (N, W) and rows (n, W)."""
+
+    @abstractmethod
+    def alone(self, rows: Tensor) -> Tensor:
+        """Scores (L, n) of each of n samples on itself, from rows (n, W)."""
 
 
 # -- what is held of one layer ---------------------------------------------------------
@@ -212,22 +269,7 @@ class _Matrix(_LayerPart):
         self.width = self.products = layer.size
 
     def held(self, seen: Captured, like: Tensor) -> Tensor:
-        delta, inputs = seen.derivatives[:, 0].to(like), seen.inputs
-        parts = []
-        if self.weight is not None:
-            parts.append(self._weight(delta, inputs).flatten(1))
-        if self.bias is not None:
-            parts.append(delta.sum(1).flatten(1))
-        return torch.cat(parts, dim=1)
-
-    def _weight(self, delta: Tensor, inputs: Tensor) -> Tensor:
-        """Σ_t δ_t a_tᵀ, (n, g, q, p)."""
-        if not self.layer.indexed:
-            return torch.einsum("ntgq,ntgp->ngqp", delta, inputs.to(delta))
-        shape = (len(delta), self.layer.groups + 1, self.layer.rows)  # a padding row picks the last
-        total = torch.zeros(shape, dtype=delta.dtype, device=delta.device)
-        index = inputs[..., None].expand(-1, -1, self.layer.rows)
-        return total.scatter_add_(1, index, delta[:, :, 0])[:, : self.layer.groups]
+        return formed(self.layer, seen, like)
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right.mT
@@ -238,6 +280,27 @@ class _Matrix(_LayerPart):
     def along(self, rows: Tensor, directions: Tensor) -> Tensor:
         spans = [span for span in (self.weight, self.bias) if span is not None]
         return _along_spans(rows, directions, spans)
+
+
+def formed(layer: Layer, seen: Captured, like: Tensor) -> Tensor:
+    """G of n samples, [weight, bias] flat, in dtype and on device of ``like``."""
+    delta = seen.derivatives[:, 0].to(like)
+    parts = []
+    if layer.weight is not None:
+        parts.append(_weight(layer, delta, seen.inputs).flatten(1))
+    if layer.bias is not None:
+        parts.append(delta.sum(1).flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def _weight(layer: Layer, delta: Tensor, inputs: Tensor) -> Tensor:
+    """Σ_t δ_t a_tᵀ, (n, g, q, p)."""
+    if not layer.indexed:
+        return torch.einsum("ntgq,ntgp->ngqp", delta, inputs.to(delta))
+    shape = (len(delta), layer.groups + 1, layer.rows)  # a padding row picks the last
+    total = torch.zeros(shape, dtype=delta.dtype, device=delta.device)
+    index = inputs[..., None].expand(-1, -1, layer.rows)
+    return total.scatter_add_(1, index, delta[:, :, 0])[:, : layer.groups]
 
 
 class _Rest(_Part):
@@ -272,8 +335,8 @@ def _step(nbytes: int) -> int:
 
 
 # -- all of θ --------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Spectral:
+@dataclass(frozen=True, eq=False)
+class Spectral(Form):
     """An inverse V diag(w) Vᵀ + μI, at L values of λ.
 
     Attributes
@@ -289,6 +352,32 @@ class Spectral:
     directions: Tensor
     weights: Tensor
     plain: Tensor
+
+    @classmethod
+    def foreseen(cls, rank: int, size: int) -> Self:
+        """Without numbers: R directions in θ of size P."""
+        directions = torch.empty(rank, size, device="meta")
+        return cls(directions, torch.ones(1, rank), torch.ones(1))
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.directions)
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """The same directions, the weights of all λ."""
+        weights, plain = (
+            torch.cat([getattr(one, name) for one in (self, *others)]) for name in ("weights", "plain")
+        )
+        return type(self)(self.directions, weights, plain)
+
+    def size(self, problem: Problem) -> Size:
+        """From the number of directions alone."""
+        return Pairs(problem, torch.empty(self.rank, 0)).size
+
+    def pairs(self, problem: Problem) -> SpectralPairs:
+        """Parts of θ, with projections."""
+        return SpectralPairs(problem, self)
 
 
 class Pairs:
@@ -312,7 +401,7 @@ class Pairs:
         self.dtype = dtype or (torch.float64 if self.rank else narrow)
         self.score_dtype = objective.dtype
         self.directions = directions.to(objective.device, self.dtype)
-        self.layout = _trusted(objective, pairing)
+        self.layout = trusted(objective, pairing)
         spans = _spans(objective)
         held = {name for layer in self.layout.layers for name in (layer.weight, layer.bias)}
         self.rest = tuple(name for name in objective.names if name not in held)
@@ -361,15 +450,13 @@ class Pairs:
         return parts
 
     def _captured(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
-        held: list[list[Tensor]] = [[] for _ in self._layers]
         if not self._layers:
             return []
-        for captured in capture(problem, x, y, self.layout, _GRADIENT.columns):
-            for rows, part, seen in zip(held, self._layers, captured, strict=True):
-                if seen is None:
-                    raise DerivativeError(f"layer {part.layer.path} is called for some samples only")
-                rows.append(part.held(seen, self.directions))
-        return [torch.cat(rows) for rows in held]
+        held = [
+            [part.held(one, self.directions) for part, one in zip(self._layers, seen, strict=True)]
+            for seen in watched(problem, x, y, self.layout)
+        ]
+        return [torch.cat(rows) for rows in zip(*held, strict=True)]
 
     def _split(self, rows: Tensor) -> Iterator[tuple[_Part, Tensor]]:
         start = self.rank
@@ -377,26 +464,34 @@ class Pairs:
             yield part, rows[:, start : start + part.width]
             start += part.width
 
-    def weighted(self, rows: Tensor, form: Spectral) -> Tensor:
-        """What the test side of a score is: w ∘ projections and μ G, (n·L, W), the λ running fastest."""
-        copies = []
-        for weights, plain in zip(form.weights, form.plain.tolist(), strict=True):
-            projected = rows[:, : self.rank] * weights.to(rows)
-            scaled = [part.scaled(own, plain) for part, own in self._split(rows)]
-            copies.append(torch.cat([projected, *scaled], dim=1))
-        return torch.stack(copies, dim=1).flatten(0, 1)
-
     # -- scores -----------------------------------------------------------------------
     def scores(self, tests: Tensor, trains: Tensor) -> Tensor:
-        """Scores (N, n) of :meth:`weighted` rows (N, W) and rows (n, W)."""
+        """Products (N, n) of rows (N, W) and rows (n, W), projections included."""
         total = tests[:, : self.rank] @ trains[:, : self.rank].mT
         for (part, left), (_, right) in zip(self._split(tests), self._split(trains), strict=True):
             total += part.inner(left, right)
         return total.to(self.score_dtype)
 
-    def alone(self, rows: Tensor, form: Spectral) -> Tensor:
-        """Scores (L, n) of each of n samples on itself, from rows (n, W)."""
-        squares = rows[:, : self.rank].square()
+
+class SpectralPairs(Pairs, PairScores):
+    """Pairs under an inverse V diag(w) Vᵀ + μI."""
+
+    def __init__(self, problem: Problem, form: Spectral) -> None:
+        super().__init__(problem, form.directions)
+        self.form = form
+
+    def weighted(self, rows: Tensor) -> Tensor:
+        """w ∘ projections and μ G, (n·L, W), the λ running fastest."""
+        copies = []
+        for weights, plain in zip(self.form.weights, self.form.plain.tolist(), strict=True):
+            projected = rows[:, : self.rank] * weights.to(rows)
+            scaled = [part.scaled(own, plain) for part, own in self._split(rows)]
+            copies.append(torch.cat([projected, *scaled], dim=1))
+        return torch.stack(copies, dim=1).flatten(0, 1)
+
+    def alone(self, rows: Tensor) -> Tensor:
+        """Σ_r w_r ⟨v_r, g_j⟩² + μ ‖g_j‖², (L, n)."""
+        form, squares = self.form, rows[:, : self.rank].square()
         plain = sum((part.alone(own) for part, own in self._split(rows)), rows.new_zeros(()))
         total = form.weights.to(rows) @ squares.mT + form.plain.to(rows)[:, None] * plain
         return total.to(self.score_dtype)
@@ -408,9 +503,26 @@ def _spans(objective: Objective) -> dict[str, Span]:
     return dict(zip(objective.names, pairwise(ends), strict=True))
 
 
-def _trusted(objective: Objective, pairing: Pairing) -> Layout:
+def trusted(objective: Objective, pairing: Pairing) -> Layout:
+    """The layers of a pairing."""
     known = dict(pairing.layers)
     return Layout(tuple(layer for layer in layout_of(objective).layers if layer.path in known), ())
+
+
+def watched(problem: Problem, x: Tree, y: Tree, layout: Layout) -> Iterator[list[Captured]]:
+    """Inputs and output gradients of each layer at the targets given, some samples at a time.
+
+    Raises
+    ------
+    DerivativeError
+        The model does not call one of them for these samples.
+    """
+    for captured in capture(problem, x, y, layout, _GRADIENT.columns):
+        found = [seen for seen in captured if seen is not None]
+        if len(found) < len(captured):
+            path = layout.layers[captured.index(None)].path
+            raise DerivativeError(f"layer {path} is called for some samples only")
+        yield found
 
 
 def _part(layer: Layer, positions: int, spans: dict[str, Span]) -> _LayerPart:
@@ -464,7 +576,7 @@ def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]
             continue
         part = _Matrix(layer, *_whole(layer, spans))
         expected = _gathered(true[: len(seen.inputs)], part)
-        agrees = (part.held(seen, true) - expected).norm() <= tolerance
+        agrees = (formed(layer, seen, true) - expected).norm() <= tolerance
         (agreeing if agrees else differing).append((layer.path, seen.inputs.shape[1]))
     if differing:
         names = ", ".join(path for path, _ in differing)

@@ -27,11 +27,17 @@ class Size:
         Multiplications for one pair of samples.
     itemsize : int
         Bytes of a number.
+    rotated : int
+        Multiplications that make one row out of what layers see, beside projections.
+    held : int
+        Bytes that a process keeps to make them, beside directions.
     """
 
     numbers: int
     products: int
     itemsize: int
+    rotated: int = 0
+    held: int = 0
 
 
 def bytes_of_a_vector(samples: int, activations: int, parameters: int, itemsize: int) -> int:

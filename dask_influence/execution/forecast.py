@@ -31,6 +31,10 @@ CALIBRATION_SAMPLES, CALIBRATION_DIRECTIONS = 32, 8
 """What is timed after a fit."""
 
 
+SLOW = 0.1
+"""Seconds from which one call tells enough."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """What one core of this machine does.
@@ -59,19 +63,23 @@ def calibrate(problem: Problem, inverse: Inverse, x: Tree, y: Tree) -> Speed:
     if inverse.needs_rounds:
         return Speed(relative)
     rows = torch.ones(few, dtype=torch.float64)
-    solve = _fastest(lambda: without_rounds(inverse.solve(rows))) / CALIBRATION_DIRECTIONS
+    solve = _timed(lambda: without_rounds(inverse.solve(rows[:1])))
+    if solve < SLOW:
+        solve = _fastest(lambda: without_rounds(inverse.solve(rows))) / CALIBRATION_DIRECTIONS
     gradient = _fastest(lambda: directional.gradients(problem, x, y)) / samples
     return Speed(relative, solve + gradient)
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """The shorter of two calls: the first one also warms up."""
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    """The shorter of two calls, if one takes so little that it may be for warming up."""
+    first = _timed(call)
+    return first if first >= SLOW else min(first, _timed(call))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 @dataclass(frozen=True)

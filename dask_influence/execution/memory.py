@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -15,16 +14,12 @@ import torch
 
 from dask_influence.core import directional
 from dask_influence.core.chain import Chain
-from dask_influence.core.kernel import Kernel, Part
 from dask_influence.execution import tasks
 from dask_influence.execution.drive import iterated_factors
 from dask_influence.execution.plan import Plan
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import Source
-
-FEATURE_BYTES = 64 * 2**20
-"""Bytes that what a kernel needs of a block of samples may take."""
 
 
 def influences_in_memory(
@@ -37,7 +32,7 @@ def influences_in_memory(
     project: bool,
     perturbation: bool,
 ) -> np.ndarray:
-    """Scores (N, M, *features), straight from the samples where the inverse has a kernel for that.
+    """Scores (N, M, *features).
 
     ``check`` refuses training data that cannot be used, before any of them are.
     """
@@ -49,36 +44,10 @@ def influences_in_memory(
     ):
         return _perturbations_by_chain(fit, test, train, plan, check)
     check()
-    if not perturbation and not fit.inverse.needs_rounds:
-        kernel = fit.inverse.kernel(*_job(fit, test).batch(0, 1))
-        if kernel is not None:
-            return scores_by_kernel(fit, kernel, test, train, plan)
     factors = factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
     return scores_in_memory(
         fit, factors, train, train.argument, plan, project=project, perturbation=perturbation
     )
-
-
-def scores_by_kernel(fit: Fit, kernel: Kernel, test: Source, train: Source, plan: Plan) -> np.ndarray:
-    """Scores (N, M): each training sample is differentiated once for each block of test points."""
-    work = plan.work
-    scores = np.empty((work.tests, work.trains), dtype=fit.score_dtype)
-    fitting = FEATURE_BYTES // (work.sample_bytes + 2 * work.itemsize * work.activations)
-    with tasks.torch_threads(fit.threads):
-        for rows in Chunks(work.tests, max(plan.query_rows, fitting)):
-            held = _features(kernel, _job(fit, test), rows)
-            for columns in Chunks(work.trains, max(plan.batch, fitting)):
-                part = kernel.scores(held, _features(kernel, _job(fit, train), columns))
-                tasks.refuse_non_finite(part.mT, train.argument, columns.start)
-                scores[rows.start : rows.stop, columns.start : columns.stop] = tasks.stored(part)
-    return scores
-
-
-def _features(kernel: Kernel, job: tasks.Job, samples: range) -> list[Part]:
-    found = job.computed(kernel.features, samples.start, samples.stop)
-    for tensor in itertools.chain.from_iterable(found):
-        tasks.refuse_non_finite(tensor, job.argument, samples.start)
-    return found
 
 
 def _job(fit: Fit, source: Source) -> tasks.Job:

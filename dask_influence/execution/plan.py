@@ -51,6 +51,7 @@ _NS_PER_DIRECTION = 0.05
 _NS_PER_FORWARD_DIRECTION = 0.12  # pushed through the model instead, where there are few of them
 _NS_CAPTURED = 1.0  # a gradient's backward pass, of which only what layers see is written
 _NS_PER_PROJECTION = 0.1  # in float64
+_NS_PER_ROTATED = 0.05
 _NS_PER_SCORE_DIRECTION = 0.05
 _NS_PER_BYTE_WRITTEN = 1.5
 _NS_PER_TILE = 1e6  # an object of its own, whatever its size
@@ -274,13 +275,14 @@ class Plan:
             6 * work.activations * work.itemsize + 4 * numbers
         )  # what layers see of a sample, and what is made of it
         watching = min(sizes.BUDGET, min(self.batch, self.tile[1]) * each)
-        held = work.parameters * (work.itemsize + 2 * 8 * self.directions)
+        held = work.parameters * (work.itemsize + 2 * 8 * self.directions) + size.held
         reading = 2 * self.tile[1] * work.sample_bytes
         if work.diagonal:
             return (
                 held + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers) + reading + watching
             )
-        rows = self.query_rows * work.copies * numbers + 2 * self.tile[1] * numbers
+        # of the test side as they are mapped from the store, and put together
+        rows = 2 * (self.query_rows * work.copies + self.tile[1]) * numbers
         wide = (
             2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
         )  # a part of the product, and their sum
@@ -315,10 +317,17 @@ class Plan:
         """Rough time of one core for all derivatives of the training side."""
         work = self.work
         if work.paired is not None:
-            each = _NS_CAPTURED + _NS_PER_PROJECTION * self.directions
-            return 1e-9 * self.passes * work.trains * work.parameters * each
+            return 1e-9 * self.passes * work.trains * self._row_ns
         directions = 0 if work.diagonal else self.directions
         return self.passes * training_seconds(work.parameters, work.trains, directions, work.width > 1)
+
+    @property
+    def _row_ns(self) -> float:
+        """Nanoseconds that one row of pairs takes."""
+        work = self.work
+        assert work.paired is not None
+        each = _NS_CAPTURED + _NS_PER_PROJECTION * self.directions
+        return work.parameters * each + _NS_PER_ROTATED * work.paired.rotated
 
     @property
     def product_seconds(self) -> float:
@@ -346,7 +355,7 @@ class Plan:
         along = min(
             _NS_PER_FORWARD_DIRECTION * directions, _NS_PER_PARAMETER + _NS_PER_DIRECTION * directions
         )
-        own = self.passes * work.parameters * (_NS_CAPTURED + _NS_PER_PROJECTION * self.directions)
+        own = self.passes * self._row_ns
         own += _NS_PER_SCORE_DIRECTION * work.copies * work.tests * work.paired.products
         return own < general.passes * work.parameters * along
 
@@ -554,7 +563,9 @@ def arrange(
     tile = (rows, balanced(work.trains, min(work.trains, max(1, per_tile // rows))).size)
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
         query_rows = max(rows, query_rows // rows * rows)  # no tile straddles two query blocks
-    factor_rows = _factor_rows(work, share, spread)
+    # in one process nothing certifies rows of pairs, so that no factor is formed
+    each = _row_bytes(work) if alone and work.paired is not None else _factor_bytes(work)
+    factor_rows = _factor_rows(work, share, each, spread)
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
     strip_columns = tile[1] if alone else _strip_columns(plan)
@@ -614,9 +625,8 @@ def _strip_columns(plan: Plan) -> int:
     return plan.tile[1] * -(-columns // runs)
 
 
-def _factor_rows(work: Work, share: int, spread: bool) -> int:
-    """Rows of a factor task that takes at most ``share`` bytes, and where work is shared out no more than pay."""
-    each = _factor_bytes(work)
+def _factor_rows(work: Work, share: int, each: int, spread: bool) -> int:
+    """Rows of ``each`` bytes of a task that takes at most ``share``, and where work is shared out no more than pay."""
     rows = share // each
     if spread:
         rows = min(rows, max(FEWEST_FACTORS, FACTOR_BYTES // each))

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dask_influence.core.estimators import Inverse
 from dask_influence.core.estimators.base import without_rounds
-from dask_influence.core.pairs import Pairs
 from dask_influence.errors import CorruptStoreError, DataError, MissingObjectError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Sealed
@@ -286,12 +285,12 @@ def _diagonal(
     plan, solver = run.scoring.plan, run.scoring.inverse
     assert solver is not None
     inverse = solver.inverse()
-    form = inverse.spectral if plan.work.paired is not None else None
-    pairs = None if form is None else Pairs(job.model.problem(), form.directions)
+    form = inverse.form if plan.work.paired is not None else None
+    pairs = None if form is None else form.pairs(job.model.problem())
     for columns in plan.columns(strip):
-        if pairs is not None and form is not None:
+        if pairs is not None:
             held = query_rows(job, pairs.rows, columns.start, columns.stop, plan.batch, missing)
-            yield strip.rows, columns, stored(pairs.alone(held, form))
+            yield strip.rows, columns, stored(pairs.alone(held))
             continue
         gradients = query_gradients(job, columns.start, columns.stop, plan.batch, missing)
         yield strip.rows, columns, self_scores(inverse, gradients, plan.work.copies)

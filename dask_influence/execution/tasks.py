@@ -29,7 +29,7 @@ from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, sliced
-from dask_influence.core.pairs import Pairs
+from dask_influence.core.pairs import PairScores
 from dask_influence.core.problem import Problem, check_gradients, check_losses
 from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts, let_pass
@@ -330,11 +330,9 @@ def _weighted(
     job: Job, inverse: Inverse, start: int, stop: int, batch: int, missing: Missing | None
 ) -> Tensor:
     """Rows of pairs of test points, with what the inverse makes of them, (n·L, W), on CPU."""
-    form = inverse.spectral
-    assert form is not None
-    pairs = Pairs(job.model.problem(), form.directions)
-    rows = query_rows(job, pairs.rows, start, stop, batch, missing)
-    return pairs.weighted(rows, form)
+    assert inverse.form is not None
+    pairs = inverse.form.pairs(job.model.problem())
+    return pairs.weighted(query_rows(job, pairs.rows, start, stop, batch, missing))
 
 
 def factor_task(
@@ -380,14 +378,14 @@ class Query:
         (rows, D), or rows of pairs (rows, W); None stands for the identity.
     missing : numpy array or None
         Which rows have no factors, so that their scores are NaN.
-    pairs : Pairs, optional
+    pairs : PairScores, optional
         How pairs of samples are scored without factors.
     """
 
     directions: Tensor
     coefficients: Tensor | None
     missing: np.ndarray | None = None
-    pairs: Pairs | None = None
+    pairs: PairScores | None = None
 
     @classmethod
     def of(
@@ -407,9 +405,8 @@ class Query:
             raise DataError("factors hold NaN or inf; compute them again")
         own = None if inverse is None else inverse.directions
         if inverse is not None and own is None:
-            form = inverse.spectral
-            assert form is not None
-            pairs = Pairs(problem, form.directions)
+            assert inverse.form is not None
+            pairs = inverse.form.pairs(problem)
             return cls(pairs.directions, rows.to(objective.device, pairs.dtype), missing, pairs)
         if own is not None and len(rows) < len(own):
             rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None

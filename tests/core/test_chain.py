@@ -161,6 +161,35 @@ def test_mixed_derivatives_equal_those_of_autograd(
     assert oracles.relative_error(value, mixed(objective, x, y, directions)) <= 1e-12
 
 
+NO_PRODUCTS = {"hooked", "images", "normalised"}
+"""Parameters in θ belong to another module than a linear layer."""
+
+
+@pytest.mark.parametrize("name", sorted(CHAINS.keys() - NO_PRODUCTS))
+def test_products_equal_those_of_the_dense_hessian(name: str) -> None:
+    specimen = CHAINS[name]
+    objective, (x, y) = specimen.objective(), specimen.samples(7)
+    directions = data.normal(3, 4, objective.size)
+    chained = Chain(objective, objective.parameters(), x, y)
+    several = name == "positions"  # outputs in rows, which the other oracle does not know
+    for dense in (oracles.hessian, oracles.ggn)[: 1 if several else 2]:
+        value = chained.products(directions, gauss_newton=dense is oracles.ggn)
+        matrix = 7 * dense(objective.module, objective.loss, x, y, objective.names)
+        assert matrix.any() or name == "piecewise linear loss"
+        assert (value - directions @ matrix).norm() <= 1e-12 * (1 + matrix.norm())
+
+
+@pytest.mark.parametrize("name", sorted(NO_PRODUCTS))
+def test_products_of_other_modules_are_refused(name: str) -> None:
+    specimen = CHAINS[name]
+    objective, (x, y) = specimen.objective(), specimen.samples(4)
+    with pytest.raises(ConfigurationError, match="holds parameters in θ"):
+        Chain(objective, objective.parameters(), x, y).products(data.normal(3, 2, objective.size))
+    forms, report = choose_forms(objective, x, y)
+    assert forms.product == "reverse_over_reverse"
+    assert "holds parameters" in report["product"]["rejected"]["chain"]
+
+
 def test_result_goes_where_it_is_asked_for() -> None:
     specimen = CHAINS["perceptron"]
     objective, (x, y) = specimen.objective(), specimen.samples(4)
@@ -196,6 +225,7 @@ def test_chains_are_taken_as_such(name: str) -> None:
     specimen = CHAINS[name]
     forms, report = choose_forms(specimen.objective(), *specimen.samples(4), perturbation=True)
     assert forms.mixed == "chain"
+    assert (forms.product == "chain") is (name not in NO_PRODUCTS)
     assert report["mixed"]["error"] <= 1e-5
 
 

@@ -126,8 +126,8 @@ class Held:
         )
 
     def scores(self) -> Tensor:
-        pairs = Pairs(self.problem, self.form.directions)
-        tests = pairs.weighted(pairs.rows(self.problem, *self.cast_test), self.form)
+        pairs = self.form.pairs(self.problem)
+        tests = pairs.weighted(pairs.rows(self.problem, *self.cast_test))
         found = pairs.scores(tests, pairs.rows(self.problem, *self.cast_train))
         return found.reshape(len(self.test[1]), 2, -1).swapaxes(0, 1)
 
@@ -150,11 +150,11 @@ def test_one_sample_and_one_product_at_a_time(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", MODELS)
 def test_samples_on_themselves(name: str) -> None:
     held = Held(name)
-    pairs = Pairs(held.problem, held.form.directions)
+    pairs = held.form.pairs(held.problem)
     gradients = held.gradients(held.train)
     along = gradients @ held.form.directions.mT
     expected = held.form.weights @ along.square().mT + held.form.plain[:, None] * gradients.square().sum(1)
-    actual = pairs.alone(pairs.rows(held.problem, *held.train), held.form)
+    actual = pairs.alone(pairs.rows(held.problem, *held.train))
     assert oracles.relative_error(actual, expected) <= SAME
 
 

@@ -119,7 +119,7 @@ class LowRankInverse(Inverse):
         return None if self.complement else self.vectors
 
     @property
-    def spectral(self) -> Spectral | None:
+    def form(self) -> Spectral | None:
         """w = 1/(Λ + λ) − 1/λ and μ = 1/λ, where the complement is kept."""
         if not self.complement:
             return None
@@ -237,9 +237,9 @@ class Arnoldi(Estimator):
         """V and its images, float64."""
         return 16 * self.rank * system.size
 
-    def spectral(self, system: System) -> int | None:
-        """R, where the complement is kept."""
-        return self.rank if self.complement else None
+    def form(self, system: System) -> Spectral | None:
+        """R directions, where the complement is kept."""
+        return Spectral.foreseen(self.rank, system.size) if self.complement else None
 
     def __post_init__(self) -> None:
         """Integers of numpy as Python's."""
@@ -294,8 +294,8 @@ class Arnoldi(Estimator):
             wanted = min(
                 self.rank + (probe if confirmed else 0), basis.length
             )  # more of them where they are looked for
-            residuals = basis.residuals(rotation[:, :wanted], values[:wanted])  # (wanted, P)
-            norms = residuals[: self.rank].norm(dim=1)
+            kept = slice(min(self.rank, wanted))
+            norms = basis.norms(rotation[:, kept], values[kept], formed=tolerance < FORMED)
             scale = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny)
             worst = (norms.max() / scale).item()
             complete = basis.length == system.size
@@ -304,11 +304,10 @@ class Arnoldi(Estimator):
                 break
             if not converged:
                 # The residuals of the pairs still open span what a Lanczos step would add next.
-                candidates, confirmed = residuals[: self.rank][norms > tolerance * scale][:block], 0
-            elif confirmed == 0:
-                candidates = residuals[:0]
+                picked, confirmed = (norms > tolerance * scale).nonzero()[:block, 0], 0
             else:
-                candidates = residuals[self.rank :]
+                picked = torch.arange(self.rank if confirmed else wanted, wanted)
+            candidates = basis.residuals(rotation[:, picked], values[picked])
             if len(candidates) == 0:  # zeros are replaced by random vectors: look elsewhere
                 candidates = torch.zeros(probe, system.size, dtype=torch.float64)
             confirmed += converged
@@ -337,22 +336,33 @@ class Arnoldi(Estimator):
         )
 
 
+CLEAR = 0.1
+"""Of the length of rows: what may be subtracted, and has to be left, for one orthogonalisation to do."""
+
+FORMED = 1e-6
+"""Relative residual below which norms of residuals are taken of the residuals themselves: the other way
+subtracts squares, and has half the digits."""
+
+
 class _Basis:
     """Orthonormal rows Q (K, P) with their images HQ, preallocated, float64."""
 
     def __init__(self, size: int, limit: int) -> None:
         self._rows = torch.empty(limit, size, dtype=torch.float64)
         self._images = torch.empty(limit, size, dtype=torch.float64)
-        self._projected = torch.empty(limit, limit, dtype=torch.float64)  # Q H Qᵀ
+        self._projected = torch.empty(limit, limit, dtype=torch.float64)  # Q (H Q)ᵀ, symmetric to rounding
+        self._squares = torch.empty(limit, limit, dtype=torch.float64)  # H Q (H Q)ᵀ
         self.length = 0
 
     def append(self, rows: Tensor, images: Tensor) -> None:
         start, self.length = self.length, self.length + len(rows)
         self._rows[start : self.length] = rows
         self._images[start : self.length] = images
-        block = self._rows[: self.length] @ images.mT  # (K, B)
-        self._projected[: self.length, start : self.length] = block
-        self._projected[start : self.length, : self.length] = block.mT
+        self._projected[: self.length, start : self.length] = self._rows[: self.length] @ images.mT
+        self._projected[start : self.length, :start] = rows @ self._images[:start].mT
+        squares = self._images[: self.length] @ images.mT  # (K, B)
+        self._squares[: self.length, start : self.length] = squares
+        self._squares[start : self.length, : self.length] = squares.mT
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Ritz values by falling magnitude, and the rotation (K, K) of the basis to their vectors."""
@@ -361,6 +371,16 @@ class _Basis:
         order = values.abs().argsort(descending=True, stable=True)
         return values[order], rotation[:, order]
 
+    def norms(self, rotation: Tensor, values: Tensor, *, formed: bool) -> Tensor:
+        """‖H v − θ v‖ for the Ritz pairs of ``rotation``: of the vectors, or as √(‖H v‖² − 2 θ ⟨v, H v⟩ + θ²)."""
+        if formed:
+            return self.residuals(rotation, values).norm(dim=1)
+        held = slice(self.length)
+        lengths, along = (
+            (rotation * (part[held, held] @ rotation)).sum(0) for part in (self._squares, self._projected)
+        )
+        return (lengths - 2 * values * along + values.square()).clamp_min(0).sqrt()
+
     def residuals(self, rotation: Tensor, values: Tensor) -> Tensor:
         """H v − θ v for the Ritz pairs of ``rotation``, as rows."""
         vectors, images = self.rotated(rotation)
@@ -368,9 +388,13 @@ class _Basis:
 
     def restart(self, rotation: Tensor) -> None:
         """Replace the basis by the Ritz vectors of ``rotation``."""
+        held = slice(self.length)
+        products = [rotation.mT @ part[held, held] @ rotation for part in (self._projected, self._squares)]
         vectors, images = self.rotated(rotation)
-        self.length = 0
-        self.append(vectors, images)
+        held = slice(len(vectors))
+        self.length = len(vectors)
+        self._rows[held], self._images[held] = vectors, images
+        self._projected[held, held], self._squares[held, held] = products
 
     def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Rows rotationᵀ Q and their images."""
@@ -387,9 +411,11 @@ class _Basis:
         for _ in range(2):
             norms = rows.norm(dim=1, keepdim=True)
             rows = torch.where(norms > 0, rows / norms.clamp_min(torch.finfo(torch.float64).tiny), rows)
-            rows = rows - (rows @ held.mT) @ held
+            overlap = rows @ held.mT
+            rows = rows - overlap @ held
             orthonormal, triangle = torch.linalg.qr(rows.mT)
-            vanished = triangle.diagonal().abs() < 1e-12
+            remaining = triangle.diagonal().abs()
+            vanished = remaining < 1e-12
             if vanished.any():
                 random = torch.randn(
                     int(vanished.sum()), rows.shape[1], generator=generator, dtype=torch.float64
@@ -398,4 +424,6 @@ class _Basis:
                 rows[vanished] = random / random.norm(dim=1, keepdim=True)
                 return self.orthonormalised(rows, generator)
             rows = orthonormal.mT
+            if remaining.min() > CLEAR and (overlap.abs() < CLEAR).all():
+                break  # little was subtracted, and rounding is all that is left of it
         return rows.contiguous()

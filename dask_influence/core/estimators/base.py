@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from dask_influence.core.curvature import product_sums
-from dask_influence.core.kernel import Kernel
 from dask_influence.core.layers import Layout
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree
-from dask_influence.core.pairs import Spectral
+from dask_influence.core.pairs import Form
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 
@@ -75,7 +74,7 @@ class System:
     dtype : torch.dtype
         The model's floating dtype.
     layout : Layout, optional
-        θ in layers, for estimators that are built from layers; known during a fit only.
+        θ in layers, for estimators that are built from layers; known where the model is at hand.
     """
 
     names: tuple[str, ...]
@@ -177,15 +176,8 @@ class Inverse(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no directions of its own")
 
     @property
-    def spectral(self) -> Spectral | None:
-        """Itself as V diag(w) Vᵀ + μI with μ ≠ 0, of which pairs of samples are scored without factors; or None."""
-        return None
-
-    def kernel(self, problem: Problem, x: Tree, y: Tree) -> Kernel | None:
-        """Scores straight from samples, where that beats factors; else None.
-
-        ``x`` and ``y`` are a sample of the test data.
-        """
+    def form(self) -> Form | None:
+        """Itself as something of which pairs of samples are scored without factors; or None."""
         return None
 
     @abstractmethod
@@ -230,8 +222,8 @@ class Estimator(ABC):
         """Bytes of its inverse at so many λ, about, where that is more than a few gradients; known before a fit."""
         return 0
 
-    def spectral(self, system: System) -> int | None:
-        """R, where its inverse will be V diag(w) Vᵀ + μI with μ ≠ 0; else None; known before a fit."""
+    def form(self, system: System) -> Form | None:
+        """That of its inverse, without numbers; known before a fit."""
         return None
 
     def validate(self, system: System) -> None:  # noqa: B027 - most estimators accept any system

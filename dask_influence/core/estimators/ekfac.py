@@ -25,21 +25,24 @@ Martens & Grosse 2015 (KFAC); George et al. 2018 (eigenvalue correction); Grosse
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from math import prod
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dask_influence.core import directional
 from dask_influence.core.capture import Captured, capture
 from dask_influence.core.checks import SEEDS
+from dask_influence.core.curvature import add_gram, mirrored
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
-from dask_influence.core.kernel import Kernel
+from dask_influence.core.kronecker import Factored, Kronecker, rotated_inputs
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree, leading_size
@@ -51,6 +54,10 @@ from dask_influence.scalars import check_flag, check_integer
 
 CORRECTION_BUDGET = 128 * 2**20
 """Bytes that the per-sample gradients of one layer may take where they have to be formed."""
+
+
+LARGE = 256
+"""Rows from which a matrix is decomposed by itself."""
 
 
 # -- sums over a chunk -------------------------------------------------------------------
@@ -68,10 +75,13 @@ def covariance_sums(
         for i, (layer, seen) in enumerate(zip(layout.layers, captured, strict=True)):
             if seen is None:
                 continue
-            delta = seen.derivatives.to(torch.float64)
-            sums[f"{i}.inputs"] += _input_covariance(layer, seen.inputs)
-            sums[f"{i}.outputs"] += torch.einsum("nrtgq,nrtgs->gqs", delta, delta)
-    return Moments(sums, leading_size(y))
+            _add_covariance(sums[f"{i}.outputs"], seen.derivatives.flatten(0, 2))
+            if layer.indexed:
+                sums[f"{i}.inputs"] += _frequencies(layer, seen.inputs)
+            else:
+                rows = layer.homogeneous(seen.inputs).flatten(0, 1)
+                _add_covariance(sums[f"{i}.inputs"], rows, 1 / seen.inputs.shape[1])
+    return Moments({name: mirrored(total) for name, total in sums.items()}, leading_size(y))
 
 
 def correction_sums(
@@ -83,21 +93,21 @@ def correction_sums(
         f"{i}.eigenvalues": torch.zeros(_matrix_shape(layer), dtype=torch.float64, device=device)
         for i, layer in enumerate(layout.layers)
     }
+    # Samples are rotated in their own dtype; their squares are added up in float64.
+    dtype = torch.promote_types(problem.objective.dtype, torch.float32)
     # torch's own memory: aligned the same wherever the operand came from, hence the same bits
-    bases = {name: value.to(device, copy=True) for name, value in operand.items()}
+    bases = {name: value.to(device, dtype, copy=True) for name, value in operand.items()}
     for captured in capture(problem, x, y, layout, expectation.columns):
         for i, (layer, seen) in enumerate(zip(layout.layers, captured, strict=True)):
             if seen is None:
                 continue
-            wide = seen.derivatives.to(torch.float64)
-            delta = torch.einsum("nrtgq,gqs->nrtgs", wide, bases[f"{i}.outputs"])
+            delta = torch.einsum("nrtgq,gqs->nrtgs", seen.derivatives.to(dtype), bases[f"{i}.outputs"])
+            delta = delta.to(torch.float64)
             if layer.indexed:
                 sums[f"{i}.eigenvalues"] += _indexed_squares(layer, seen.inputs, delta)
             else:
-                a = torch.einsum(
-                    "ntgp,gps->ntgs", layer.homogeneous(seen.inputs.to(torch.float64)), bases[f"{i}.inputs"]
-                )
-                sums[f"{i}.eigenvalues"] += _squares(a, delta)
+                a = _rotated(layer, seen.inputs.to(dtype), bases[f"{i}.inputs"])
+                sums[f"{i}.eigenvalues"] += _squares(a.to(torch.float64), delta)
     return Moments(sums, leading_size(y))
 
 
@@ -111,14 +121,26 @@ def _matrix_shape(layer: Layer) -> tuple[int, int, int]:
     return layer.groups, layer.rows, layer.width
 
 
-def _input_covariance(layer: Layer, inputs: Tensor) -> Tensor:
-    """Σ_j (1/T) Σ_t a aᵀ; for an embedding how often each row is picked."""
-    positions = inputs.shape[1]
-    if layer.indexed:
-        counts = torch.bincount(inputs.reshape(-1), minlength=layer.groups + 1)[: layer.groups]
-        return counts.to(torch.float64)[:, None, None] / positions
-    a = layer.homogeneous(inputs.to(torch.float64))
-    return torch.einsum("ntgp,ntgs->gps", a, a) / positions
+def _add_covariance(total: Tensor, rows: Tensor, scale: float = 1.0) -> None:
+    """Add scale Σ_m r_m r_mᵀ of rows (m, g, p) to the upper triangles of (g, p, p)."""
+    wide = rows.to(torch.float64)
+    if len(total) == 1:
+        add_gram(total[0], wide[:, 0], scale)
+    else:
+        total += scale * torch.einsum("mgp,mgs->gps", wide, wide)
+
+
+def _frequencies(layer: Layer, ids: Tensor) -> Tensor:
+    """Σ_j (1/T) of the positions that pick each row of an embedding, (g, 1, 1)."""
+    counts = torch.bincount(ids.reshape(-1), minlength=layer.groups + 1)[: layer.groups]
+    return counts.to(torch.float64)[:, None, None] / ids.shape[1]
+
+
+def _rotated(layer: Layer, inputs: Tensor, basis: Tensor) -> Tensor:
+    """U_Aᵀ a of inputs (n, T, g, p), with the 1 of the bias."""
+    if layer.groups == 1:
+        return rotated_inputs(layer, inputs[:, :, 0], basis[0])[:, :, None]
+    return torch.einsum("ntgp,gps->ntgs", layer.homogeneous(inputs), basis)
 
 
 def _squares(a: Tensor, delta: Tensor) -> Tensor:
@@ -273,24 +295,23 @@ class EkfacInverse(Inverse):
         rows = gradients.to(self.dtype)
         factors = torch.zeros_like(rows, dtype=torch.float64)
         for i, block in enumerate(self.blocks):
-            inputs, outputs = (self.tensors[f"{i}.{side}"].to(self.dtype) for side in ("inputs", "outputs"))
+            inputs, outputs = self.form.bases(i, rows)
             rotated = outputs.mT @ block.gather(rows) @ inputs  # (n, g, q, p)
             rotated /= (self.tensors[f"{i}.eigenvalues"] + self.regularization).to(self.dtype)
             block.scatter(outputs @ rotated @ inputs.mT, factors)
         return factors
         yield  # no round is needed, but the contract is a generator
 
-    def kernel(self, problem: Problem, x: Tree, y: Tree) -> Kernel | None:
-        """W = 1 / (Λ + λ) in the bases of each layer."""
-        diagonals = [
-            (
-                self.tensors[f"{i}.inputs"],
-                self.tensors[f"{i}.outputs"],
-                1 / (values + self.regularization),
+    @cached_property
+    def form(self) -> Kronecker:
+        """Bases and Λ of each layer; what is made of them is kept."""
+        layers = (
+            Factored(
+                block.path, *(self.tensors[f"{i}.{name}"] for name in ("inputs", "outputs", "eigenvalues"))
             )
-            for i, values in enumerate(self._eigenvalues())
-        ]
-        return Kernel.of(problem, x, y, diagonals)
+            for i, block in enumerate(self.blocks)
+        )
+        return Kronecker(tuple(layers), (self.regularization,))
 
     def with_regularization(self, regularization: float) -> EkfacInverse:
         """λ is added to the eigenvalues: nothing is recomputed."""
@@ -363,6 +384,18 @@ class Ekfac(Estimator):
     exact_outputs: int = 64
     seed: int = 0
 
+    def form(self, system: System) -> Kronecker:
+        """Of whatever layers the model calls."""
+        return Kronecker((), (system.regularization,))
+
+    def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
+        """Bases and eigenvalues, float64."""
+        layout = system.layout
+        if layout is None:
+            return 0
+        shapes = [_factor_shapes(layer) for layer in self._layout(system).layers]
+        return 8 * (sum(prod(shape) for pair in shapes for shape in pair) + system.size)
+
     def validate(self, system: System) -> None:
         """Arguments, and whether every parameter lies in a layer with a Kronecker form."""
         if self.expectation not in EXPECTATIONS:
@@ -424,9 +457,10 @@ class Ekfac(Estimator):
         shapes = [_factor_shapes(layer) for layer in layout.layers]
         size = sum(prod(shape) for pair in shapes for shape in pair)
         moments = yield Round(partial(covariance_sums, expectation=expectation), result_bytes=8 * size)
-        tensors, spectra = {}, {}
-        for name in moments.total:
-            spectra[name], tensors[name] = _eigh(moments.mean(name), name, layout)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # LAPACK lets other threads run
+            parts = {name: pool.submit(_eigh, moments.mean(name), name, layout) for name in moments.total}
+        spectra = {name: part.result()[0] for name, part in parts.items()}
+        tensors = {name: part.result()[1] for name, part in parts.items()}
         if self.update_diagonal:
             function = partial(correction_sums, expectation=expectation)
             size = sum(layer.size for layer in layout.layers)
@@ -462,5 +496,9 @@ def _eigh(matrix: Tensor, name: str, layout: Layout) -> tuple[Tensor, Tensor]:
             f"layer {layer.path}: the covariance of its {name.partition('.')[2]} is not finite; look for NaN, "
             "inf or overflow in the model's activations, or for a loss that is not convex in the outputs"
         )
-    values, vectors = torch.linalg.eigh(matrix)
+    # its LAPACK takes two thirds of the time of torch's, which has a batch of small ones in one call
+    if matrix.shape[-1] >= LARGE and matrix.device.type == "cpu":
+        values, vectors = map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
+    else:
+        values, vectors = torch.linalg.eigh(matrix)
     return values.clamp_min(0), vectors.contiguous()  # as they are after a journey

@@ -32,7 +32,7 @@ class IdentityInverse(Inverse):
         return True
 
     @property
-    def spectral(self) -> Spectral:
+    def form(self) -> Spectral:
         """μ = 1, and no directions."""
         none = torch.empty(0, 0, dtype=torch.float64)
         return Spectral(none, none.new_empty(1, 0), none.new_ones(1))
@@ -64,9 +64,9 @@ class IdentityInverse(Inverse):
 class GradientDot(Estimator):
     """Scores ⟨g_test, g_train⟩: no pass over the data, no curvature, no λ."""
 
-    def spectral(self, system: System) -> int:
+    def form(self, system: System) -> Spectral:
         """No directions."""
-        return 0
+        return Spectral.foreseen(0, system.size)
 
     def fit(self, system: System) -> Generator[Round, Moments, IdentityInverse]:
         """Nothing to do."""

@@ -82,7 +82,7 @@ class SketchInverse(Inverse):
         return True
 
     @property
-    def spectral(self) -> Spectral:
+    def form(self) -> Spectral:
         """w = 1/(Λ + λ) − 1/λ and μ = 1/λ."""
         plain = 1 / self.regularization
         weights = 1 / (self.sketch.values + self.regularization) - plain
@@ -161,9 +161,9 @@ class NystroemSketch(Estimator):
         check_integer("seed", self.seed, *SEEDS)
         _check_complement(system.regularization)
 
-    def spectral(self, system: System) -> int:
-        """R."""
-        return self.rank
+    def form(self, system: System) -> Spectral:
+        """R directions."""
+        return Spectral.foreseen(self.rank, system.size)
 
     def fit(self, system: System) -> Generator[Round, Moments, SketchInverse]:
         """One round: R products."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dask_influence.core.estimators.base import INVERSES, Inverse, Round, System, check_regularization
 from dask_influence.core.estimators.lockstep import in_step
 from dask_influence.core.moments import Moments
-from dask_influence.core.pairs import Spectral
+from dask_influence.core.pairs import Form
 from dask_influence.errors import ConfigurationError
 
 
@@ -128,15 +129,12 @@ class SweepInverse(Inverse):
         """Those of every λ, (n·L, R)."""
         return interleaved([part.coefficients(gradients) for part in self.parts])
 
-    @property
-    def spectral(self) -> Spectral | None:
-        """That of every λ, whose directions are the same."""
-        forms = [part.spectral for part in self.parts]
+    @cached_property
+    def form(self) -> Form | None:
+        """That of all λ."""
+        forms = [part.form for part in self.parts]
         held = [form for form in forms if form is not None]
-        if len(held) < len(forms):
-            return None
-        weights, plain = (torch.cat([getattr(form, name) for form in held]) for name in ("weights", "plain"))
-        return Spectral(held[0].directions, weights, plain)
+        return None if len(held) < len(forms) else held[0].joined(held[1:])
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """Factors at every λ, (n·L, P); where that takes passes, all λ share them."""
