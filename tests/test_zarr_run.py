@@ -6,6 +6,7 @@ import copy
 import json
 import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, wait
 from distributed.client import _get_global_client
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,6 +34,7 @@ from dask_influence.errors import (
 )
 from dask_influence.execution import plan, reduce_tasks, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
+from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.ledger import Ledger
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.output import Output
@@ -509,6 +511,26 @@ def test_a_fit_whose_workers_are_gone_ends() -> None:
             pytest.raises(ClusterError, match=r"influence\.workers-gone"),
         ):
             fitted.fit(case.train, progress=leave)
+
+
+def test_a_result_that_left_with_its_worker_is_not_waited_for_without_end() -> None:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        executor = DaskExecutor(client)
+        future = client.submit(pow, 2, 5)
+        wait(future)
+        cluster.scale(0)
+        while client.nthreads():
+            time.sleep(0.05)
+        with (
+            dask.config.set({"influence.workers-gone": "500 ms"}),
+            pytest.raises(ClusterError, match=r"no workers for .* 1 tasks wait .*influence\.workers-gone"),
+        ):
+            executor._result(future)
+        cluster.scale(1)
+        assert executor._result(future) == 32
 
 
 def test_closed_client_is_refused(tmp_path: Path) -> None:
