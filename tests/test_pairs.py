@@ -210,7 +210,8 @@ def test_the_plan_counts_what_is_held_and_says_so(kind: str) -> None:
     )
     held = dataclasses.replace(plan, work=more).peak_bytes - plan.peak_bytes
     batch = min(plan.batch, plan.tile[1])
-    assert held == 8 * 1000 * (plan.query_rows + 2 * plan.tile[1] + 4 * batch)  # four while they are made
+    # the test side mapped and put together; four of the training side while they are made
+    assert held == 8 * 1000 * (2 * plan.query_rows + 2 * plan.tile[1] + 4 * batch)
     with pytest.raises(MemoryLimitError, match="memory_limit"):
         plan.validate(1_000_000)
     before = KINDS[kind][0](case.model, case.loss, 0.5, **KINDS[kind][1])

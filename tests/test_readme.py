@@ -87,6 +87,8 @@ def test_a_changed_output_would_be_noticed() -> None:
     assert steady("1\n") != steady("2\n")
 
 
-def test_links_lead_to_files() -> None:
-    missing = [target for target in LINK.findall(README.read_text()) if not (README.parent / target).exists()]
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "deploy/README.md", "examples/README.md"])
+def test_links_lead_to_files(page: str) -> None:
+    path = README.parent / page
+    missing = [target for target in LINK.findall(path.read_text()) if not (path.parent / target).exists()]
     assert not missing

@@ -61,15 +61,16 @@ def gather(folder: Path) -> None:
     (folder / "dask_influence").mkdir()
     shutil.copy(ROOT / "dask_influence" / "influence.yaml", folder / "dask_influence")
     (folder / "index.md").write_text((ROOT / "README.md").read_text() + CONTENTS)
-    (folder / "reference" / "commands.md").write_text("\n".join(helped(cli, ["dask-influence"])))
+    (folder / "reference" / "commands.md").write_text("\n".join(helped(cli, "dask-influence")))
 
 
-def helped(command: click.Command, path: list[str]) -> list[str]:
+def helped(command: click.Command, name: str, parent: click.Context | None = None) -> list[str]:
     """What ``--help`` says of a command and of those below it, as Markdown."""
-    context = click.Context(command, info_name=" ".join(path), max_content_width=100)
-    lines = [f"### {' '.join(path)}", "", "```text", command.get_help(context), "```", ""]
-    for name, below in getattr(command, "commands", {}).items():
-        lines += helped(below, [*path, name])
+    settings = {**command.context_settings, "terminal_width": 100}
+    context = click.Context(command, info_name=name, parent=parent, **settings)
+    lines = [f"### {context.command_path}", "", "```text", command.get_help(context), "```", ""]
+    for below, one in getattr(command, "commands", {}).items():
+        lines += helped(one, below, context)
     return lines
 
 

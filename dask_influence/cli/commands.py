@@ -19,7 +19,7 @@ from dask_influence import arguments
 from dask_influence.cli import cluster, loading, progress
 from dask_influence.cli import top as lists
 from dask_influence.cli.cluster import Scheduler
-from dask_influence.cli.findings import Finding, folder_for_plots
+from dask_influence.cli.findings import Findings, folder_for_plots
 from dask_influence.cli.job import Job
 from dask_influence.cli.job import schema as job_schema
 from dask_influence.cli.places import place, read
@@ -217,18 +217,20 @@ def validate(
     with stoppable():
         asked = read(session, job)
         where, folder = _scheduler(scheduler), folder_for_plots(plots)
-        validator = Validator.of(asked)
-        with ExitStack() as stack:
-            client = stack.enter_context(cluster.cluster(asked.cluster, where))
-            report = stack.enter_context(progress.shown([], lambda: cluster.memory(client)))
-            found = validator.findings(client, report, lambda one: _keep(one, folder))
-        click.echo(json.dumps(found.to_json(), indent=1) if as_json else found)
-
-
-def _keep(one: Finding, folder: Path | None) -> None:
-    log.info(one.told())
-    if folder is not None:
-        one.plot(folder)
+        validator, found = Validator.of(asked), Findings()
+        try:
+            with ExitStack() as stack:
+                client = stack.enter_context(cluster.cluster(asked.cluster, where))
+                report = stack.enter_context(progress.shown([], lambda: cluster.memory(client)))
+                for one in validator.findings(client, report):
+                    found.all.append(one)
+                    log.info(one.told())
+                    if folder is not None:
+                        one.plot(folder)
+            validator.keep(found)
+        finally:  # what is known is said, whatever became of the rest
+            if found.all:
+                click.echo(json.dumps(found.to_json(), indent=1) if as_json else found)
 
 
 # -- what a store holds --------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,24 +82,21 @@ class Validator:
             found._influence(name, None)
         return found
 
-    def findings(self, client: Any, report: Report, keep: Callable[[Finding], None]) -> Findings:
-        """Measure everything, handing each finding to ``keep``."""
-        every = Findings()
+    def findings(self, client: Any, report: Report) -> Iterator[Finding]:
+        """Measure everything, one finding after the other."""
         models = [(name, self._influence(name, client)) for name in self.estimators]
         for name, model in models:
             model.fit(self.train, progress=report)
             for place, fitted in enumerate(self._at_each_regularization(model)):
                 for part, asked in self.section.parts.items():
-                    if part == "stability" and not self._compares(name, place):
-                        continue
-                    found = self._measure(part, asked, fitted, report)
-                    one = Finding(
-                        name, fitted.hessian_regularization, part, found, self._reference(name, part, place)
-                    )
-                    every.all.append(one)
-                    keep(one)
-        self.store.put(RESULT, json.dumps(every.to_json(), indent=1).encode())
-        return every
+                    if part != "stability" or self._compares(name, place):
+                        found = self._measure(part, asked, fitted, report)
+                        reference = self._reference(name, part, place)
+                        yield Finding(name, fitted.hessian_regularization, part, found, reference)
+
+    def keep(self, found: Findings) -> None:
+        """Leave in the store what was found."""
+        self.store.put(RESULT, json.dumps(found.to_json(), indent=1).encode())
 
     def _influence(self, name: str, client: Any) -> InfluenceFunctionModel:
         key = ("validation", "estimators", name) if self.section.estimators else ("estimator",)

@@ -281,7 +281,8 @@ class Plan:
             return (
                 held + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers) + reading + watching
             )
-        rows = self.query_rows * work.copies * numbers + 2 * self.tile[1] * numbers
+        # of the test side as they are mapped from the store, and put together
+        rows = 2 * (self.query_rows * work.copies + self.tile[1]) * numbers
         wide = (
             2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
         )  # a part of the product, and their sum

@@ -74,6 +74,8 @@ class Job(ABC):
 
     doing: ClassVar[str]
     """Stage of progress, and what failed, in messages."""
+    each: ClassVar[str]
+    """What it is done for, in the plural."""
     remedy: ClassVar[str]
     """What to do where it fails."""
 
@@ -168,11 +170,11 @@ def effects(
     if record.reasons:
         first = min(record.reasons)
         told = (
-            f"{job.doing} failed on {len(record.reasons)} of {len(subsets)} subsets; "
+            f"{job.doing} failed on {len(record.reasons)} of {len(subsets)} {job.each}; "
             f"on number {first}: {record.reasons[first]}"
         )
         if len(whole) < least:
-            raise IncompleteRunError(f"{told}; {least} are needed. {job.remedy}, or give more subsets")
+            raise IncompleteRunError(f"{told}; {least} are needed. {job.remedy}, or give more {job.each}")
         warnings.warn(DataWarning(f"{told}. They are left out"), stacklevel=4)
     noise = _noise(record.losses.get((0, seeds[0], 0)), record.losses.get((0, seeds[0], 1)))
     if noise > DETERMINISTIC:

@@ -48,6 +48,9 @@ ROUNDING = 1e-13
 DENSE = 5000
 """Parameters up to which the proximal Bregman objective is minimised in coordinates that its curvature is I in."""
 
+AT_ONCE = 10
+"""Steps after which it is asked whether they helped."""
+
 TYPICAL = 32
 """Training points whose gradients say how large one is."""
 
@@ -70,6 +73,7 @@ class Response(Job):
     """
 
     doing: ClassVar[str] = "response"
+    each: ClassVar[str] = "points"
     remedy: ClassVar[str] = "Give another λ, tolerance or number of steps"
 
     model: Model
@@ -242,34 +246,23 @@ class ProximalBregman(Response):
         """The response; the seed changes nothing."""
         x, y = self.point(members)
         weight = -1 / len(self.train)
-        goal = self.goal(weight * mean_gradient(self.objective, self.start, [(x, y)]), weight)
-        u = torch.zeros_like(self.start).requires_grad_()
-        left = float("inf")
-
-        def closure() -> Tensor:
-            nonlocal left
-            value, gradient = self._value(self.theta(u.detach()), x, y, weight)
-            # below the goal nothing is left to do, in coordinates of any scale
-            left = float(gradient.norm())
-            u.grad = torch.zeros_like(u) if left <= goal else self.slope_in_coordinates(gradient)
-            return value
-
-        torch.optim.LBFGS(
-            [u],
-            max_iter=self.steps,
-            max_eval=4 * self.steps,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            history_size=30,
-            line_search_fn="strong_wolfe",
-        ).step(closure)
-        closure()
-        if not left <= goal:
+        force = weight * mean_gradient(self.objective, self.start, [(x, y)])
+        goal = self.goal(force, weight)
+        # In units in which Q(θ*) has a gradient of norm 1: L-BFGS takes products below 1e-10 for zero.
+        unit = float(self.slope_in_coordinates(force).norm()) or 1.0
+        path = _Path(
+            lambda u: self._value(self.theta(unit * u), x, y, weight),
+            lambda gradient: self.slope_in_coordinates(gradient) / unit,
+            unit**2,
+            goal,
+            torch.zeros_like(self.start),
+        )
+        if not path.descend(self.steps, self.tolerance / 100):
             raise ArithmeticError(
-                f"{self.steps} steps leave a gradient of {left:.1e}, above {goal:.1e}; give more steps or a larger "
-                "tolerance"
+                f"{self.steps} steps leave a gradient of {path.left:.1e}, above {goal:.1e}; give more steps or a "
+                "larger tolerance"
             )
-        return self.after(self.theta(u.detach())) - self.before
+        return self.after(self.theta(unit * path.best)) - self.before
 
     def _value(self, theta: Tensor, x: Tree, y: Tree, weight: float) -> tuple[Tensor, Tensor]:
         """Q(θ) and its gradient, (P,)."""
@@ -290,6 +283,75 @@ class ProximalBregman(Response):
                 gradient += torch.autograd.grad(value, at)[0]
             total += value.detach()
         return total, gradient
+
+
+class _Path:
+    """Descent by L-BFGS, from zero.
+
+    Parameters
+    ----------
+    evaluate : callable
+        Coordinates (P,) → value and gradient, (P,), in other coordinates.
+    pulled : callable
+        Such a gradient → that in these coordinates.
+    unit : float
+        Of the value.
+    goal : float
+        Norm of the gradient, in the other coordinates, at which nothing is left to do.
+    start : Tensor
+        (P,).
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
+        pulled: Callable[[Tensor], Tensor],
+        unit: float,
+        goal: float,
+        start: Tensor,
+    ) -> None:
+        self._evaluate, self._pulled, self._unit, self._goal = evaluate, pulled, unit, goal
+        self._at = start.clone().requires_grad_()
+        self.best, self.least, self.left = start, float("inf"), float("inf")
+
+    def descend(self, steps: int, share: float) -> bool:
+        """Whether it ended: at the goal, or where ten steps bring no more than ``share`` of what was gained.
+
+        The latter at a kink, as relu has them, where the gradient does not vanish.
+        """
+        at_once = min(steps, AT_ONCE)
+        optimizer = self._optimizer(at_once)
+        first = last = float(self._closure())
+        for _ in range(0, steps, at_once):
+            optimizer.step(self._closure)
+            if not float(self._closure()) <= last:  # a line search that went astray, at a kink too
+                self._at = self.best.clone().requires_grad_()
+                optimizer = self._optimizer(at_once)
+                self._closure()
+            if self.left <= self._goal or last - self.least <= share * (first - self.least):
+                return True
+            last = self.least
+        return False
+
+    def _optimizer(self, at_once: int) -> torch.optim.LBFGS:
+        return torch.optim.LBFGS(
+            [self._at],
+            max_iter=at_once,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            history_size=30,
+            line_search_fn="strong_wolfe",
+        )
+
+    def _closure(self) -> Tensor:
+        at = self._at.detach().clone()
+        value, gradient = self._evaluate(at)
+        value = value / self._unit
+        self.left = float(gradient.norm())
+        self._at.grad = torch.zeros_like(at) if self.left <= self._goal else self._pulled(gradient)
+        if float(value) < self.least:
+            self.best, self.least = at, float(value)
+        return value
 
 
 def _divergence(objective: Objective, x: Tree, y: Tree) -> Callable[[Theta], Tensor]:

@@ -37,6 +37,7 @@ class Retraining(Job):
     """Trains on the members of a subset; the figures are the losses of the test points then."""
 
     doing: ClassVar[str] = "training"
+    each: ClassVar[str] = "subsets"
     remedy: ClassVar[str] = "Mend the training function"
 
     training: TrainingFunction

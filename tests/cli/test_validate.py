@@ -231,6 +231,16 @@ def test_training_that_fails_is_told(folder: Folder, validating: Write) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_what_was_found_before_something_failed_is_shown(validating: Write) -> None:
+    never = {"points": 3, "steps": 1, "tolerance": 1e-12}
+    path = validating(finite_difference_response={"points": 3}, proximal_bregman_response=never)
+    result = invoke("validate", path, "--json")
+    assert result.exit_code == 3
+    assert "response failed on 3 of 3 points" in result.stderr
+    ((_, part),) = figures(result.stdout)
+    assert part == "finite_difference_response"
+
+
 # -- refused --------------------------------------------------------------------------------
 TRAINED = {"training": PLAIN}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -33,10 +33,11 @@ class OtherHost:
         Addresses of the two ends.
     """
 
-    here, there = "10.213.77.1", "10.213.77.2"
-
     def __init__(self) -> None:
         tag = f"{os.getpid() % 100_000:05}"
+        # of this suite alone: another one may run beside it, or have been killed
+        subnet, first = os.getpid() % 256, 4 * (os.getpid() // 256 % 63) + 1
+        self.here, self.there = f"10.213.{subnet}.{first}", f"10.213.{subnet}.{first + 1}"
         self._name, self._near, self._far = f"faults{tag}", f"dif{tag}a", f"dif{tag}b"
         run("ip", "netns", "add", self._name)
         try:

@@ -135,6 +135,7 @@ def attempt(world: World, scenario: Scenario, form: str, tally: Tally) -> str:
             _in_time(scenario.harm, world, store, form)
         except InfluenceError as error:
             outcome = NAMED
+            world.threads_lost *= 2  # what those who came instead had begun ended with the call
             print(f"  {type(error).__name__}: {str(error)[:160]}", end="")
             _again(world, store, form)
         world.compare(store, form)

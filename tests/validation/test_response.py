@@ -117,7 +117,7 @@ def test_a_head_alone_may_be_weighed(gauss_newton: DirectInfluence) -> None:
     assert np.allclose(found.actual, found.predicted, rtol=1e-4, atol=1e-9)
 
 
-def proximal(model: nn.Module, k: int) -> np.ndarray:
+def proximal(model: nn.Module, k: int, regularization: float = LAMBDA) -> np.ndarray:
     """Change of the test losses under the proximal Bregman objective, divergence written out for cross-entropy."""
     with torch.no_grad():
         before = model(TRAIN[0])
@@ -128,11 +128,8 @@ def proximal(model: nn.Module, k: int) -> np.ndarray:
     def value(theta: dict[str, Tensor], moved: Tensor) -> Tensor:
         outputs = functional_call(model, theta, (TRAIN[0],))
         divergence = LOSS(outputs, TRAIN[1]) - at - (slopes * (outputs - before)).sum() / 50
-        return (
-            divergence
-            + LAMBDA / 2 * moved.square().sum()
-            - LOSS(outputs[k : k + 1], TRAIN[1][k : k + 1]) / 50
-        )
+        near = regularization / 2 * moved.square().sum()
+        return divergence + near - LOSS(outputs[k : k + 1], TRAIN[1][k : k + 1]) / 50
 
     return minimised(model, value) - losses
 
@@ -173,6 +170,16 @@ def test_of_a_linear_model_both_responses_agree(exact: DirectInfluence) -> None:
     assert np.corrcoef(one.actual.ravel(), other.actual.ravel())[0, 1] > 0.99
 
 
+def test_kinks_are_no_hindrance() -> None:
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 3)).double()
+    influence = DirectInfluence(net, LOSS, 0.05, curvature="ggn").fit(TRAIN)
+    found = proximal_bregman_response(influence, TRAIN, TEST, points=6)
+    assert not found.failures
+    expected = [proximal(net, k, 0.05) for k in np.random.default_rng(0).choice(50, 6, replace=False)]
+    assert np.corrcoef(found.actual.ravel(), np.stack(expected, 1).ravel())[0, 1] > 0.999
+
+
 def test_random_scores_have_a_response_about_zero(
     exact: DirectInfluence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,8 +215,8 @@ def test_a_cluster_measures_the_same_bits(exact: DirectInfluence, cluster: Any) 
 
 
 def test_minima_that_are_not_found_are_told(gauss_newton: DirectInfluence) -> None:
-    with pytest.raises(IncompleteRunError, match=r"response failed on 3 of 3 .* 1 steps leave a gradient"):
-        proximal_bregman_response(gauss_newton, TRAIN, TEST, points=3, steps=1)
+    with pytest.raises(IncompleteRunError, match=r"response failed on 3 of 3 .* 10 steps leave a gradient"):
+        proximal_bregman_response(gauss_newton.with_regularization(1e-4), TRAIN, TEST, points=3, steps=10)
     torch.manual_seed(5)
     bent = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     bent = DirectInfluence(bent, LOSS, 1e-6, curvature="ggn").fit(TRAIN)
@@ -229,7 +236,7 @@ def test_a_point_that_cannot_be_measured_is_left_out(
         return measured(self, members, seed)
 
     monkeypatch.setattr(response.FiniteDifference, "measured", fails)
-    with pytest.warns(DataWarning, match="response failed on 1 of 5 subsets; on number 2"):
+    with pytest.warns(DataWarning, match="response failed on 1 of 5 points; on number 2"):
         found = finite_difference_response(exact, TRAIN, TEST, points=[1, 3, 5, 4, 6])
     assert np.array_equal(found.actual, whole.actual)
     assert np.array_equal(found.predicted, whole.predicted)
