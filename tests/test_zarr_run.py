@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -697,6 +698,19 @@ def test_artifacts_that_cannot_be_read_are_named(tmp_path: Path, scheme: str) ->
     assert whole(location, [artifact, Artifact("other", 3, location)]) == set()
     with pytest.raises(StoreError, match=artifact.key):
         artifact.read()
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    small = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2**18, small[1])
+    )  # as full as it gets without a disk of its own
+    try:
+        with pytest.raises(StoreError, match=r"cannot write .*safetensors"):
+            Artifacts(Location.of(str(tmp_path))).publish({"rows": torch.ones(2**18)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, small)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_artifact_is_adopted_where_files_can_have_two_names(
