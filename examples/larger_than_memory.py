@@ -7,7 +7,7 @@ image most.
 
 The picture shows the memory of the worker while this goes on: it stays below the limit, and far below the data.
 
-    python examples/larger_than_memory.py [--images 20000] [--output FOLDER]
+    python examples/larger_than_memory.py [--images 24000] [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from dask_influence.validation import Training
 ZOOM = 16
 """Side of a digit's pixel: images of 128 × 128, 64 KiB each."""
 
-LIMIT = 2**30
-"""Bytes of the worker, of which Python, torch and dask take nearly half."""
+LIMIT = 2**30 * 9 // 8
+"""Bytes of the worker, of which Python, torch and dask take half."""
 
 
 @cache
@@ -125,7 +125,7 @@ def main(folder: Path, count: int) -> None:
 
 if __name__ == "__main__":  # worker processes import this file: only the first one runs it
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--images", type=int, default=24_000)
     parser.add_argument("--output", type=Path, default=Path("example-output"))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -156,3 +156,19 @@ def test_float32_within_what_it_allows(complement: bool) -> None:
     assert scores.dtype == torch.float32
     expected = case.up(expected_inverse(case, 17, complement))
     assert oracles.relative_error(scores, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-9])
+def test_the_residual_reported_is_that_of_the_eigenpairs(tol: float) -> None:
+    """From products of squares where that has the digits, and of the residuals themselves below."""
+    case = data.digits_mlp()
+    model = ArnoldiInfluence(case.model, case.loss, case.regularization, rank=23, tol=tol).fit(case.train)
+    inverse = model._fitted.inverse
+    vectors, values = inverse.vectors, inverse.values
+    left = (vectors @ case.hessian - values[:, None] * vectors).norm(dim=1)
+    worst = float(left.max() / values[0].abs())
+    assert worst <= tol
+    assert model.diagnostics["eigenpair_residual"] == pytest.approx(
+        worst, rel=1e-2, abs=3e-8 if tol > 1e-6 else 1e-13
+    )
+    assert (vectors @ vectors.mT - torch.eye(23, dtype=torch.float64)).abs().max() <= 1e-13

@@ -143,7 +143,7 @@ def test_poisoned_images_are_found(tmp_path: Path) -> None:
 
 
 def test_larger_than_memory(tmp_path: Path) -> None:
-    said = drawn("larger_than_memory", "--images=17000", cwd=tmp_path)
+    said = drawn("larger_than_memory", "--images=19000", cwd=tmp_path)
     assert "lazy scores: dask.array<" in said
     sizes = {"MiB": 2**20, "GiB": 2**30}
     (data, limit, taken) = [float(n) * sizes[unit] for n, unit in re.findall(r"([\d.]+) ([MG]iB)", said)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, wait
 from distributed.client import _get_global_client
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,6 +34,7 @@ from dask_influence.errors import (
 )
 from dask_influence.execution import plan, reduce_tasks, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
+from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.ledger import Ledger
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.output import Output
@@ -510,6 +513,26 @@ def test_a_fit_whose_workers_are_gone_ends() -> None:
             fitted.fit(case.train, progress=leave)
 
 
+def test_a_result_that_left_with_its_worker_is_not_waited_for_without_end() -> None:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        executor = DaskExecutor(client)
+        future = client.submit(pow, 2, 5)
+        wait(future)
+        cluster.scale(0)
+        while client.nthreads():
+            time.sleep(0.05)
+        with (
+            dask.config.set({"influence.workers-gone": "500 ms"}),
+            pytest.raises(ClusterError, match=r"no workers for .* 1 tasks wait .*influence\.workers-gone"),
+        ):
+            executor._result(future)
+        cluster.scale(1)
+        assert executor._result(future) == 32
+
+
 def test_closed_client_is_refused(tmp_path: Path) -> None:
     case = data.mlp_regression()
     with (
@@ -697,6 +720,19 @@ def test_artifacts_that_cannot_be_read_are_named(tmp_path: Path, scheme: str) ->
     assert whole(location, [artifact, Artifact("other", 3, location)]) == set()
     with pytest.raises(StoreError, match=artifact.key):
         artifact.read()
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    small = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2**18, small[1])
+    )  # as full as it gets without a disk of its own
+    try:
+        with pytest.raises(StoreError, match=r"cannot write .*safetensors"):
+            Artifacts(Location.of(str(tmp_path))).publish({"rows": torch.ones(2**18)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, small)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_artifact_is_adopted_where_files_can_have_two_names(

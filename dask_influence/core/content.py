@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import sys
 import sysconfig
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor, nn
 
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_FOLDERS = frozenset({"site-packages", "dist-packages"})
+"""Names of folders that packages are installed in: an environment may see those of another one."""
+
 _OWN = __name__.partition(".")[0]
 _PRIVATE = frozenset({"training", "_parameters", "_buffers", "_modules"})
 _Within = tuple[Any, ...]
@@ -135,7 +139,7 @@ def _installed(name: str) -> bool:
     if root == _OWN or root in sys.stdlib_module_names:
         return True
     file = getattr(sys.modules.get(name) or sys.modules.get(root), "__file__", None)
-    return file is not None and file.startswith(_INSTALLED)
+    return file is not None and (file.startswith(_INSTALLED) or not _FOLDERS.isdisjoint(file.split(os.sep)))
 
 
 def _digest(value: Any, within: _Within = ()) -> str:

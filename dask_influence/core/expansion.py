@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -125,6 +125,11 @@ class Expansion:
         blocks, bound = found.of(spectrum.cpu(), slice(0, rows), slice(0, columns), DEPTH)
         return cls(tuple(blocks), bound)
 
+    def to(self, device: torch.device) -> Expansion:
+        """The same on another device."""
+        blocks = (replace(one, left=one.left.to(device), right=one.right.to(device)) for one in self.blocks)
+        return Expansion(tuple(blocks), self.bound)
+
     @property
     def terms(self) -> int:
         """Of all blocks."""
@@ -152,9 +157,13 @@ class Expansion:
             d, a = tests[0][:, block.rows], tests[1][:, block.columns]
             d_train, a_train = trains[0][:, block.rows].mT, trains[1][:, block.columns].mT
             for u, v in block.terms():
-                torch.mm(d * u, d_train, out=left)
-                torch.mm(a * v, a_train, out=right)
-                total.addcmul_(left, right)
+                if len(u) == 1:  # the factor of a row, or of a column, is one number of each sample
+                    total.addcmul_(torch.mm(a * v * (d * u), a_train, out=right), d_train)
+                elif len(v) == 1:
+                    total.addcmul_(torch.mm(d * u * (a * v), d_train, out=left), a_train)
+                else:
+                    torch.mm(d * u, d_train, out=left)
+                    total.addcmul_(left, torch.mm(a * v, a_train, out=right))
 
 
 def tolerated(rows: int, columns: int, dtype: torch.dtype) -> float:

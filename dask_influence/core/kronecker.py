@@ -92,9 +92,10 @@ class Kronecker(Form):
 
     def report(self, problem: Problem) -> dict[str, Any]:
         """Terms of each layer's expansion, and ε of |score error| ≤ ε √(s_ii s_jj), at the first λ."""
-        dtype, index = _dtype(problem), {layer.path: i for i, layer in enumerate(self.layers)}
+        like = torch.empty(0, dtype=_dtype(problem))
+        index = {layer.path: i for i, layer in enumerate(self.layers)}
         paths = [part.layer.path for part in _parts(problem) if isinstance(part, _Rotated)]
-        found = {path: self.expansion(index[path], 0, dtype) for path in paths}
+        found = {path: self.expansion(index[path], 0, like) for path in paths}
         return {
             "score_bound": max((expansion.bound for expansion in found.values()), default=0.0),
             "score_terms": {path: expansion.terms for path, expansion in found.items()},
@@ -104,12 +105,12 @@ class Kronecker(Form):
         """W (g, q, p) of a layer at one λ, float64."""
         return 1 / (self.layers[index].eigenvalues + self.regularizations[at])
 
-    def expansion(self, index: int, at: int, dtype: torch.dtype) -> Expansion:
-        """Of W, for a layer of one group; made once."""
-        key = index, at, dtype
+    def expansion(self, index: int, at: int, like: Tensor) -> Expansion:
+        """Of W, for a layer of one group, in the dtype and on the device of ``like``; made once."""
+        key = index, at, like.dtype, like.device
         if key not in self._made:
             spectrum = self.layers[index].eigenvalues[0] + self.regularizations[at]
-            self._made[key] = Expansion.of(spectrum, dtype)
+            self._made[key] = Expansion.of(spectrum, like.dtype).to(like.device)
         found: Expansion = self._made[key]
         return found
 
@@ -267,7 +268,7 @@ class _Rotated(_Part):
         return d.reshape(-1, self.layer.rows), a.reshape(-1, self.layer.width)
 
     def inner(self, left: Tensor, right: Tensor, at: int) -> Tensor:
-        expansion = self.form.expansion(self.index, at, right.dtype)
+        expansion = self.form.expansion(self.index, at, right)
         if self.positions == 1:
             return expansion.scores(self._sides(left), self._sides(right))
         step = max(1, BUDGET // (2 * right.element_size() * len(right) * self.positions**2))

@@ -146,8 +146,9 @@ class Artifacts:
         folder = self.location.local_path
         if folder is not None:
             if not _sound_file(folder / artifact.key):
-                with _written(folder, artifact.key) as path:  # straight from the tensors
-                    safetensors.torch.save_file(held, path, _signature(held))
+                doing = f"write {artifact.key!r} to"
+                with store_errors(self.location, doing), _written(folder, artifact.key) as path:
+                    _save_file(held, path)
         elif not self.location.exists(artifact.key):
             self.location.put(artifact.key, safetensors.torch.save(held, _signature(held)))
         return artifact
@@ -225,6 +226,14 @@ _CHECKSUM = "crc32c"
 
 class _ChecksumError(Exception):
     """Tensors are not those whose checksum stands beside them."""
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Straight from the tensors; a full disk is an OSError, as elsewhere."""
+    try:
+        safetensors.torch.save_file(tensors, path, _signature(tensors))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _signature(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -227,27 +227,15 @@ class DaskExecutor(Executor):
         ClusterError
             There have been no workers for as long as the configuration allows.
         """
-        patience, interval = settings.seconds("workers-gone"), LOOK
-        looked = seen = time.monotonic()
+        patience = _Patience(self._nthreads)
         while not running.is_empty():
             if running.has_ready():
                 yield next(running)
-                looked = seen = time.monotonic()
+                patience = _Patience(self._nthreads)
                 continue
             with running.thread_condition:
                 running.thread_condition.wait(0.1)
-            now = time.monotonic()
-            if now < looked + interval:
-                continue
-            looked = now
-            if self._nthreads():
-                seen = now
-            elif now > seen + patience:
-                raise ClusterError(
-                    f"the cluster has had no workers for {now - seen:.0f} s, and {running.count()} tasks wait for one; "
-                    "start workers and make the same call again, which goes on where this one was "
-                    f"(config influence.workers-gone allows {patience:g} s)"
-                )
+            patience.look(running.count())
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -284,10 +272,16 @@ class DaskExecutor(Executor):
             return self.client.nthreads()
 
     def _result(self, future: Any) -> Any:
-        """Of a future that is done."""
-        if future.status == "finished":  # what it raises now comes from fetching it
-            with self._reaching():
-                return future.result()
+        """Of a future that is done, or is to be done again since its worker has left with the only copy."""
+        patience, wait = _Patience(self._nthreads), LOOK
+        while future.status not in ("error", "cancelled"):  # what it raises now comes from fetching it
+            try:
+                return future.result(timeout=wait)
+            except TimeoutError:
+                patience.look(1)
+                wait *= 2  # it may be large
+            except OSError as error:
+                raise self._gone(error) from error
         try:
             return future.result()
         except KilledWorker as error:
@@ -379,6 +373,41 @@ class DaskExecutor(Executor):
 def versions() -> dict[str, str]:
     """What client and workers must agree on."""
     return {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)}
+
+
+class _Patience:
+    """With a cluster whose workers are gone, as long as the configuration allows.
+
+    Parameters
+    ----------
+    nthreads : callable
+        Threads of each worker.
+    """
+
+    def __init__(self, nthreads: Callable[[], Mapping[str, int]]) -> None:
+        self._nthreads = nthreads
+        self._looked = self._seen = time.monotonic()
+
+    def look(self, waiting: int) -> None:
+        """See now and then whether there are workers for the ``waiting`` tasks.
+
+        Raises
+        ------
+        ClusterError
+            There have been none for too long.
+        """
+        now, allowed = time.monotonic(), settings.seconds("workers-gone")
+        if now < self._looked + LOOK:
+            return
+        self._looked = now
+        if self._nthreads():
+            self._seen = now
+        elif now > self._seen + allowed:
+            raise ClusterError(
+                f"the cluster has had no workers for {now - self._seen:.0f} s, and {waiting} tasks wait for one; "
+                "start workers and make the same call again, which goes on where this one was "
+                f"(config influence.workers-gone allows {allowed:g} s)"
+            )
 
 
 def _killed_its_worker(future: Any) -> bool:

@@ -258,15 +258,14 @@ class Plan:
 
     @property
     def client_bytes(self) -> int:
-        """Peak resident bytes of the process that makes the call, beside its own data: ids, entries of the ledger.
+        """Peak resident bytes of the process that makes the call, beside its own data and what a fit in it left.
 
-        Scores are never among them. The model is there twice, and in float64 while derivatives are checked.
+        Scores are never among them. The model is there twice, and in float64 while derivatives are checked; the
+        inverse is, and is put in order and written out where it is published. Ids are also written and opened.
         """
         work = self.work
-        ids = (
-            3 * 8 * (work.tests + work.trains)
-        )  # beside themselves, as they are written and as they are opened
-        return PROCESS_BYTES + CLIENT_BYTES + self.resident_bytes + 8 * work.parameters + ids
+        ids = 3 * 8 * (work.tests + work.trains)
+        return PROCESS_BYTES + CLIENT_BYTES + 3 * self.resident_bytes + 8 * work.parameters + ids
 
     def _paired_bytes(self, size: Size) -> int:
         """The same of pairs: weights, directions and a layer of them in order, rows of both sides, tiles."""

@@ -74,9 +74,7 @@ def _lead(facts: Facts) -> str:
 
 
 def _damping(facts: Facts) -> str:
-    if facts.regularization is not None:
-        return f"{facts.regularization:g}"
-    value = facts.dataset.attrs.get("hessian_regularization")
+    value = facts.damping
     return f"{value:g}" if isinstance(value, int | float) else "one for each block"
 
 

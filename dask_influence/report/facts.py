@@ -198,6 +198,12 @@ class Facts:
         return str(self.run["state"])
 
     @property
+    def damping(self) -> Any:
+        """λ: the one shown of several, or that of the run; a mapping where blocks have their own."""
+        own = self.dataset.attrs.get("hessian_regularization")
+        return own if self.regularization is None else self.regularization
+
+    @property
     def diagnostics(self) -> Mapping[str, Any]:
         """Of the fit; empty until the run has finished."""
         return dict(self.dataset.attrs.get("diagnostics", {}))

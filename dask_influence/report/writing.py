@@ -6,6 +6,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +154,11 @@ def report(
     from dask_influence.report.contents import page
     from dask_influence.report.page import rendered
 
-    scores = _scores(facts, ids)
-    asked = Asked(
-        facts,
-        scores,
-        _perturbation(facts, scores, perturbation, storage_options),
-        _own(facts, self_influence, storage_options),
-        samples,
-        wanted,
-        top,
-        title,
-    )
+    scores, notes = _scores(facts, ids), list[str]()
+    other = partial(_opened, facts, storage_options, notes)
+    features = _perturbation(facts, scores, perturbation, other)
+    own = _own(facts, self_influence, other)
+    asked = Asked(facts, scores, features, own, samples, wanted, top, title, notes)
     _put(path, rendered(page(asked)))
     return path
 
@@ -222,7 +217,7 @@ def _scores(facts: Facts, ids: dict[str, Array]) -> Scores | None:
 
 
 def _perturbation(
-    facts: Facts, scores: Scores | None, given: Store | None, storage_options: Mapping[str, Any] | None
+    facts: Facts, scores: Scores | None, given: Store | None, opened: Callable[[str, Store], Facts]
 ) -> Scores | None:
     if given is None:
         return (
@@ -230,7 +225,7 @@ def _perturbation(
             if scores is not None and scores.layout.features and scores.layout.columns == "train"
             else None
         )
-    other = _beside(facts, given, storage_options, "perturbation")
+    other = opened("perturbation", given)
     layout = Layout.of(other)
     if layout is None or not layout.features or (layout.rows, layout.columns) != ("test", "train"):
         raise ConfigurationError(
@@ -238,9 +233,8 @@ def _perturbation(
         )
     _check_same("perturbation", facts, other)
     held = other.fingerprint
-    if held.get("test") != facts.digest("test") and held.get("test_ids") == digest_of(
-        np.arange(other.plan.work.tests)
-    ):
+    positions = held.get("test_ids") == digest_of(np.arange(other.plan.work.tests))
+    if held.get("test") != facts.digest("test") and positions:
         raise StoreMismatchError(
             f"perturbation: {other.location.url} is of other test data than {facts.location.url}, and names its test "
             "points by position: write it with test_ids= that say which of these they are"
@@ -248,25 +242,29 @@ def _perturbation(
     return Scores(other, layout, {})
 
 
-def _own(facts: Facts, given: Store | None, storage_options: Mapping[str, Any] | None) -> Own | None:
+def _own(facts: Facts, given: Store | None, opened: Callable[[str, Store], Facts]) -> Own | None:
     if given is None:
         return Own.of(facts)
-    other = _beside(facts, given, storage_options, "self_influence")
+    other = opened("self_influence", given)
     if OWN not in other.dataset:
         raise ConfigurationError(f"self_influence: {other.location.url} was not reduced with SelfInfluence()")
     _check_same("self_influence", facts, other)
     return Own.of(other)
 
 
-def _beside(facts: Facts, given: Store, storage_options: Mapping[str, Any] | None, argument: str) -> Facts:
-    """Another store: of several λ, at that of the scores, if it holds it."""
+def _opened(
+    facts: Facts, storage_options: Mapping[str, Any] | None, notes: list[str], argument: str, given: Store
+) -> Facts:
+    """Another store, at the λ of the first one where it has that; else a note says so."""
     other = Facts.of(given, None, storage_options, argument)
-    shown = facts.regularization
-    if shown is None:
-        shown = facts.dataset.attrs.get("hessian_regularization")
-    if shown == other.regularization or shown not in other.regularizations:
-        return other
-    return Facts.of(given, shown, storage_options, argument)
+    if facts.damping in other.regularizations and facts.damping != other.regularization:
+        other = Facts.of(given, facts.damping, storage_options, argument)
+    if other.damping != facts.damping:
+        notes.append(
+            f"{argument} at λ = {facts.damping}: {other.location.url} was computed at λ = {other.damping}, "
+            "and that is shown."
+        )
+    return other
 
 
 def _check_same(argument: str, facts: Facts, other: Facts) -> None:

@@ -114,15 +114,12 @@ class Agreement:
         figure = Figure(figsize=(4.8, 4.4), layout="constrained")
         axes = figure.subplots()
         axes.scatter(self.predicted.ravel(), self.actual.ravel(), s=4, alpha=0.4, linewidths=0)
-        both = np.concatenate([self.predicted.ravel(), self.actual.ravel()])
         if self.slope is not None:
-            ends = [both.min(), both.max()]
-            axes.plot(ends, ends, color="0.5", linewidth=0.8)
+            axes.axline((0, 0), slope=1, color="0.5", linewidth=0.8)
         axes.set_xlabel("predicted effect")
         axes.set_ylabel("measured effect")
-        axes.set_title(
-            f"{self.name} {self.value:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})", fontsize=10
-        )
+        low, high = self.interval
+        axes.set_title(f"{self.name}\n{self.value:.3f} ({low:.3f} to {high:.3f})", fontsize=10)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure

@@ -111,9 +111,9 @@ def measure(name: str, size: Size, folder: Path) -> bool:
     planned = plan.worker_bytes()
     ratio, own = peak / planned, (peak - before) / (planned - PROCESS_BYTES)
     grew = "  ".join(f"{who} {format_bytes(was)} → {format_bytes(at)}" for who, (was, at) in others.items())
-    grew += (
-        f"  client's plan {format_bytes(plan.client_bytes)} ({others['client'][1] / plan.client_bytes:.2f})"
-    )
+    was, at = others["client"]  # which holds what its fit left
+    relative = (PROCESS_BYTES + at - was) / plan.client_bytes
+    grew += f"  client's plan {format_bytes(plan.client_bytes)} ({relative:.2f})"
     print(
         f"{name:<20} N {size.tests:>6,}  M {size.trains:>7,}  F {size.features:>5,}  "
         f"P {plan.work.parameters:>9,}  plan {format_bytes(planned):>9}  peak {format_bytes(peak):>9}  "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from dask_influence import open_influences
 from dask_influence.report import report
@@ -90,6 +91,31 @@ def test_an_incomplete_store_gets_its_page_and_exit_code_3(folder: Folder, job: 
     assert result.exit_code == 3
     assert "the store is running" in result.stderr
     assert "The run is running" in notes(parsed(page.read_text()))
+
+
+def test_secrets_of_every_job_that_is_read_are_shown_nowhere(
+    folder: Folder, job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {"FIRST": "correct-horse-battery", "SECOND": "staple-of-secrets"}
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
+    train = {"train": {"dataset": "cli_job_model:pair", "storage_options": {"secret": "${SECOND}"}}}
+    own = job(output={"store": "own.zarr"}, reduce={"name": "SelfInfluence"}, data={"train": "train.zarr"})
+    assert invoke("run", own).exit_code == 0
+    job(output={"store": "own.zarr"}, reduce={"name": "SelfInfluence"}, data=train).rename(
+        folder.path / "own.yaml"
+    )
+    path = job(output={"store": "scores.zarr", "storage_options": {"secret": "${FIRST}"}})
+    assert invoke("run", path).exit_code == 0
+    page = folder.path / "report.html"
+    options = ("--self-influence", folder.path / "own.yaml", "-v")
+    good = invoke("report", path, "-o", page, *options)
+    assert good.exit_code == 0, good.stderr
+    bad = invoke("report", path, "-o", page, *options, "-t", secrets["FIRST"], "-t", secrets["SECOND"])
+    assert bad.exit_code == 2
+    assert "'${FIRST}' is not in" in bad.stderr
+    shown = good.stdout + good.stderr + bad.stdout + bad.stderr + page.read_text()
+    assert not [secret for secret in secrets.values() if secret in shown]
 
 
 def test_what_is_refused_leaves_no_page(folder: Folder, job: Write) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import subprocess
 import sys
 import types
@@ -144,6 +145,24 @@ def test_what_calls_change_is_left_out() -> None:
     assert {"loss.scale", "model.bound"} <= content.parts.keys()
     assert content.differing(fresh) == []
     assert content.differing(contents(Net(2.0), Counting(3.0))) == ["loss.scale", "model.bound"]
+
+
+@pytest.mark.parametrize(("folder", "by_name"), [("site-packages", True), ("project", False)])
+def test_packages_of_another_environment_go_by_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, by_name: bool
+) -> None:
+    name = f"losses_in_{folder.replace('-', '_')}"
+    (tmp_path / folder).mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / folder))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    seen = []
+    for factor in (1, 2):
+        (tmp_path / folder / f"{name}.py").write_text(
+            f"def loss(output, target):\n    return {factor} * output\n"
+        )
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        seen.append(contents(Net(), importlib.import_module(name).loss))
+    assert (seen[0] == seen[1]) == by_name
 
 
 def test_digests_are_those_of_every_session() -> None:

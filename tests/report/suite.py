@@ -17,9 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from selenium import webdriver
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.keys import Keys
 from torch.nn.functional import cross_entropy
 
 from dask_influence import DirectInfluence
@@ -77,7 +74,7 @@ return [e, style.outlineStyle, parseFloat(style.outlineWidth),
 class Browser:
     """Chromium, and what it had to say."""
 
-    driver: webdriver.Chrome
+    driver: Any
 
     def open(self, page: Path, width: int = WIDE, theme: str = "light") -> None:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -89,6 +86,13 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         self.logs()
         self.driver.get(page.as_uri())
+
+    def press(self, *keys: str) -> None:
+        """Keys by their names, one after the other."""
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.common.keys import Keys
+
+        ActionChains(self.driver).send_keys(*(getattr(Keys, key) for key in keys)).perform()
 
     def run(self, script: str) -> Any:
         return self.driver.execute_script(script)
@@ -120,6 +124,8 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    from selenium import webdriver  # in the extra [browser]; doctests of the whole tree import this module
+
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     profile = tmp_path_factory.mktemp("profile")
@@ -250,7 +256,7 @@ def test_tab_reaches_everything_and_shows_where_it_is(
     assert len(wanted) >= 6
     reached = []
     for _ in wanted:
-        ActionChains(browser.driver).send_keys(Keys.TAB).perform()
+        browser.press("TAB")
         element, style, width, visible = browser.run(FOCUSED)
         assert style == "solid", element.get_attribute("outerHTML")[:100]
         assert width >= 2
@@ -262,11 +268,10 @@ def test_tab_reaches_everything_and_shows_where_it_is(
 
 def test_keys_skip_ahead_and_open_what_is_folded(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["images"])
-    keys = ActionChains(browser.driver)
-    keys.send_keys(Keys.TAB, Keys.ENTER).perform()
+    browser.press("TAB", "ENTER")
     assert browser.run("return document.activeElement.id") == "main"
     browser.run("document.querySelector('summary').focus()")
-    ActionChains(browser.driver).send_keys(Keys.ENTER).perform()
+    browser.press("ENTER")
     assert browser.run("return document.querySelector('details').open")
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from dask_influence import DirectInfluence, TopK, open_influences
+from dask_influence import DirectInfluence, GroupSum, SelfInfluence, TopK, open_influences
 from dask_influence.errors import (
     ConfigurationError,
     CorruptStoreError,
@@ -163,12 +163,12 @@ def test_integers_are_text_and_the_vocabulary_names_them(made: Make, tmp_path: P
 
 def test_suspects_and_duplicates(stores: Stores, made: Make) -> None:
     document = made("scores.zarr", self_influence=stores / "own.zarr", train=stores.train, tests=["t0", "t1"])
-    section = next(one for one in document.all("section") if one.attributes["id"] == "own")
+    look = section(document, "own")
     own = open_influences(stores / "own.zarr")["self_influence"].to_numpy()
-    suspects = [name.all("b")[0].text for name in section.all("p", "name")]
+    suspects = [name.all("b")[0].text for name in look.all("p", "name")]
     assert suspects == list(map(str, np.argsort(-own, kind="stable")[: len(suspects)]))
     assert str(WRONG) in suspects[:3]
-    groups = [cell.text for cell in section.all("td") if "," in cell.text]
+    groups = [cell.text for cell in look.all("td") if "," in cell.text]
     label = int(stores.train[1][ORIGINAL])
     assert groups == [f"{ORIGINAL}, {COPY}", f"{label}, {label}"]
     alone = made("own.zarr")
@@ -345,24 +345,80 @@ def test_several_regularizations(stores: Stores, made: Make) -> None:
     assert not np.array_equal(np.argsort(-both[0, 1])[:5], np.argsort(-both[1, 1])[:5])
 
 
-def test_pixels_of_several_regularizations_are_those_of_the_scores(stores: Stores, made: Make) -> None:
-    values = stores.path / "pixels_swept.zarr"
-    few, ids = (stores.test[0][2:3], stores.test[1][2:3]), stores.test_ids[2:3]
-    damping = [0.5, 0.05]
-    stores.direct().influences_to_zarr(
-        values, few, stores.train, mode="perturbation", hessian_regularization=damping, test_ids=ids
+def test_other_stores_are_shown_at_the_same_regularization_or_say_theirs(
+    stores: Stores, made: Make, tmp_path: Path
+) -> None:
+    both = {"reduce": SelfInfluence(), "hessian_regularization": [0.5, 0.05]}
+    stores.direct().influences_to_zarr(tmp_path / "both.zarr", None, stores.train, **both)
+    alone, swept = made("own.zarr"), made("scores.zarr", self_influence=tmp_path / "both.zarr")
+    strongest = [one.all("p", "score")[0].text for one in (section(alone, "own"), section(swept, "own"))]
+    assert strongest[0] == strongest[1]
+    assert "was computed at" not in notes(swept)
+    stores.direct(0.5).influences_to_zarr(tmp_path / "other.zarr", None, stores.train, reduce=SelfInfluence())
+    other = made("scores.zarr", self_influence=tmp_path / "other.zarr")
+    assert "was computed at λ = 0.5" in notes(other)
+    assert section(other, "own").all("p", "score")[0].text != strongest[0]
+
+
+def test_lists_at_several_regularizations_and_sums_over_both_sides(
+    stores: Stores, made: Make, tmp_path: Path
+) -> None:
+    both = stores.scores("swept.zarr")
+    options = {"hessian_regularization": [0.05, 0.5], "test_ids": stores.test_ids}
+    infl = stores.direct()
+    infl.influences_to_zarr(tmp_path / "lists.zarr", stores.test, stores.train, reduce=TopK(4), **options)
+    document = made(tmp_path / "lists.zarr", tests=["t1"], regularization=0.5)
+    assert listed(cases(document)["Test point t1"])[0] == list(
+        map(str, np.argsort(-both[1, 1], kind="stable")[:4])
     )
-    shown = {"tests": ["t2"], "top": 1, "train": stores.train, "image_shape": (8, 8)}
-    maps = [
-        [
-            image.attributes["src"]
-            for image in made(stores / "scores.zarr", perturbation=one, **shown).all("img")
-        ]
-        for one in (values, stores / "pixels.zarr")
-    ]
-    assert maps[0] == maps[1]
-    other = made(stores / "swept.zarr", perturbation=values, regularization=0.5, **shown)
-    assert [image.attributes["src"] for image in other.all("img")] != maps[0]
+    labels = {"labels": stores.train[1].numpy(), "test_labels": ["a", "b", "a", "b", "a", "b", "a"]}
+    infl.influences_to_zarr(tmp_path / "sums.zarr", stores.test, stores.train, reduce=GroupSum(**labels))
+    sums = open_influences(tmp_path / "sums.zarr")["group_influence"]
+    case = cases(made(tmp_path / "sums.zarr", tests=["b"], top=3))["Test group b"]
+    best = sums.group.values[np.argsort(-sums.sel(test_group="b").values, kind="stable")[:3]]
+    assert listed(case)[0] == list(map(str, best))
+
+
+def test_blocks_with_their_own_regularization(stores: Stores, made: Make, tmp_path: Path) -> None:
+    blocks = {"weight": 0.05, "bias": 0.5}
+    infl = DirectInfluence(stores.model, cross_entropy, blocks, block_structure="parameter").fit(stores.train)
+    infl.influences_to_zarr(tmp_path / "blocks.zarr", stores.test, stores.train)
+    document = made(tmp_path / "blocks.zarr", tests=[0])
+    assert "at λ = one for each block" in document.text
+    assert "Eigenvalues" in {one.attributes["aria-label"] for one in document.all("svg")}
+
+
+def test_pictures_in_colour_and_their_maps(made: Make, tmp_path: Path) -> None:
+    x, y = torch.rand(8, 3, 6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1] * 4)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 2, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(24, 2)
+    )
+    infl = DirectInfluence(model, cross_entropy, 1.0, curvature="ggn").fit((x, y))
+    infl.influences_to_zarr(tmp_path / "scores.zarr", (x[:1], y[:1]), (x, y))
+    infl.influences_to_zarr(tmp_path / "maps.zarr", (x[:1], y[:1]), (x, y), mode="perturbation")
+    document = made(
+        tmp_path / "scores.zarr",
+        perturbation=tmp_path / "maps.zarr",
+        test=(x[:1], y[:1]),
+        train=(x, y),
+        top=1,
+    )
+    own, image, strengths, *_ = [pixels_of(one) for one in document.all("img")]
+    np.testing.assert_array_equal(own, np.rint(255 * x[0].double().permute(1, 2, 0).numpy()))
+    assert image.shape == (6, 5, 3)
+    best = int(open_influences(tmp_path / "scores.zarr")["influence"].to_numpy()[0].argmax())
+    values = open_influences(tmp_path / "maps.zarr")["influence"].to_numpy()[0, best].sum(axis=0)
+    assert strengths[..., 3].argmax() == np.abs(values).argmax()
+
+
+def test_maps_of_unnamed_other_test_points_are_refused(stores: Stores, tmp_path: Path) -> None:
+    x, y = stores.test
+    infl = stores.direct()
+    infl.influences_to_zarr(tmp_path / "maps.zarr", (x[2:4], y[2:4]), stores.train, mode="perturbation")
+    infl.influences_to_zarr(tmp_path / "plain.zarr", stores.test, stores.train)
+    with pytest.raises(StoreMismatchError, match="names its test points by position"):
+        report(tmp_path / "plain.zarr", tmp_path / "r.html", perturbation=tmp_path / "maps.zarr")
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_data_of_another_run_are_doubted(stores: Stores, made: Make) -> None:
@@ -520,6 +576,10 @@ def test_a_damaged_shard_is_named(stores: Stores, tmp_path: Path) -> None:
 
 
 # -- reading a page ---------------------------------------------------------------------------
+def section(document: Element, name: str) -> Element:
+    return next(one for one in document.all("section") if one.attributes["id"] == name)
+
+
 def pixels_of(image: Element) -> np.ndarray:
     head, _, content = image.attributes["src"].partition(",")
     assert head == "data:image/png;base64"

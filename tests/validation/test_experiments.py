@@ -97,6 +97,10 @@ def test_scores_of_something_else_have_a_score_about_zero(
     found = linear_datamodeling_score(exact, TRAIN, TEST, ridge, subsets=40, seeds=(0,))
     assert found.interval[0] < 0 < found.interval[1]
     assert abs(found.value) < 0.2
+    monkeypatch.setattr(DirectInfluence, "influences", lambda *args: scores[:, :40])
+    one = leave_one_out(exact, TRAIN, TEST, ridge, points=40)
+    assert one.interval[0] < 0 < one.interval[1]
+    assert abs(one.value) < 0.2
 
 
 @dataclass

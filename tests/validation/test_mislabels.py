@@ -64,6 +64,14 @@ def test_areas_are_those_of_the_diagonal(noisy: Any) -> None:
     assert found.found("self influence", 0.2) > 0.5
 
 
+def test_labels_that_are_called_wrong_at_random_are_not_found(noisy: Any) -> None:
+    influence, train, _ = noisy
+    chosen = np.random.default_rng(5).choice(150, 40, replace=False)
+    found = mislabel_detection(influence, train, chosen)
+    for name, (low, high) in found.intervals.items():
+        assert low < 0.5 < high, name
+
+
 def test_flags_do_as_well_and_it_is_resumed(noisy: Any, tmp_path: Path) -> None:
     influence, train, wrong = noisy
     flags = np.isin(np.arange(150), wrong)
