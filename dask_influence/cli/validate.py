@@ -16,7 +16,7 @@ from dask_influence import validation
 from dask_influence.cli import loading
 from dask_influence.cli.findings import HEADINGS, Finding, Findings, Found
 from dask_influence.cli.job import Job
-from dask_influence.cli.validation import Optimizer, Validation
+from dask_influence.cli.validation import Optimizer, Stability, Validation
 from dask_influence.errors import ConfigurationError
 from dask_influence.influence import InfluenceFunctionModel
 from dask_influence.storage.sources import Source, as_source
@@ -70,12 +70,9 @@ class Validator:
         _check_sizes(asked, section, len(train))
         estimators = dict(section.estimators) or {asked.estimator.name: asked.estimator}
         _check_references(asked, section, estimators)
-        ranks = None if section.stability is None else section.stability.ranks
-        if ranks is not None and not any(hasattr(one, "rank") for one in estimators.values()):
-            raise asked.document.refusal(
-                ("validation", "stability", "ranks"), "are for estimators that have one: Arnoldi, Nyström"
-            )
         module, loss = loading.model(asked), loading.loss(asked)
+        if section.stability is not None:
+            _check_stability(asked, section.stability, estimators, module)
         again = training(asked, section, module, loss)
         found = cls(asked, section, store, train, test, again, module, loss, estimators)
         for name in estimators:
@@ -188,9 +185,37 @@ def _check_sizes(asked: Job, section: Validation, count: int) -> None:
     if subsets is not None and int(subsets.fraction * count) == 0:
         key = ("validation", "linear_datamodeling_score", "fraction")
         raise asked.document.refusal(key, f"leaves none of the {count} training points")
+    flip = None if section.mislabel_detection is None else section.mislabel_detection.flip
+    if flip is not None and round(flip * count) in (0, count):
+        key = ("validation", "mislabel_detection", "flip")
+        what = "all" if flip > 0.5 else "none"
+        raise asked.document.refusal(key, f"changes {what} of the {count} labels")
     if section.mislabel_detection is not None and section.mislabel_detection.wrong is not None:
         with loading.at(asked, "validation", "mislabel_detection", "wrong"):
             check_wrong(_positions(asked, section), count)
+
+
+def _check_stability(asked: Job, given: Stability, estimators: dict[str, Any], module: nn.Module) -> None:
+    """Refuse ranks that no estimator can have, and a λ that there is no other one around."""
+    key = ("validation", "stability")
+    if given.ranks is not None:
+        if not any(hasattr(one, "rank") for one in estimators.values()):
+            raise asked.document.refusal(
+                (*key, "ranks"), "are for estimators that have one: Arnoldi, Nyström"
+            )
+        size = sum(parameter.numel() for parameter in module.parameters())
+        if max(given.ranks) >= size:
+            raise asked.document.refusal(
+                (*key, "ranks"), f"must be below the {size:,} parameters of the model"
+            )
+    elif given.regularizations is None:
+        for name, one in estimators.items():
+            first = (asked.hessian_regularizations or [one.hessian_regularization])[0]
+            if not isinstance(first, float | int) or first == 0:
+                what = "is 0" if first == 0 else "differs between blocks"
+                raise asked.document.refusal(
+                    key, f"must have regularizations: that of {name} {what}, and there is none around it"
+                )
 
 
 def _check_references(asked: Job, section: Validation, estimators: dict[str, Any]) -> None:
@@ -219,17 +244,17 @@ def training(
         return _optimized(asked, given.optimizer, loss)
     assert given.function is not None
     function = loading.named(asked, given.function, *key, "function")
+    arguments = given.arguments
     if isinstance(function, type):
-        function = loading.called(asked, function, given.arguments, *key, "function")
-    elif given.arguments and callable(function):
-        function = functools.partial(function, **given.arguments)
+        function, arguments = loading.called(asked, function, arguments, *key, "function"), {}
     try:
-        inspect.signature(function).bind(None, None, seed=0)
+        inspect.signature(function).bind(None, None, seed=0, **arguments)
     except TypeError as error:
+        more = f", {', '.join(arguments)}" if arguments else ""
         raise asked.document.refusal(
-            (*key, "function"), f"must be callable as (x, y, seed): {error}"
+            (*key, "function"), f"must be callable as (x, y, seed{more}): {error}"
         ) from error
-    return function
+    return functools.partial(function, **arguments) if arguments else function
 
 
 def _optimized(asked: Job, given: Optimizer, loss: Callable[..., torch.Tensor]) -> validation.Training:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dask_influence.cli.estimators import Estimator
@@ -15,6 +15,15 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0)]
 Seeds = Annotated[list[Seed], Field(min_length=1)]
 Points = Annotated[int, Field(ge=3)] | Annotated[list[Seed], Field(min_length=3)]
+
+
+def _different(given: list[Any]) -> list[Any]:
+    if len(set(given)) < 2:
+        raise PydanticCustomError("different", "must hold two or more different values")
+    return given
+
+
+_Different = AfterValidator(_different)
 
 # A part that is named without any field takes its defaults.
 _Asked = BeforeValidator(lambda given: {} if given is None else given)
@@ -123,9 +132,15 @@ class Mislabels(Section):
 class Stability(Section):
     """Scores at several λ, or at several ranks, against each other."""
 
-    regularizations: list[Damping] | None = None
-    ranks: list[Annotated[int, Field(ge=1)]] | None = None
+    regularizations: Annotated[list[Damping], _Different] | None = None
+    ranks: Annotated[list[Annotated[int, Field(ge=1)]], _Different] | None = None
     k: Annotated[int, Field(ge=1)] = 10
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Stability:
+        if self.regularizations is not None and self.ranks is not None:
+            raise PydanticCustomError("kind", "must have regularizations or ranks, not both")
+        return self
 
 
 PARTS = (

@@ -258,7 +258,7 @@ def _rows_of_outputs(problem: Problem, x: Tree, y: Tree, curvature: str) -> tupl
 def _factors(at: Outputs, curvature: str) -> tuple[Tensor, Tensor]:
     """L (n, r, K) float64 with A = Σ_r ± L_rᵀ L_r in the outputs of each sample, and the signs (n, r), 0 for none."""
     if curvature == "fisher":
-        factors = likelihood(at).factors().flatten(2)
+        factors = likelihood(at).factors().reshape(len(at.flat), -1, at.flat.shape[1])
         return factors, factors.new_ones(factors.shape[:2])
     values, vectors = torch.linalg.eigh(at.matrices(at.curvature()))  # (n, K), (n, K, K)
     factors = values.abs().sqrt()[..., None] * vectors.mT

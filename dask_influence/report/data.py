@@ -56,6 +56,11 @@ class Samples:
             They cannot be drawn like this.
         """
         work = facts.plan.work
+        if self.tokens is not None and not isinstance(self.tokens, Sequence | np.ndarray):
+            raise ConfigurationError(
+                f"{self.side}_tokens must be a sequence, of the tokens of each sample; got "
+                f"{type(self.tokens).__name__}"
+            )
         count = {"test": work.tests, "train": work.trains}[self.side]
         given = {self.side: self.source, f"{self.side}_tokens": self.tokens}
         for argument, points in given.items():
@@ -64,12 +69,11 @@ class Samples:
                     f"{argument} holds {len(points):,} samples, and {facts.location.url} was written for {count:,}; "
                     "give those of the run"
                 )
-        if self.tokens is not None and (
-            isinstance(self.tokens, str) or any(isinstance(text, str) for text in self.tokens[:1])
-        ):
-            raise ConfigurationError(
-                f"{self.side}_tokens must hold a sequence of tokens for each sample; got text"
-            )
+        for text in () if self.tokens is None else self.tokens:
+            if isinstance(text, str) or not isinstance(text, Sequence | np.ndarray):
+                raise ConfigurationError(
+                    f"{self.side}_tokens must hold a sequence of tokens for each sample; got {type(text).__name__}"
+                )
         if self.source is not None:
             self.depiction.check(self.of(0)[0], self.side)
 

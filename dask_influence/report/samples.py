@@ -199,7 +199,7 @@ class Depiction:
     def map(self, x: Any, strength: Array) -> Picture | None:
         """What each pixel does, on its own scale; None for what is no image."""
         leaf = leading(x)
-        if self._kind_of(leaf) != "image":
+        if self._kind_of(leaf) != "image" or strength.size != leaf.size:  # which it is of other data
             return None
         shape = self.image_shape or leaf.shape
         first = _channels_first(shape) if len(shape) == 3 else None
@@ -225,8 +225,10 @@ class Depiction:
         if strength is not None and len(strength) >= len(texts):
             # an embedding is scaled as a whole: the derivative of the score in that scale
             own = strength[: len(texts)]
-            flat = own if own.ndim == 1 else (own * leaf[: len(texts)]).reshape(len(texts), -1).sum(axis=1)
-            strengths = _scaled(flat)
+            if own.ndim == 1:
+                strengths = _scaled(own)
+            elif strength.shape == leaf.shape:  # else, the embeddings are not at hand
+                strengths = _scaled((own * leaf[: len(texts)]).reshape(len(texts), -1).sum(axis=1))
         kept = [Token(text, float(s)) for text, s in zip(texts, strengths, strict=True)][:MOST_TOKENS]
         return Text(tuple(kept), len(texts) - len(kept))
 
@@ -235,7 +237,13 @@ class Depiction:
         if given is None:
             return f"{number}"
         if callable(given):
-            return str(given(int(number)))
+            try:
+                return str(given(int(number)))
+            except Exception as error:
+                raise ConfigurationError(
+                    f"vocabulary failed for the token {int(number)} ({type(error).__name__}: {error}); return a text "
+                    "for each"
+                ) from error
         if isinstance(given, Mapping):
             return str(given.get(int(number), number))
         return str(given[int(number)]) if 0 <= number < len(given) else str(number)

@@ -25,6 +25,8 @@ from dask_influence.storage.stores import Location
 MOST_TESTS, MOST_TOP = 100, 50
 """What one page may be asked for; a longer one is no page."""
 
+_IDS = str | int | float | np.generic
+
 Store = str | os.PathLike[str] | Location
 
 
@@ -173,9 +175,16 @@ def _check_libraries() -> None:
 def _writable(output: str | os.PathLike[str]) -> Path:
     if not isinstance(output, str | os.PathLike):
         raise ConfigurationError(f"output must be a path; got {output!r}")
-    path = Path(output).expanduser()
     if "://" in str(output):
         raise ConfigurationError(f"output must be a file of this machine; got {str(output)!r}")
+    path = Path(output)
+    try:
+        path = path.expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
+        raise ConfigurationError(f"output cannot be a file: {error}") from error
     if path.is_dir():
         raise ConfigurationError(f"output must be a file; {path} is a folder")
     if not path.parent.is_dir():
@@ -191,7 +200,7 @@ def _tests(given: Sequence[Any] | None) -> list[Any] | None:
     if isinstance(given, str | bytes) or not isinstance(given, Sequence | np.ndarray):
         raise ConfigurationError(f"tests must be a sequence of ids; got {given!r}")
     listed = np.asarray(given).tolist() if isinstance(given, np.ndarray) else list(given)
-    unusable = [one for one in listed if not isinstance(one, str | int | float | np.generic)]
+    unusable = [one for one in listed if isinstance(one, bool) or not isinstance(one, _IDS)]
     if unusable:
         raise ConfigurationError(f"tests must hold ids, numbers or texts; got {unusable[0]!r}")
     if len(listed) > MOST_TESTS:
@@ -271,7 +280,10 @@ def _check_same(argument: str, facts: Facts, other: Facts) -> None:
 def _put(path: Path, text: str) -> None:
     """The whole file or nothing; what a text holds beyond Unicode is written as a reference."""
     content = text.encode("utf-8", "xmlcharrefreplace")
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".report-")
+    except OSError as error:
+        raise ConfigurationError(f"output: {path} cannot be written: {error}") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
@@ -84,7 +85,7 @@ def linear_datamodeling_score(
     check_number("fraction", fraction)
     check_training(training)
     experiment = Experiment.of(influence, train, test, seeds, seed, confidence, store, progress)
-    size = int(fraction * experiment.trains)
+    size = int(fraction * experiment.trains) if math.isfinite(fraction) else 0
     if not 0 < size < experiment.trains:
         raise ConfigurationError(
             f"fraction={fraction!r} of {experiment.trains} training points are {size}; "
@@ -112,7 +113,7 @@ def linear_datamodeling_score(
         settings={
             "subsets": subsets,
             "fraction": fraction,
-            "seeds": tuple(seeds),
+            "seeds": experiment.seeds,
             "confidence": confidence,
         },
     )

@@ -62,14 +62,12 @@ class Experiment:
                 f"influence must be a fitted influence model; got {type(influence).__name__}"
             )
         influence._require_fit()
-        seeds = tuple(seeds) if isinstance(seeds, Sequence | range) else (seeds,)
+        given = tuple(seeds) if isinstance(seeds, Sequence | np.ndarray) else (seeds,)
+        seeds = tuple(check_integer("seeds", value, 0) for value in given)
         if not seeds or len(set(seeds)) < len(seeds):
-            raise ConfigurationError(f"seeds must be one or more different integers; got {seeds!r}")
-        for value in (*seeds, seed):
-            check_integer("seeds" if value in seeds else "seed", value, 0)
-        check_number("confidence", confidence)
-        if not 0 < confidence < 1:
-            raise ConfigurationError(f"confidence must lie between 0 and 1; got {confidence!r}")
+            raise ConfigurationError(f"seeds must be one or more different integers; got {given!r}")
+        check_integer("seed", seed, 0)
+        check_confidence(confidence)
         check_progress(progress)
         location = None if store is None else Location.of(store)
         if location is not None:
@@ -163,6 +161,13 @@ class Experiment:
 
 def _at(batch: Any, columns: np.ndarray) -> Any:
     return optree.tree_map(lambda leaf: np.asarray(leaf)[columns], batch)
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse what is no share."""
+    check_number("confidence", confidence)
+    if not 0 < confidence < 1:
+        raise ConfigurationError(f"confidence must lie between 0 and 1; got {confidence!r}")
 
 
 def check_training(training: object) -> None:

@@ -123,5 +123,5 @@ def leave_one_out(
         noise=found.noise,
         failures=found.failures,
         seconds=found.seconds,
-        settings={"points left out": len(left_out), "seeds": tuple(seeds), "confidence": confidence},
+        settings={"points left out": len(left_out), "seeds": experiment.seeds, "confidence": confidence},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from dask_influence.storage.sources import Source, as_source
 from dask_influence.storage.stores import Location
 from dask_influence.validation import statistics
 from dask_influence.validation.effects import losses_of
-from dask_influence.validation.experiment import check_training
+from dask_influence.validation.experiment import check_confidence, check_training
 from dask_influence.validation.retraining import trained_on
 from dask_influence.validation.statistics import Interval
 from dask_influence.validation.training import TrainingFunction
@@ -145,7 +146,7 @@ def flip_labels(y: Any, fraction: float = 0.1, *, seed: int = 0) -> tuple[Any, n
         raise DataError("y holds one class; a label cannot be wrong")
     check_number("fraction", fraction)
     check_integer("seed", seed, 0)
-    count = round(fraction * len(labels))
+    count = round(fraction * len(labels)) if math.isfinite(fraction) else 0
     if not 0 < count <= len(labels):
         raise ConfigurationError(
             f"fraction={fraction!r} of {len(labels)} labels are {count}; give one that changes some"
@@ -209,6 +210,7 @@ def mislabel_detection(
     """
     influence._require_fit()
     check_integer("seed", seed, 0)
+    check_confidence(confidence)
     source = as_source(train, "train")
     flags = check_wrong(wrong, len(source))
     plain = GradientDotInfluence(
@@ -289,6 +291,7 @@ def planted_mislabels(
     (8, True)
     """
     check_training(training)
+    check_confidence(confidence)
     source = as_source(train, "train")
     x, y = source.read(0, len(source))
     labels, wrong = flip_labels(y, fraction, seed=seed)

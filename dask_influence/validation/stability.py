@@ -197,6 +197,8 @@ def _around(influence: InfluenceFunctionModel, given: Sequence[float] | None) ->
 
 
 def _different(name: str, given: Sequence[Any]) -> tuple[Any, ...]:
+    if not isinstance(given, Sequence | np.ndarray):
+        raise ConfigurationError(f"{name} must be a sequence of numbers; got {given!r}")
     for value in given:
         check_number(name, value)
     values = tuple(sorted(set(given)))

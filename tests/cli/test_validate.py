@@ -306,6 +306,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "must be 1 figures, one for each λ",
     ),
     "ranks of none": ({"stability": {"ranks": [1, 2]}}, "stability.ranks: are for estimators that have one"),
+    "ranks beyond the parameters": (
+        {"stability": {"ranks": [2, 650]}, "estimators": {"s": {"name": "ArnoldiInfluence", "rank": 3}}},
+        "stability.ranks: must be below the 650 parameters",
+    ),
+    "one λ": (
+        {"stability": {"regularizations": [0.1, 0.1]}},
+        "stability.regularizations: must hold two or more different values",
+    ),
+    "λ and ranks": (
+        {"stability": {"regularizations": [0.1, 1.0], "ranks": [1, 2]}},
+        "validation.stability: must have regularizations or ranks, not both",
+    ),
+    "around no λ": (
+        {"stability": {}, "estimators": {"plain": {"name": "EkfacInfluence"}}},
+        "validation.stability: must have regularizations: that of plain is 0",
+    ),
+    "no label to flip": (
+        {**TRAINED, "mislabel_detection": {"flip": 0.001}},
+        "mislabel_detection.flip: changes none of the 53 labels",
+    ),
+    "an argument that the function does not take": (
+        {"training": {**PLAIN, "arguments": {"stepz": 3}}, "leave_one_out": LOO},
+        "training.function: must be callable as (x, y, seed, stepz): got an unexpected keyword argument 'stepz'",
+    ),
     "wrong labels that are none": (
         {"mislabel_detection": {"wrong": [53]}},
         "mislabel_detection.wrong: wrong must be",

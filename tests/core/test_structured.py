@@ -184,6 +184,18 @@ def test_fisher_equals_the_gauss_newton_matrix_of_cross_entropy(name: str) -> No
     assert oracles.relative_error(value, expected) <= 1e-12
 
 
+@pytest.mark.parametrize("loss", [F.binary_cross_entropy_with_logits, F.mse_loss])
+def test_outputs_without_an_axis_of_their_own(loss: Callable[..., Tensor]) -> None:
+    """One number for each sample, as (n,)."""
+    net = data.seeded(
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+    ).double()
+    x, y = data.normal(1, 7, 5), data.classes(2, 7, 2).double()
+    problem, _ = prepare(Objective.of(net, loss), x, y)
+    found = matrix_sums(problem, x, y, {}, "fisher").mean("matrix")
+    assert oracles.relative_error(found, oracles.ggn(net[:3], loss, x, y[:, None])) < 1e-12
+
+
 def test_float32_models_keep_it_positive_semidefinite() -> None:
     # as far as the curvature in the outputs is, which is float32's here
     x, y = data.normal(1, 40, 5).float(), data.classes(2, 40, 3)

@@ -127,6 +127,26 @@ def test_text_is_shaded_token_by_token(made: Make, tmp_path: Path) -> None:
         assert ["up" in one.attributes["class"] for one in spans] == (expected[j] > 0).tolist()
 
 
+def test_tokens_without_their_embeddings_are_not_shaded(made: Make, tmp_path: Path) -> None:
+    x, y = torch.arange(24.0).reshape(4, 2, 3).sin(), torch.tensor([0, 1, 1, 0])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 2))
+    infl = DirectInfluence(model, cross_entropy, 0.1).fit((x, y))
+    infl.influences_to_zarr(tmp_path / "words.zarr", (x[:1], y[:1]), (x, y), mode="perturbation")
+    document = made(tmp_path / "words.zarr", train_tokens=[["a", "b"]] * 4)
+    texts = document.all("p", "text")
+    assert [text.text for text in texts] == ["a b"] * 4
+    assert not any(one.attributes.get("style") for text in texts for one in text.all("span", "token"))
+
+
+def test_a_vocabulary_that_fails_is_refused(made: Make, tmp_path: Path) -> None:
+    x, y = torch.arange(8).reshape(4, 2) % 3, torch.tensor([0, 1, 1, 0])
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 2), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    infl = DirectInfluence(model, cross_entropy, 0.5, curvature="ggn").fit((x, y))
+    infl.influences_to_zarr(tmp_path / "tokens.zarr", (x[:1], y[:1]), (x, y))
+    with pytest.raises(ConfigurationError, match=r"vocabulary failed for the token \d \(KeyError"):
+        made(tmp_path / "tokens.zarr", train=(x, y), vocabulary={}.__getitem__)
+
+
 def test_integers_are_text_and_the_vocabulary_names_them(made: Make, tmp_path: Path) -> None:
     x, y = torch.arange(24).reshape(6, 4) % 5, torch.tensor([0, 1, 0, 1, 0, 1])
     model = torch.nn.Sequential(torch.nn.Embedding(5, 2), torch.nn.Flatten(), torch.nn.Linear(8, 2))
@@ -462,6 +482,9 @@ def test_of_a_large_store_little_is_read(stores: Stores, made: Make, monkeypatch
         ("scores.zarr", {"train_ids": list(range(1, 54))}, DataError, "train_ids are not those"),
         ("scores.zarr", {"train_tokens": ["a"]}, DataError, "train_tokens holds 1 samples"),
         ("scores.zarr", {"train_tokens": ["abc"] * 53}, ConfigurationError, "sequence of tokens"),
+        ("scores.zarr", {"train_tokens": [["a"]] * 52 + [3]}, ConfigurationError, "sequence of tokens.*int"),
+        ("scores.zarr", {"train_tokens": iter([["a"]])}, ConfigurationError, "must be a sequence"),
+        ("scores.zarr", {"tests": [True]}, ConfigurationError, "tests must hold ids"),
         ("none.zarr", {}, StoreError, "holds no run"),
     ],
 )
@@ -504,6 +527,9 @@ def test_places_that_cannot_be_written_are_refused(stores: Stores, tmp_path: Pat
         (tmp_path / "none" / "r.html", "there is no folder"),
         ("s3://bucket/r.html", "a file of this machine"),
         (3, "must be a path"),
+        (tmp_path / ("r" * 300), "cannot be a file"),
+        ("a\0b", "cannot be a file"),
+        ("/proc/r.html", "/proc/r.html cannot be written"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             report(stores / "scores.zarr", output)  # type: ignore[arg-type]

@@ -203,6 +203,12 @@ def test_a_cluster_trains_to_the_same_bits(exact: DirectInfluence, cluster: Any)
 
 
 # -- bad input -------------------------------------------------------------------------
+@pytest.mark.parametrize("seeds", [3, np.array([3]), range(3, 4)])
+def test_seeds_of_every_kind(exact: DirectInfluence, seeds: Any) -> None:
+    found = leave_one_out(exact, TRAIN, TEST, ridge, points=3, seeds=seeds)
+    assert found.settings["seeds"] == (3,)
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [
@@ -228,6 +234,7 @@ def test_bad_arguments_are_named(exact: DirectInfluence, given: dict[str, Any], 
         ({"subsets": 9}, "subsets must be an integer ≥ 10; got 9"),
         ({"fraction": 1.0}, "fraction=1.0 of 60"),
         ({"fraction": 0.001}, "are 0"),
+        ({"fraction": float("nan")}, "fraction=nan of 60"),
     ],
 )
 def test_bad_subsets_are_named(exact: DirectInfluence, given: dict[str, Any], match: str) -> None:

@@ -93,6 +93,14 @@ def test_positions_that_are_none_are_refused(noisy: Any, wrong: Any) -> None:
         mislabel_detection(influence, train, wrong)
 
 
+def test_a_confidence_that_is_none_is_refused_before_any_training(noisy: Any) -> None:
+    influence, train, _ = noisy
+    with pytest.raises(ConfigurationError, match="confidence must lie between 0 and 1; got 95"):
+        mislabel_detection(influence, train, [1, 2], confidence=95)
+    with pytest.raises(ConfigurationError, match="confidence must lie between 0 and 1; got 95"):
+        planted_mislabels(influence, train, lambda x, y, seed: 1 / 0, confidence=95)  # type: ignore[arg-type,return-value]
+
+
 def test_flips_change_the_share_asked_for_and_nothing_else() -> None:
     y = np.repeat([2, 5, 9], 20)
     changed, wrong = flip_labels(y, 0.25, seed=1)
@@ -113,6 +121,7 @@ def test_flips_change_the_share_asked_for_and_nothing_else() -> None:
         (np.eye(3, dtype=int), 0.5, DataError),
         (np.arange(5), 0.0, ConfigurationError),
         (np.arange(5), 1.5, ConfigurationError),
+        (np.arange(5), float("nan"), ConfigurationError),
     ],
 )
 def test_flips_that_cannot_be_are_refused(y: np.ndarray, fraction: float, error: type[Exception]) -> None:
@@ -163,6 +172,7 @@ def test_stability_compares_ranks(noisy: Any, kind: type[InfluenceFunctionModel]
     [
         ({"regularizations": (0.1,)}, "two or more different values"),
         ({"regularizations": (0.1, "much")}, "regularizations must be a number"),
+        ({"regularizations": 0.1}, "regularizations must be a sequence"),
         ({"k": 0}, "k must be an integer"),
         ({"k": 151}, "k must be an integer"),
         ({"ranks": (2, 3)}, "DirectInfluence has no rank"),
