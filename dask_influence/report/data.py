@@ -62,6 +62,11 @@ class Samples:
                 f"{type(self.tokens).__name__}"
             )
         count = {"test": work.tests, "train": work.trains}[self.side]
+        if self.side == "test" and work.diagonal and self.drawable:
+            raise ConfigurationError(
+                f"test: {facts.location.url} holds each training point scored on itself, and no test points; leave "
+                "their data out"
+            )
         given = {self.side: self.source, f"{self.side}_tokens": self.tokens}
         for argument, points in given.items():
             if points is not None and len(points) != count:

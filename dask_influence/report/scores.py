@@ -252,6 +252,7 @@ class Scores:
             block = self._strength(stored.read(*box))
             pairs += block.size
             held = ~np.isnan(block)
+            self._check_there(block.size - int(held.sum()))
             found.append(block[held])
             signed = -block if self.layout.features else block
             least = np.where(held, signed, np.inf).min(axis=1)
@@ -267,6 +268,14 @@ class Scores:
         block = block.astype(np.float64)
         axes = tuple(range(2, block.ndim))
         return np.sqrt((block * block).sum(axis=axes)) if axes else block
+
+    def _check_there(self, missing: int) -> None:
+        """Refuse a complete store of which objects are gone: they read as NaN."""
+        if missing and self.facts.state == "complete":
+            raise CorruptStoreError(
+                f"{self.layout.name!r} of {self.facts.location.url} is complete, and scores of it are gone; "
+                "verify(store) names what is damaged"
+            )
 
     # -- which rows ---------------------------------------------------------------------
     def positions(self, asked: Sequence[Any]) -> list[int]:
@@ -334,6 +343,7 @@ class Scores:
 
     def _sorted(self, row: int, values: Array, columns: Array, top: int) -> Ranked:
         held = np.flatnonzero(~np.isnan(values))
+        self._check_there(len(values) - len(held))
         order = held[np.argsort(-values[held], kind="stable")]
 
         def entry(at: int) -> Scored:
@@ -378,13 +388,20 @@ def known_ids(facts: Facts, side: str, given: dict[str, Array]) -> Array | None:
     ------
     DataError
         Those given are not the run's.
+    CorruptStoreError
+        Those in the store are not: where the object that holds them is gone, they read as zeros.
     """
     own = given.get(side)
     written = facts.fingerprint.get(f"{side}_ids")
     if own is not None and written is not None and digest_of(own) != written:
         raise DataError(f"{side}_ids are not those of the run that wrote {facts.location.url}; give the same")
     if side in facts.dataset.coords:
-        return np.asarray(facts.dataset[side].values)
+        held = np.asarray(facts.dataset[side].values)
+        if written is not None and digest_of(held) != written:
+            raise CorruptStoreError(
+                f"{side!r} of {facts.location.url} is not what was written; verify(store) names what is damaged"
+            )
+        return held
     if own is not None:
         return own
     count = {"test": facts.plan.work.tests, "train": facts.plan.work.trains}.get(side, 0)

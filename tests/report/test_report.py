@@ -503,6 +503,8 @@ def test_data_that_do_not_fit_are_refused(stores: Stores, tmp_path: Path) -> Non
     x, y = stores.train
     with pytest.raises(DataError, match=r"train holds 52 samples, .* was written for 53"):
         report(stores / "scores.zarr", tmp_path / "r.html", train=(x[:-1], y[:-1]))
+    with pytest.raises(ConfigurationError, match=r"test: .* no test points; leave their data out"):
+        report(stores / "own.zarr", tmp_path / "r.html", test=stores.test)
     with pytest.raises(ConfigurationError, match=r"image_shape=.* does not fit"):
         report(stores / "scores.zarr", tmp_path / "r.html", train=stores.train, image_shape=(8, 9))
     with pytest.raises(ConfigurationError, match="feature_names holds 2 names"):
@@ -572,6 +574,24 @@ def test_a_damaged_shard_is_named(stores: Stores, tmp_path: Path) -> None:
     shard.write_bytes(content)
     with pytest.raises(CorruptStoreError, match=r"'influence' of .* cannot be decoded"):
         report(store, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("influence/c", "'influence' of .* is complete, and scores of it are gone"),
+        ("test/c", "'test' of .* is not what was written"),
+        ("train/c", "'train' of .* is not what was written"),
+    ],
+)
+def test_objects_that_are_gone_are_no_scores_and_no_ids(
+    stores: Stores, tmp_path: Path, gone: str, message: str
+) -> None:
+    shutil.copytree(stores / "scores.zarr", tmp_path / "damaged.zarr")
+    shutil.rmtree(tmp_path / "damaged.zarr" / gone)
+    with pytest.raises(CorruptStoreError, match=message):
+        report(tmp_path / "damaged.zarr", tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 
