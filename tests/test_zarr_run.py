@@ -513,6 +513,14 @@ def test_a_fit_whose_workers_are_gone_ends() -> None:
             fitted.fit(case.train, progress=leave)
 
 
+def test_a_scheduler_that_tells_nothing_is_gone(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = DaskExecutor(client)
+    assert executor.cluster.workers >= 1
+    monkeypatch.setattr(Client, "scheduler_info", lambda *_, **__: {})
+    with pytest.raises(ClusterError, match=r"is gone .* start it and call again"):
+        _ = executor.cluster
+
+
 def test_a_result_that_left_with_its_worker_is_not_waited_for_without_end() -> None:
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,

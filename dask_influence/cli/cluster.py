@@ -151,7 +151,7 @@ def _reported(file: str) -> Iterator[None]:
 
 def _described(client: Client) -> str:
     threads = client.nthreads()
-    address = client.scheduler_info(n_workers=0)["address"]
+    address = client.scheduler_info(n_workers=0).get("address", "that has just gone")
     return f"{len(threads)} workers, {sum(threads.values())} threads, scheduler {address}"
 
 

@@ -96,7 +96,10 @@ class DaskExecutor(Executor):
     def cluster(self) -> Cluster:
         """The workers, each taken to be as the smallest one."""
         with self._connected(), self._reaching():
-            workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+            found = self.client.scheduler_info(n_workers=-1)
+        if "workers" not in found:  # what a client says of a scheduler that has just gone
+            raise self._gone(CommClosedError("it told nothing of its workers"))
+        workers = found["workers"].values()
         threads = min((worker["nthreads"] for worker in workers), default=1)
         memory = [worker["memory_limit"] * threads // worker["nthreads"] for worker in workers]
         return Cluster(max(1, len(workers)), threads, min((m for m in memory if m), default=None))
