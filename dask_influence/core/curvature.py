@@ -121,7 +121,7 @@ def empirical_fisher_products(problem: Problem, x: Tree, y: Tree, vectors: Tenso
     """
     if len(vectors) <= FEW_VECTORS or problem.forms.gradient == "loop":
         weights = directional_derivatives(problem, x, y, vectors)  # (n, B)
-        return _weighted_gradients(problem, x, y, weights)
+        return weighted_gradients(problem, x, y, weights)
     total = torch.zeros_like(vectors)
     for part_x, part_y in _parts(x, y, _samples_at_once(problem, 1)):
         rows = gradients(problem, part_x, part_y)  # (n, P)
@@ -162,7 +162,7 @@ def _expectation(found: Likelihood) -> Inner:
     return inner
 
 
-def _weighted_gradients(problem: Problem, x: Tree, y: Tree, weights: Tensor) -> Tensor:
+def weighted_gradients(problem: Problem, x: Tree, y: Tree, weights: Tensor) -> Tensor:
     """Σ_j w_jb g_j for weights (n, B), shape (B, P): one backward pass for each column."""
     objective = problem.objective
     with differentiation(), torch.enable_grad():

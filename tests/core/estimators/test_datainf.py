@@ -80,6 +80,25 @@ def test_outer_products_and_gradients_agree(how: str, monkeypatch: pytest.Monkey
     assert oracles.relative_error(scores(held, blocks=how), found) > SAME  # that way is the one taken
 
 
+class Rarely(nn.Module):
+    """Uses a weight in another way too, on samples that are not among the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        also = (self.inner.weight.square().sum() * (x[:, :1] > 1)).expand(-1, 2)
+        return self.head(torch.tanh(self.inner(x))) + also
+
+
+def test_gradients_that_are_no_outer_products_on_some_samples_are_formed() -> None:
+    train, test = ((data.normal(s, n, 3), data.normal(s + 1, n, 2)) for s, n in ((81, 17), (83, 11)))
+    train[0][:5, 0], train[0][9, 0] = -1, 2
+    held = data.Case(data.seeded(Rarely).double(), nn.functional.mse_loss, train, test, 0.05)
+    assert oracles.relative_error(scores(held), held.up(dense(held, 0.05))) <= EXACT
+
+
 def test_blocks_are_those_asked_for() -> None:
     held = data.mlp_classification()
     results = [scores(held, blocks=how) for how in ("layer", "parameter", "model")]
