@@ -28,7 +28,7 @@ import numpy as np
 import pictures
 import problems
 import results
-from protocol import HERE
+from protocol import HERE, SideError
 from results import Result
 from rich.console import Console
 from sides import OURS, Sides
@@ -134,8 +134,8 @@ class Session:
 
 def _refuse_above(target: Target, what: str, found: float, allowed: float) -> None:
     if not found <= allowed:
-        raise SystemExit(
-            f"{target.name}: {what} {found:.1e}, allowed {allowed:.1e}: its times count for nothing"
+        raise checks.DisagreementError(
+            f"{what} {found:.1e}, allowed {allowed:.1e}: its times count for nothing"
         )
 
 
@@ -155,14 +155,13 @@ def chosen(only: Sequence[str], quick: bool, pythons: Mapping[str, str]) -> list
     return found
 
 
-def part(name: str, output: Path, repeats: int) -> list[Result]:
-    """The rows of a command of its own; what it draws stands in ``output``."""
+def part(name: str, output: Path, repeats: int) -> None:
+    """Run a command of its own; its rows and what it draws stand in ``output``."""
     script, threads = PARTS[name]
     print(f"{name}: {script}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(HERE / script), "--output", str(output), "--repeats", str(repeats)]
     subprocess.run(command, env=environment, check=True)
-    return results.read(output / f"{name}.json")
 
 
 def digest() -> str:
@@ -192,8 +191,9 @@ def main() -> None:
     args = arguments()
     pythons = {"pydvl": args.pydvl_python, "kronfluence": args.kronfluence_python}
     pythons = {OURS: sys.executable} | {name: python for name, python in pythons.items() if python}
-    kept = args.output / digest()
+    kept = args.output / (digest() + "-small" * problems.SMALL)
     kept.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
         problems.make(Path(name))
         session = Session(sides := Sides(pythons, Path(name), args.threads), args.repeats)
@@ -202,12 +202,19 @@ def main() -> None:
             if args.again or not file.exists():
                 print(f"{target.name}: {target.title}", flush=True)
                 began = time.perf_counter()
-                results.write(file, [session.measure(target)])
+                try:
+                    results.write(file, [session.measure(target)])
+                except (checks.DisagreementError, SideError) as error:
+                    failed[target.name] = str(error)
+                    print(f"    {error}", flush=True)
                 print(f"    {time.perf_counter() - began:.0f} s in all", flush=True)
         sides.close()
     for name in (name for name in PARTS if not args.only or name in args.only):
         if args.again or not (kept / f"{name}.json").exists():
-            part(name, kept, args.repeats)
+            try:
+                part(name, kept, args.repeats)
+            except subprocess.CalledProcessError as error:
+                failed[name] = f"ended with code {error.returncode}"
     order = [*(target.name for target in TARGETS), *PARTS]
     files = [kept / f"{name}.json" for name in order if (kept / f"{name}.json").exists()]
     rows = [row for file in files for row in results.read(file)]

@@ -15,10 +15,14 @@ AT_ONCE = 10
 Array = np.ndarray
 
 
+class DisagreementError(Exception):
+    """The sides did not compute the same."""
+
+
 def relative_error(got: Array, expected: Array) -> float:
     """In the norm of the whole result; shapes have to agree."""
     if got.shape != expected.shape:
-        raise SystemExit(f"results differ in shape: ours {got.shape}, theirs {expected.shape}")
+        raise DisagreementError(f"results differ in shape: ours {got.shape}, theirs {expected.shape}")
     wide = expected.astype(np.float64)
     return float(np.linalg.norm(got.astype(np.float64) - wide) / np.linalg.norm(wide))
 

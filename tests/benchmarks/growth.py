@@ -17,6 +17,7 @@ from typing import Any
 import pictures
 import results
 import torch
+from problems import SMALL
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -91,7 +92,7 @@ def main() -> None:
     found: dict[str, list[tuple[int, float]]] = {}
     for name in args.only:
         of, sizes = GROWING[name]
-        found[name] = [(of(size), median(runs(size, args.repeats))) for size in sizes]
+        found[name] = [(of(size), median(runs(size, args.repeats))) for size in sizes[: 2 if SMALL else None]]
         text = "  ".join(f"{at:,}: {seconds:.3f} s" for at, seconds in found[name])
         print(f"    {name}: {text}", flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
