@@ -124,7 +124,7 @@ def _with_options(
 
     A process that runs tasks finds out: this one need not have what they need.
     """
-    if options == Options(options.device):
+    if not (options.compile or options.matmul_precision != "highest"):
         return problem, {}
     few = ArraySource(*source.read(0, min(SAMPLES_CHECKED, len(source))), argument=source.argument)
     job = tasks.Job(

@@ -132,7 +132,7 @@ class DaskExecutor(Executor):
 
     def check_options(self, options: Options) -> None:
         """Ask every worker, again when there are others."""
-        if options == Options(options.device) or self._workers() <= self._able.get(options, frozenset()):
+        if not options.demanding or self._workers() <= self._able.get(options, frozenset()):
             return
         answers = self._run(options.lacking)
         for address, lacks in answers.items():

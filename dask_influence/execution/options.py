@@ -38,6 +38,11 @@ class Options:
     compile: bool = False
     matmul_precision: str = "highest"
 
+    @property
+    def demanding(self) -> bool:
+        """Whether any process may lack something."""
+        return self.compile or self.matmul_precision != "highest" or self.device not in ("auto", "cpu")
+
     def check(self) -> None:
         """Refuse what this process lacks.
 

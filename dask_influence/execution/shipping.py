@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from dask_influence.core.estimators import INVERSES, Inverse
 from dask_influence.core.forms import Forms
-from dask_influence.core.objective import Objective
+from dask_influence.core.objective import Objective, loss_on
 from dask_influence.core.problem import Pairing, Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.artifacts import Artifact, Artifacts
@@ -115,7 +115,8 @@ class ShippedModel:
 
     def _build(self) -> Problem:
         module, loss = _SkeletonUnpickler(io.BytesIO(self.skeleton), self.tensors.load()).load()
-        objective = Objective(module.to(resolve_device(self.device)), loss, self.names)
+        device = resolve_device(self.device)
+        objective = Objective(module.to(device), loss_on(loss, device), self.names)
         return Problem(objective, self.forms, self.activations, self.pairing, self.matmul_precision)
 
 
