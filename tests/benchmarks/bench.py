@@ -58,7 +58,9 @@ class Session:
         """Compare, time in turn, check what was timed."""
         strictly = self.compare(target, target.strict) if target.strict else ""
         ours, theirs, values = self.times(target)
-        checked = ", ".join(filter(None, [strictly, self.check(target, *values)]))
+        scaled = f"peer: {target.scaled} x the first 1/{target.scaled}" if target.scaled > 1 else ""
+        checked = ", ".join(filter(None, [strictly, self.check(target, *values), scaled]))
+        theirs = [seconds * target.scaled for seconds in theirs]
         return Result(target.name, target.title, target.peer, ours, theirs, target.factor, note=checked)
 
     def compare(self, target: Target, strict: Strict) -> str:
@@ -102,7 +104,7 @@ class Session:
     def check(self, target: Target, ours: Any, theirs: Any) -> str:
         """What was timed, by the target's kind of check; stops where it fails."""
         if target.check == "values":
-            error = checks.relative_error(ours, theirs)
+            error = checks.relative_error(ours[: len(theirs)], theirs)
             _refuse_above(target, "relative error", error, target.allowed)
             return f"{error:.0e} in float32"
         if target.check == "tolerance":

@@ -15,7 +15,7 @@ from growth import Size, fitted, samples
 from problems import SMALL
 from results import Result
 
-SIZE = Size(tests=512, trains=2**12 if SMALL else 2**16, features=512, hidden=256)
+SIZE = Size(tests=512, trains=2**12 if SMALL else 2**15, features=512, hidden=256)
 """Many seconds of one core: what starting tasks costs is none of it."""
 
 
