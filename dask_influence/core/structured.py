@@ -111,13 +111,19 @@ class _Block:
 
 
 class _Total:
-    """The sum over samples: the blocks of each pair of layers, l ≤ m, until the rest is their mirror image."""
+    """The sum over samples, layer by layer, l ≤ m: as what the products over samples give, until all are in.
+
+    So a block of samples costs its products and one addition, and the matrix is written once.
+    """
 
     def __init__(self, problem: Problem, layout: Layout) -> None:
-        size, device = problem.objective.size, problem.objective.device
+        self.size, self._device = problem.objective.size, problem.objective.device
         self.blocks = [_Block(layer, problem) for layer in layout.layers]
         self.pairs = list(itertools.combinations_with_replacement(range(len(self.blocks)), 2))
-        self._matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._sums: dict[tuple[int, int], Tensor] = {}
+        """Of l with itself (q ≤ q', p · r), of l before m (q · q', p · r)."""
+        self._bent: dict[tuple[int, int], Tensor] = {}
+        """(q' · p' · q, p) where the input p' of layer m bends with the output q of layer l, at [l, m]."""
 
     @property
     def elements(self) -> int:
@@ -129,28 +135,15 @@ class _Total:
     def add(self, first: int, second: int, inputs: list[Tensor], curvature: Tensor) -> None:
         """Σ_j B[q, q'] a_l[p] a_m[p'] between two layers, for B (n, q, q')."""
         left, right = self.blocks[first], self.blocks[second]
+        if first == second:  # half of B is enough
+            upper = _upper(left.rows, curvature.device)
+            curvature = curvature[:, upper[0], upper[1]]
         step = max(1, BUDGET // (left.width * right.width * curvature.element_size()))
         for part in (slice(start, start + step) for start in range(0, len(curvature), step)):
             a = left.layer.homogeneous(inputs[first][part])
             b = right.layer.homogeneous(inputs[second][part])
             outer = torch.einsum("np,nr->npr", a, b).flatten(1)
-            if first == second:
-                self._add_own(left, curvature[part], outer)
-            else:
-                product = curvature[part].flatten(1).mT @ outer
-                shape = (left.rows, right.rows, left.width, right.width)
-                self._place(left, right, product.reshape(shape).transpose(1, 2))
-
-    def _add_own(self, block: _Block, curvature: Tensor, outer: Tensor) -> None:
-        """Of one layer with itself: half of B is enough, and what it gives is symmetric to the last bit."""
-        upper = torch.triu_indices(block.rows, block.rows, device=outer.device)
-        pairs = (curvature[:, upper[0], upper[1]].mT @ outer).unflatten(1, (block.width, block.width))
-        own = upper[0] == upper[1]
-        pairs[own] = (pairs[own] + pairs[own].mT) / 2
-        result = pairs.new_empty(block.rows, block.rows, block.width, block.width)
-        result[upper[0], upper[1]] = pairs
-        result[upper[1], upper[0]] = pairs.mT
-        self._place(block, block, result.transpose(1, 2))
+            _add(self._sums, (first, second), curvature[part].flatten(1).mT @ outer)
 
     def add_bent(self, seen: Response, first: int, second: int) -> None:
         """Σ_j δ_m[q'] J_ml[p', q] a_l[p], where m's input depends on l's output."""
@@ -158,29 +151,67 @@ class _Total:
         moved = seen.jacobians[second][first]  # (n, p', q)
         if moved is None or right.layer.weight is None:
             return
-        a = left.layer.homogeneous(seen.inputs[first])
         outer = torch.einsum("ns,nrq->nsrq", seen.derivatives[second], moved)
-        part = (outer.flatten(1).mT @ a).unflatten(0, outer.shape[1:])  # (q', p', q, p)
-        if first < second:
-            self._place(left, right, part.permute(2, 3, 0, 1))
-        else:
-            self._place(right, left, part)
-
-    def _place(self, left: _Block, right: _Block, part: Tensor) -> None:
-        """Add (q, p, q', p') to the rows of one layer and the columns of another; p' may lack the bias."""
-        for rows, p in left.parts:
-            for columns, r in right.parts:
-                source = part[:, p, :, r]
-                if source.shape[1] and source.shape[3]:
-                    target = self._matrix[rows, columns]
-                    target = target.unflatten(0, source.shape[:2]).unflatten(2, source.shape[2:])
-                    target += source
+        a = left.layer.homogeneous(seen.inputs[first])
+        _add(self._bent, (first, second), outer.flatten(1).mT @ a)
 
     def symmetric(self) -> Tensor:
         """The whole matrix, on CPU."""
+        # every entry is written: the layers hold all of θ
+        matrix = torch.empty(self.size, self.size, dtype=torch.float64, device=self._device)
+        for (first, second), total in self._sums.items():
+            left, right = self.blocks[first], self.blocks[second]
+            pairs = total.unflatten(1, (left.width, right.width))
+            if first == second:
+                self._place_own(matrix, left, pairs)
+            else:
+                part = pairs.unflatten(0, (left.rows, right.rows)).transpose(1, 2)
+                _place(matrix, left, right, part, Tensor.copy_)
+        for (first, second), total in self._bent.items():
+            left, right = self.blocks[first], self.blocks[second]
+            part = total.unflatten(0, (right.rows, -1, left.rows))  # (q', p', q, p)
+            if first < second:
+                _place(matrix, left, right, part.permute(2, 3, 0, 1), Tensor.add_)
+            else:
+                _place(matrix, right, left, part, Tensor.add_)
         for first, second in self.pairs:
             if first != second:
                 for rows, _ in self.blocks[first].parts:
                     for columns, _ in self.blocks[second].parts:
-                        self._matrix[columns, rows] = self._matrix[rows, columns].mT
-        return self._matrix.cpu()
+                        matrix[columns, rows] = matrix[rows, columns].mT
+        return matrix.cpu()
+
+    @staticmethod
+    def _place_own(matrix: Tensor, block: _Block, pairs: Tensor) -> None:
+        """Blocks (q ≤ q', p, r) of a layer with itself, symmetric to the last bit when they stand."""
+        upper = _upper(block.rows, matrix.device)
+        own = upper[0] == upper[1]
+        pairs[own] = (pairs[own] + pairs[own].mT) / 2
+        for rows, p in block.parts:
+            for columns, r in block.parts:
+                target = matrix[rows, columns].unflatten(0, (block.rows, -1)).unflatten(2, (block.rows, -1))
+                target[upper[0], :, upper[1], :] = pairs[:, p, r]
+                target[upper[1], :, upper[0], :] = pairs[:, r, p].mT
+
+
+def _upper(rows: int, device: torch.device) -> Tensor:
+    return torch.triu_indices(rows, rows, device=device)
+
+
+def _add(sums: dict[tuple[int, int], Tensor], key: tuple[int, int], part: Tensor) -> None:
+    if key in sums:
+        sums[key] += part
+    else:
+        sums[key] = part.to(torch.float64)
+
+
+def _place(
+    matrix: Tensor, left: _Block, right: _Block, part: Tensor, write: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Copy or add (q, p, q', p') to the rows of one layer and the columns of another; p' may lack the bias."""
+    for rows, p in left.parts:
+        for columns, r in right.parts:
+            source = part[:, p, :, r]
+            if source.shape[1] and source.shape[3]:
+                target = matrix[rows, columns]
+                write(target.unflatten(0, source.shape[:2]).unflatten(2, source.shape[2:]), source)

@@ -101,10 +101,12 @@ class Executor(ABC):
         function: Callable[..., Moments],
         calls: Sequence[tuple[Any, ...]],
         report: Callable[[int, int], None] | None = None,
+        threads: int = 1,
     ) -> Moments:
         """Σ function(*call), added in a tree whose shape depends on the number of calls alone.
 
-        ``report`` is told how many calls are done, and how many there are.
+        ``report`` is told how many calls are done, and how many there are; a call takes ``threads``
+        torch threads.
         """
 
     @abstractmethod

@@ -161,6 +161,7 @@ class DaskExecutor(Executor):
         function: Callable[..., Moments],
         calls: Sequence[tuple[Any, ...]],
         report: Callable[[int, int], None] | None = None,
+        threads: int = 1,
     ) -> Moments:
         """Σ function(*call): partial sums meet on the workers, the total comes through the store."""
         with self._connected():

@@ -17,10 +17,13 @@ from dask_influence.errors import MemoryLimitError
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor, Sealed
 from dask_influence.execution.plan import format_bytes
-from dask_influence.grid import Chunks
+from dask_influence.grid import Chunks, balanced
 
 MOST_GROUPS = 64
 """Tasks of one round; each adds up a run of chunks, so that few partial sums are in flight."""
+
+MOST_JOINED = 1024
+"""Samples up to which chunks are joined where their sums are larger than all that the samples take."""
 
 SUMS_IN_FLIGHT = 4 * 2**30
 """Bytes of partial sums that all groups of one round may hold together."""
@@ -38,11 +41,17 @@ class Passes:
         A :class:`tasks.Job` whose source is the fitted data.
     chunks : Chunks
         How they are cut.
+    threads : int
+        torch threads that a task takes.
+    sample_bytes : int, optional
+        What a sample takes when it is differentiated; chunks are joined by it.
     """
 
     executor: Executor
     job: Sealed
     chunks: Chunks
+    threads: int = 1
+    sample_bytes: int | None = None
 
     def __call__(
         self, request: Round, *, first: bool = False, report: Callable[[int, int], None] | None = None
@@ -58,9 +67,9 @@ class Passes:
         """
         self._check_memory(request.result_bytes)
         operand = self.executor.publish(request.operand)
-        groups = self._groups(self._pieces(request.samples), request.result_bytes)
+        groups = self._groups(self._pieces(request), request.result_bytes)
         calls = [(self.job, request.function, operand, group, first) for group in groups]
-        return self.executor.reduce(tasks.sum_group, calls, report)
+        return self.executor.reduce(tasks.sum_group, calls, report, self.threads)
 
     def _check_memory(self, result_bytes: int) -> None:
         needed, allowed = (
@@ -75,10 +84,18 @@ class Passes:
                 "EkfacInfluence), narrow parameters= or block_structure=, or give workers more memory"
             )
 
-    def _pieces(self, samples: Sequence[range] | None) -> list[range]:
-        if samples is None:
-            return list(self.chunks)
-        return [piece for run in samples for piece in self.chunks.within(run.start, run.stop)]
+    def _pieces(self, request: Round) -> list[range]:
+        if request.samples is not None:
+            return [piece for run in request.samples for piece in self.chunks.within(run.start, run.stop)]
+        return list(self._joined(request.result_bytes))
+
+    def _joined(self, result_bytes: int) -> Chunks:
+        """The chunks; runs of them where adding up sums of this size would cost as much as making them."""
+        if self.sample_bytes is None:
+            return self.chunks
+        most = min(MOST_JOINED, result_bytes // self.sample_bytes, -(-self.chunks.total // 2))
+        wide = balanced(self.chunks.total, max(most, self.chunks.size)).size
+        return Chunks(self.chunks.total, self.chunks.size * max(1, -(-wide // self.chunks.size)))
 
     def _groups(self, pieces: list[range], result_bytes: int) -> Iterator[Sequence[range]]:
         most = min(MOST_GROUPS, max(4, SUMS_IN_FLIGHT // max(1, result_bytes)))

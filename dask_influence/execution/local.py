@@ -1,8 +1,9 @@
-"""LocalExecutor: the readable sequential oracle that runs every task in this process."""
+"""LocalExecutor: the readable oracle that runs every task in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +13,14 @@ from dask_influence.core.moments import Moments, merge
 from dask_influence.core.problem import Problem
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
+from dask_influence.execution.lanes import in_lanes
 from dask_influence.execution.shipping import Held
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
 
 
 class LocalExecutor(Executor):
-    """One task after the other, nothing serialised, nothing staged."""
+    """Nothing serialised, nothing staged; partial sums side by side, all else one task after the other."""
 
     def __init__(self) -> None:
         self._artifacts = Artifacts()
@@ -55,11 +57,12 @@ class LocalExecutor(Executor):
         function: Callable[..., Moments],
         calls: Sequence[tuple[Any, ...]],
         report: Callable[[int, int], None] | None = None,
+        threads: int = 1,
     ) -> Moments:
-        """Evaluate all calls, then add them in the tree that every executor uses."""
+        """Evaluate all calls, side by side where threads are left, then add them in the tree of every executor."""
         parts = []
-        for call in calls:
-            parts.append(function(*call))
+        for part in in_lanes([partial(function, *call) for call in calls], threads):
+            parts.append(part)
             if report is not None:
                 report(len(parts), len(calls))
         return merge(parts)

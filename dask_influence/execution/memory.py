@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import partial
 
 import numpy as np
@@ -16,6 +14,7 @@ from dask_influence.core import directional
 from dask_influence.core.chain import Chain
 from dask_influence.execution import tasks
 from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.lanes import lanes_of, pool
 from dask_influence.execution.plan import FEWEST_FACTORS, Plan
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
@@ -71,22 +70,7 @@ def factors_in_memory(
         bounds = (chunk.start, chunk.stop, batch)
         return tasks.closed_factors(job, solver, *bounds, project=project, certify=False).rows
 
-    return torch.cat(list(_pool(_lanes(fit.threads)).map(solve, chunks)))
-
-
-def _lanes(threads: int) -> int:
-    """How many tasks of ``threads`` torch threads run at once, each on a part, as on a cluster: for the same bits."""
-    return max(1, torch.get_num_threads() // threads)
-
-
-@functools.cache
-def _pool(lanes: int) -> ThreadPoolExecutor:
-    """Threads that stay: to start some takes milliseconds beside others that compute."""
-    return ThreadPoolExecutor(lanes, thread_name_prefix="dask-influence")
-
-
-# a child of this process has the pool, but none of its threads
-os.register_at_fork(after_in_child=_pool.cache_clear)
+    return torch.cat(list(pool(lanes_of(fit.threads)).map(solve, chunks)))
 
 
 class _Shared:
@@ -99,7 +83,7 @@ class _Shared:
     def add(self, calls: Iterable[Callable[[], None]]) -> None:
         """Let the others begin with ``calls``, after those that were added before."""
         self._queue.extend(calls)
-        self._busy += [_pool(self._others).submit(self._take) for _ in range(self._others)]
+        self._busy += [pool(self._others).submit(self._take) for _ in range(self._others)]
 
     def finish(self) -> None:
         """Take part until all is done."""
@@ -129,7 +113,7 @@ def _perturbations_by_chain(
     This thread is one of the lanes, and differentiates, which only one can do at a time, while the others
     multiply: first the gradients of the test points, then what the training samples of a batch need.
     """
-    problem, work, lanes = fit.model.problem(), plan.work, _Shared(_lanes(fit.threads) - 1)
+    problem, work, lanes = fit.model.problem(), plan.work, _Shared(lanes_of(fit.threads) - 1)
     scores = np.empty((work.tests, work.trains, *work.features), dtype=fit.score_dtype)
     queries, inverse = _job(fit, test), fit.solver.inverse()
 

@@ -102,8 +102,9 @@ class Resources:
         """What answers rounds over ``source``."""
         chunks = Chunks(len(source), self._samples_at_once(problem, source))
         reachable = executor.reachable(source, chunks.size)
-        job = tasks.Job(executor.model(problem, self.device), reachable, "train", self.threads(problem))
-        return Passes(executor, executor.seal(job), chunks)
+        threads = self.threads(problem)
+        job = tasks.Job(executor.model(problem, self.device), reachable, "train", threads)
+        return Passes(executor, executor.seal(job), chunks, threads, _sample_bytes(problem))
 
     def threads(self, problem: Problem) -> int:
         """torch threads per task: one on a cluster and for small models, what the process owns otherwise.
@@ -121,8 +122,13 @@ class Resources:
             return min(self.chunk_size, len(source))
         held, most = settings.nbytes("chunk.bytes"), len(source)
         if held is not None:
-            most = max(1, held // (8 * problem.activations * problem.objective.dtype.itemsize))
+            most = max(1, held // _sample_bytes(problem))
         natural = source.chunk_size or settings.count("chunk.samples")
         # Each chunk's sums are as large as θ, whatever its samples: many samples share their cost.
         worthwhile = min(problem.objective.size // PARAMETERS_PER_SAMPLE, LARGEST_CHUNK, most)
         return min(natural * max(1, worthwhile // natural), most, len(source))
+
+
+def _sample_bytes(problem: Problem) -> int:
+    """What a sample takes when a vector is pushed through the model."""
+    return 8 * problem.activations * problem.objective.dtype.itemsize

@@ -42,3 +42,29 @@ def test_sums_that_no_task_can_hold_are_refused(result_bytes: int, fits: bool) -
         with pytest.raises(MemoryLimitError, match=r"1002 bytes.*1000 bytes.*ArnoldiInfluence"):
             passes(Round(never, result_bytes=result_bytes))
     assert executor.passes == fits
+
+
+@pytest.mark.parametrize(
+    ("chunk", "result_bytes", "pieces"),
+    [
+        (256, 10**9, [768, 669]),  # two at least, of nearly as many chunks
+        (8, 10**9, [720, 717]),
+        (8, 500 * 64, [480, 480, 477]),  # as many samples as take what the sums do
+        (256, 100, [256] * 5 + [157]),
+        (1437, 10**9, [1437]),
+    ],
+)
+def test_chunks_are_joined_where_their_sums_are_large(
+    chunk: int, result_bytes: int, pieces: list[int]
+) -> None:
+    seen: list[range] = []
+
+    class Watched(LocalExecutor):
+        def reduce(self, function: Any, calls: Any, *arguments: Any, **how: Any) -> Moments:
+            seen.extend(piece for call in calls for piece in call[3])
+            return Moments({}, 1)
+
+    passes = Passes(Watched(), cast(Any, None), Chunks(1437, chunk), sample_bytes=64)
+    passes(Round(never, result_bytes=result_bytes))
+    assert [len(piece) for piece in seen] == pieces
+    assert [n for piece in seen for n in piece] == [*range(1437)]

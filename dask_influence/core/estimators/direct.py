@@ -107,7 +107,7 @@ class DirectInverse(Inverse):
     @staticmethod
     def _reciprocal_condition(factor: Tensor, shifted: Tensor) -> float:
         # LAPACK is column major: the lower factor of a row-major array is its upper one.
-        norm = shifted.abs().sum(dim=0).max().item()
+        norm = scipy.linalg.lapack.dlange("1", shifted.mT.numpy())
         return float(scipy.linalg.lapack.dpocon(factor.mT.numpy(), norm, uplo="U")[0])
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:

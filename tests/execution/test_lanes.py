@@ -1,0 +1,80 @@
+"""Lanes: tasks side by side leave the results, the order and the errors of tasks one after the other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import dask_influence as di
+from dask_influence.execution.lanes import in_lanes, lanes_of
+from tests import data
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_calls_run_at_the_same_time_and_come_in_order(two_threads: None) -> None:
+    assert (lanes_of(1), lanes_of(2)) == (2, 1)
+    meet = threading.Barrier(2, timeout=60)  # passed by two at once, or never
+
+    def call(number: int) -> int:
+        meet.wait()
+        return number
+
+    assert list(in_lanes([lambda n=n: call(n) for n in range(6)], threads=1)) == [*range(6)]
+
+
+def test_an_error_waits_for_what_runs(two_threads: None) -> None:
+    begun, go, ended = threading.Event(), threading.Event(), []
+
+    def fails() -> None:
+        begun.wait(60)
+        go.set()
+        raise ZeroDivisionError("in a lane")
+
+    def goes_on() -> None:
+        begun.set()
+        go.wait(60)
+        ended.append("second")
+
+    with pytest.raises(ZeroDivisionError, match="in a lane"):
+        list(in_lanes([fails, goes_on], threads=1))
+    assert ended == ["second"]
+    assert list(in_lanes([lambda: 1], threads=1)) == [1]
+
+
+def test_an_error_drops_what_has_not_begun(two_threads: None) -> None:
+    free, ended = threading.Event(), []
+
+    def fails() -> None:
+        raise ZeroDivisionError("in a lane")
+
+    def later() -> None:
+        free.wait(0.05)
+        ended.append(None)
+
+    with pytest.raises(ZeroDivisionError, match="in a lane"):
+        list(in_lanes([fails] + [later] * 1000, threads=1))
+    assert len(ended) < 500
+
+
+@pytest.mark.parametrize("estimator", [di.DirectInfluence, di.CgInfluence, di.EkfacInfluence])
+def test_scores_are_the_bits_of_one_thread(estimator: type, two_threads: None) -> None:
+    problem = data.mlp_classification()
+    x, y = problem.train
+
+    def scores() -> torch.Tensor:
+        infl = estimator(problem.model, problem.loss, 0.1, chunk_size=5).fit((x, y))
+        return infl.influences(x[:4], y[:4], x, y)
+
+    at_once = scores()
+    torch.set_num_threads(1)
+    assert torch.equal(at_once, scores())
