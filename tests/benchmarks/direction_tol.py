@@ -1,7 +1,7 @@
 """What ``direction_tol`` buys and costs: scores of an MLP of 820,874 parameters with it and without, in turn.
 
-``python tests/benchmarks/direction_tol.py [tolerance]`` fits Arnoldi of rank 20 and prints seconds, processor seconds and
-the relative error of the scores, with the complement dropped and kept.
+``python tests/benchmarks/direction_tol.py [tolerance]`` fits Arnoldi of rank 20 and prints seconds, processor
+seconds and the relative error of the scores, with the complement dropped and kept.
 """
 
 from __future__ import annotations
