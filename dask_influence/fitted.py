@@ -342,6 +342,8 @@ class Fitted:
     def shipped(self, resources: Resources, executor: Executor, problem: Problem | None = None) -> Fit:
         """The fit in the form that tasks of ``executor`` can carry."""
         problem = self.problem if problem is None else problem
+        asked = bool(problem.forms.compiled), problem.matmul_precision
+        executor.check_options(resources.options(compiled=asked[0], matmul_precision=asked[1]))
         solver = executor.inverse(self.inverse, partial(self._published, self.inverse))
         scorer, approximate = solver, self.inverse.approximate
         if approximate is not None and problem is self.problem:  # perturbation takes dense directions

@@ -14,6 +14,7 @@ from dask_influence.core.moments import Moments
 from dask_influence.core.problem import Problem
 from dask_influence.execution.artifacts import Artifact
 from dask_influence.execution.forecast import Cluster
+from dask_influence.execution.options import Options
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
 
@@ -74,6 +75,16 @@ class Executor(ABC):
     @abstractmethod
     def check_reach(self, location: Location) -> None:
         """Refuse an output store that tasks cannot write to, before anything is written."""
+
+    @abstractmethod
+    def check_options(self, options: Options) -> None:
+        """Refuse options that the hardware or the software of a process that runs tasks lacks.
+
+        Raises
+        ------
+        ConfigurationError
+            Names the process and what it lacks.
+        """
 
     @abstractmethod
     def publish(self, tensors: dict[str, Tensor]) -> Artifact:

@@ -221,7 +221,7 @@ def _factors(
 ) -> torch.Tensor:
     job, stop = shared.job(block, start, "test (x, y)"), start + leading_size(block[1])
     if isinstance(solver, _Iterated):
-        with tasks.torch_threads(shared.threads):
+        with tasks.computing(shared.model, shared.threads):
             return solver.factors(tasks.query_gradients(job, start, stop, batch))
     return tasks.closed_factors(job, solver, start, stop, batch, project=project, certify=False).rows
 
@@ -242,7 +242,7 @@ def _strip(
     """Scores of all test points against one training chunk, differentiated once."""
     job = shared.job(block, start, "x, y")
     inverse = None if solver is None else solver.inverse()
-    with tasks.torch_threads(shared.threads):
+    with tasks.computing(shared.model, shared.threads):
         query = tasks.Query.of(factors, inverse, shared.model.problem())
         columns = range(start, start + leading_size(block[1]))
         derivatives = tasks.derivatives_of(job, query, columns, batch, perturbation)

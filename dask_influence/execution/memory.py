@@ -119,7 +119,7 @@ def _perturbations_by_chain(
 
     def solve(gradients: torch.Tensor, solved: Future[torch.Tensor]) -> None:
         try:
-            with tasks.torch_threads(fit.threads):
+            with tasks.computing(fit.model, fit.threads):
                 factors = tasks.solved(inverse, gradients, project=False, certify=False)
                 directions = tasks.Query.of(factors.rows, None, problem).directions
                 assert isinstance(directions, torch.Tensor)
@@ -130,11 +130,11 @@ def _perturbations_by_chain(
 
     def score(chain: Chain, solved: Future[torch.Tensor], rows: slice, columns: range) -> None:
         part = torch.from_numpy(scores[rows, columns.start : columns.stop])
-        with tasks.torch_threads(fit.threads):
+        with tasks.computing(fit.model, fit.threads):
             derivatives = chain.mixed_derivatives(solved.result(), out=part)
         tasks.refuse_non_finite(derivatives, train.argument, columns.start)
 
-    with tasks.torch_threads(fit.threads):
+    with tasks.computing(fit.model, fit.threads):
         solving: list[tuple[Future[torch.Tensor], slice]] = []
         for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
             gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)
@@ -151,7 +151,7 @@ def _perturbations_by_chain(
 
 
 def _by_rounds(fit: Fit, job: tasks.Job, chunk: range, batch: int) -> torch.Tensor:
-    with tasks.torch_threads(fit.threads):
+    with tasks.computing(fit.model, fit.threads):
         gradients = tasks.query_gradients(job, chunk.start, chunk.stop, batch)
     return iterated_factors(fit.inverse, fit.system, fit.answer(), gradients, certify=False).rows
 
@@ -171,7 +171,7 @@ def scores_in_memory(
     problem = fit.model.problem()
     inverse = fit.scorer.inverse() if project else None
     scores = np.empty((plan.work.tests, plan.work.trains, *plan.work.features), dtype=fit.score_dtype)
-    with tasks.torch_threads(fit.threads):
+    with tasks.computing(fit.model, fit.threads):
         block, query = -1, None
         for strip in map(plan.strip, range(plan.strips)):
             rows, columns = (slice(part.start, part.stop) for part in (strip.rows, strip.columns))

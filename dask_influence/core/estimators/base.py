@@ -228,9 +228,12 @@ class Estimator(ABC):
     ----------
     solves_by_rounds : bool
         What ``needs_rounds`` of its inverse will be, known before a fit.
+    inverts_products : bool
+        Its inverse is one of products with the curvature, so that their error counts beside λ.
     """
 
     solves_by_rounds: ClassVar[bool] = False
+    inverts_products: ClassVar[bool] = True
 
     @property
     def tolerance(self) -> float | None:
