@@ -15,7 +15,7 @@ from dask_influence.core.chain import Chain
 from dask_influence.execution import tasks
 from dask_influence.execution.drive import iterated_factors
 from dask_influence.execution.lanes import lanes_of, pool
-from dask_influence.execution.plan import Plan
+from dask_influence.execution.plan import FEWEST_FACTORS, Plan
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import Source
@@ -58,13 +58,17 @@ def factors_in_memory(
 ) -> torch.Tensor:
     """Factors (N, P), or coefficients (N, R) where ``project``, ``rows`` test points at a time."""
     job = tasks.Job(fit.model, source, argument, fit.threads)
+    if project:  # projections take no memory to speak of
+        rows = max(rows, min(batch, max(FEWEST_FACTORS, -(-len(source) // 4))))
     chunks = Chunks(len(source), rows)
     if fit.inverse.needs_rounds:
         return torch.cat([_by_rounds(fit, job, chunk, batch) for chunk in chunks])
 
+    solver = fit.scorer if project else fit.solver
+
     def solve(chunk: range) -> torch.Tensor:
         bounds = (chunk.start, chunk.stop, batch)
-        return tasks.closed_factors(job, fit.solver, *bounds, project=project, certify=False).rows
+        return tasks.closed_factors(job, solver, *bounds, project=project, certify=False).rows
 
     return torch.cat(list(pool(lanes_of(fit.threads)).map(solve, chunks)))
 
@@ -117,7 +121,9 @@ def _perturbations_by_chain(
         try:
             with tasks.computing(fit.model, fit.threads):
                 factors = tasks.solved(inverse, gradients, project=False, certify=False)
-                solved.set_result(tasks.Query.of(factors.rows, None, problem).directions)
+                directions = tasks.Query.of(factors.rows, None, problem).directions
+                assert isinstance(directions, torch.Tensor)
+                solved.set_result(directions)
         except BaseException as error:
             solved.set_exception(error)  # another lane may wait for it
             raise
@@ -163,7 +169,7 @@ def scores_in_memory(
     """Scores (N, M, *features), strip by strip."""
     job = tasks.Job(fit.model, source, argument, fit.threads)
     problem = fit.model.problem()
-    inverse = fit.inverse if project else None
+    inverse = fit.scorer.inverse() if project else None
     scores = np.empty((plan.work.tests, plan.work.trains, *plan.work.features), dtype=fit.score_dtype)
     with tasks.computing(fit.model, fit.threads):
         block, query = -1, None
