@@ -58,12 +58,15 @@ class Problem:
         pushed through the model at once.
     pairing : Pairing, optional
         Which layers may be taken in pairs; None where that is not known.
+    matmul_precision : str
+        In which its products are to be taken (``core.precision``).
     """
 
     objective: Objective
     forms: Forms
     activations: int = 1
     pairing: Pairing | None = None
+    matmul_precision: str = "highest"
 
     def block_of_vectors(self, samples: int, budget: int) -> int:
         """How many vectors fit ``budget`` bytes when pushed through ``samples`` samples at once.
@@ -170,7 +173,7 @@ def check_losses(problem: Problem, x: Tree, y: Tree, argument: str, start: int) 
 def with_mixed_form(problem: Problem, x: Tree, y: Tree) -> Problem:
     """The same problem with the form of the input gradient checked too, for perturbation mode."""
     forms, _ = choose_forms(problem.objective, x, y, perturbation=True)
-    return replace(problem, forms=forms)
+    return replace(problem, forms=replace(forms, compiled=problem.forms.compiled))
 
 
 def activation_size(objective: Objective, x: Tree, y: Tree) -> int:

@@ -1,6 +1,6 @@
 """Times every estimator, fit and then scores, beside the peers that have it.
 
-Two problems (:mod:`estimators_problem`): the digits MLP 64-32-10 with 360 × 1,437 scores, and an
+Two problems (:mod:`problems`): the digits MLP 64-32-10 with 360 × 1,437 scores, and an
 MLP 3072-256-128-10 with 256 × 4,096 (16 test points for the solvers that go by passes). Each
 package runs in a warm process of its own, in its environment. Where a peer computes the same
 quantity correctly, values are compared in float64 before any time counts; then each piece of
@@ -21,17 +21,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import estimators_problem
 import numpy as np
-from protocol import Process
+import problems
 from rich.console import Console
 from rich.table import Table
+from sides import Sides
+from targets import Ask
 
-SCRIPTS = {
-    "dask_influence": "estimators_dask_influence.py",
-    "pydvl": "estimators_pydvl.py",
-    "kronfluence": "estimators_kronfluence.py",
-}
 NOTHING = 5e-3
 """Seconds below which a fit has done nothing yet."""
 
@@ -84,7 +80,7 @@ class Work:
     @property
     def count(self) -> int:
         """Test points."""
-        return self.tests or (360 if self.problem == "digits" else estimators_problem.LARGE_TEST)
+        return self.tests or (360 if self.problem == "digits" else 256)
 
 
 ARNOLDI = {"rank": 20, "tol": 1e-3}
@@ -179,40 +175,16 @@ WORKS = (
 )
 
 
-class Sides:
-    """The processes, each started when it is first needed and kept warm."""
-
-    def __init__(self, pythons: Mapping[str, str], folder: Path, threads: int) -> None:
-        self.pythons, self.folder, self.threads = pythons, folder, threads
-        self._started: dict[str, Process] = {}
-
-    def __getitem__(self, name: str) -> Process:
-        if name not in self._started:
-            self._started[name] = Process(
-                name, self.pythons[name], SCRIPTS[name], self.folder, self.threads, self.folder
-            )
-        return self._started[name]
-
-    @property
-    def versions(self) -> dict[str, Any]:
-        """Of the packages that took part."""
-        return {name: process.versions for name, process in self._started.items()}
-
-    def close(self) -> None:
-        """End them."""
-        for process in self._started.values():
-            process.close()
-
-    def run(
-        self, side: str, work: Work, estimator: str, options: Options, dtype: str, *, values: bool = False
-    ) -> dict[str, Any]:
-        """Fit, then scores: seconds of each, and the scores where asked for."""
-        shared = {"problem": work.problem, "dtype": dtype}
-        fit = self[side].ask(work.name, work="fit", estimator=estimator, options=dict(options), **shared)
-        scores = self[side].ask(work.name, values=values, work="scores", tests=work.count, **shared)
-        held = {"fit": fit["seconds"], "scores": scores["seconds"]}
-        passes = {"passes": (fit["passes"], scores["passes"])} if "passes" in fit else {}
-        return held | passes | ({"values": scores["values"]} if values else {})
+def run(
+    sides: Sides, side: str, work: Work, estimator: str, options: Options, dtype: str, *, values: bool = False
+) -> dict[str, Any]:
+    """Fit, then scores: seconds of each, and the scores where asked for."""
+    fit = sides.run(side, work.problem, Ask("fit", estimator, options), dtype)
+    scoring = Ask("scores", estimator, options, {"tests": work.count})
+    scores = sides.run(side, work.problem, scoring, dtype, values=values)
+    held = {"fit": fit["seconds"], "scores": scores["seconds"]}
+    passes = {"passes": (fit["passes"], scores["passes"])} if "passes" in fit else {}
+    return held | passes | ({"values": scores["values"]} if values else {})
 
 
 def compare(sides: Sides, work: Work, peer: Peer) -> float | None:
@@ -220,8 +192,8 @@ def compare(sides: Sides, work: Work, peer: Peer) -> float | None:
     if peer.strict is None:
         return None
     ours, theirs, allowed = peer.strict
-    got = sides.run("dask_influence", work, work.estimator, ours, "float64", values=True)["values"]
-    expected = sides.run(peer.name, work, peer.estimator, theirs, "float64", values=True)["values"]
+    got = run(sides, "dask_influence", work, work.estimator, ours, "float64", values=True)["values"]
+    expected = run(sides, peer.name, work, peer.estimator, theirs, "float64", values=True)["values"]
     error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
     print(f"{work.name} against {peer.name}: relative error {error:.1e}", flush=True)
     if not error <= allowed:
@@ -238,12 +210,12 @@ def measure(sides: Sides, work: Work, repeats: int) -> dict[str, dict[str, Any]]
     columns += [(peer.name, peer.estimator, peer.options) for peer in work.peers]
     for number in range(1 if work.once else 0, 1 + (1 if work.once else repeats)):
         for side, estimator, options in columns:
-            found = sides.run(side, work, estimator, options, "float32")
+            found = run(sides, side, work, estimator, options, "float32")
             if number:
                 runs.setdefault(side, []).append(found)
-            run = f"run {number}" if number else "warm-up"
+            which = f"run {number}" if number else "warm-up"
             print(
-                f"{work.name}, {run}: {side} fit {found['fit']:.3f} s, scores {found['scores']:.3f} s",
+                f"{work.name}, {which}: {side} fit {found['fit']:.3f} s, scores {found['scores']:.3f} s",
                 flush=True,
             )
     return {side: summary(found) for side, found in runs.items()}
@@ -327,7 +299,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        estimators_problem.make(folder)
+        problems.make(folder)
         sides = Sides(present, folder, args.threads)
         for work in works:
             errors = {peer.name: compare(sides, work, peer) for peer in work.peers}
