@@ -65,7 +65,9 @@ def projections(
         directions = directions.dense()
     if _fits(problem, x):
         layers = Pairs(problem, directions, torch.float64)
-        if isinstance(directions, Factored) or 2 * layers.size.numbers <= problem.objective.size:
+        saved = (GRADIENT - _CAPTURED) * leading_size(y) * problem.objective.size
+        cheaper = saved > _CAPTURE and 2 * layers.size.numbers <= problem.objective.size
+        if cheaper or isinstance(directions, Factored):
             return _by_layers(layers, problem, x, y, torch.float64, budget)
     assert isinstance(directions, Tensor)
     return _by_gradients(problem, x, y, directions.to(problem.objective.device, torch.float64), budget // 2)
