@@ -18,6 +18,7 @@ from dask_influence.configuration import Configuration
 from dask_influence.core.content import Content, contents
 from dask_influence.core.curvature import check_curvature
 from dask_influence.core.estimators import Inverse, Round, System
+from dask_influence.core.factoring import PROBES
 from dask_influence.core.layers import layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.pairs import Form, paired
@@ -33,7 +34,7 @@ from dask_influence.execution.options import Options
 from dask_influence.execution.progress import Report, check_progress, reporting
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.shipping import Held
-from dask_influence.fitted import SAMPLES_CHECKED, Fitted, first_samples
+from dask_influence.fitted import SAMPLES_CHECKED, Fitted, first_samples, probes
 from dask_influence.storage.sources import ArraySource, Source
 
 
@@ -97,6 +98,11 @@ def fit(
     with reporting(progress) as reported:
         rounds = _Counted(kept or passes, reported)
         inverse = drive(configuration.estimator.fit(known.system), rounds)
+        tolerance = configuration.estimator.tolerance
+        if tolerance is not None:
+            samples = probes(known.problem.objective, source, PROBES)
+            with tasks.computing(Held(known.problem), resources.threads(known.problem)):
+                inverse = inverse.approximated(known.problem, *samples, tolerance)
     counts = {
         "samples": len(source),
         "parameters": known.system.size,

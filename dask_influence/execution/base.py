@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -37,6 +38,18 @@ class Solver(Protocol):
 
     def inverse(self) -> Inverse:
         """The inverse, in this process."""
+
+
+@dataclass(frozen=True)
+class Approximated:
+    """A solver that scores by approximate directions, and loads the ``exact`` ones only where they are wanted."""
+
+    approximate: Solver
+    exact: Solver
+
+    def inverse(self) -> Inverse:
+        """The approximate inverse, backed by the exact one."""
+        return self.approximate.inverse().backed_by(self.exact.inverse)
 
 
 class Executor(ABC):

@@ -110,7 +110,8 @@ def lazy_influences_from_factors(
 def lazy_factors(fit: Fit, test: Blocks, batch: int, *, project: bool) -> list[Delayed]:
     """Factors (or coefficients) of each test chunk, solved once."""
     shared = delayed(_Shared(fit.model, fit.threads), pure=False)
-    solver = delayed(_Iterated.of(fit) if fit.inverse.needs_rounds else fit.solver, pure=False)
+    closed = fit.scorer if project else fit.solver
+    solver = delayed(_Iterated.of(fit) if fit.inverse.needs_rounds else closed, pure=False)
     solve = delayed(_factors, pure=False)
     return [
         solve(shared, solver, block, start, batch, project)
@@ -131,7 +132,7 @@ def lazy_scores(
 ) -> da.Array:
     """Scores (N, M, *features), chunked like test and training data."""
     shared = delayed(_Shared(fit.model, fit.threads), pure=False)
-    solver = delayed(fit.solver if project else None, pure=False)
+    solver = delayed(fit.scorer if project else None, pure=False)
     strip, tile = delayed(_strip, pure=False), delayed(_rows, pure=False)
     gathered = delayed(_concatenated, pure=False)(list(factors))
     offsets = [0, *np.cumsum(sizes).tolist()]

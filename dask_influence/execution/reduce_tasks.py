@@ -298,9 +298,10 @@ def _diagonal(
 def self_scores(inverse: Inverse, gradients: Tensor, copies: int) -> Array:
     """gⱼᵀ (C + λI)⁻¹ gⱼ for gradients (n, P) at L = ``copies`` λ: (L, n)."""
     wide = gradients.to(torch.float64)
-    if inverse.directions is None:
+    directions = inverse.directions
+    if not isinstance(directions, Tensor):
         return products(without_rounds(inverse.solve(wide)), gradients, copies)
-    along = wide @ inverse.directions.to(torch.float64).mT  # (n, R)
+    along = wide @ directions.to(torch.float64).mT  # (n, R)
     return products(inverse.coefficients(wide), along, copies, gradients.dtype)
 
 

@@ -27,6 +27,7 @@ from dask_influence.core import directional
 from dask_influence.core.checks import check_samples
 from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
+from dask_influence.core.factored import Factored
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, sliced
 from dask_influence.core.pairs import PairScores
@@ -325,8 +326,14 @@ def closed_factors(
             rows = _weighted(job, solver, start, stop, batch, missing)
             unknown = np.full(len(rows), np.nan)
             return Factors(rows, unknown).without(missing or {}, start, stop)
-        gradients = query_gradients(job, start, stop, batch, missing)
-        factors = solved(solver, gradients, project=project, certify=certify)
+        if project and not certify and solver.directions is not None:
+            along = partial(directional.projections, directions=solver.directions)
+            rows = solver.weighed(query_rows(job, along, start, stop, batch, missing))
+            rows = rows.to(job.model.problem().objective.dtype)
+            factors = Factors(rows, np.full(len(rows), np.nan))
+        else:
+            gradients = query_gradients(job, start, stop, batch, missing)
+            factors = solved(solver, gradients, project=project, certify=certify)
     return factors.without(missing or {}, start, stop)
 
 
@@ -386,7 +393,7 @@ class Query:
 
     Attributes
     ----------
-    directions : Tensor
+    directions : Tensor or Factored
         (D, P).
     coefficients : Tensor or None
         (rows, D), or rows of pairs (rows, W); None stands for the identity.
@@ -396,7 +403,7 @@ class Query:
         How pairs of samples are scored without factors.
     """
 
-    directions: Tensor
+    directions: Tensor | Factored
     coefficients: Tensor | None
     missing: np.ndarray | None = None
     pairs: PairScores | None = None
@@ -422,7 +429,7 @@ class Query:
             assert inverse.form is not None
             pairs = inverse.form.pairs(problem)
             return cls(pairs.directions, rows.to(objective.device, pairs.dtype), missing, pairs)
-        if own is not None and len(rows) < len(own):
+        if isinstance(own, Tensor) and len(rows) < len(own):
             rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None
         if own is None:
             return cls(rows.to(objective.device, objective.dtype), None, missing)
@@ -442,10 +449,14 @@ def derivatives_of(
 
     Samples without derivatives, or finite ones, are refused, or added to ``missing`` and NaN.
     """
-    primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
-    along: Callable[[Problem, Tree, Tree], Tensor] = partial(primitive, directions=query.directions)
+    along: Callable[[Problem, Tree, Tree], Tensor]
     if query.pairs is not None:
         along = query.pairs.rows
+    elif perturbation:
+        assert isinstance(query.directions, Tensor)
+        along = partial(directional.mixed_derivatives, directions=query.directions)
+    else:
+        along = partial(directional.directional_derivatives, directions=query.directions)
     parts = []
     for low in range(columns.start, columns.stop, batch):
         high = min(low + batch, columns.stop)
