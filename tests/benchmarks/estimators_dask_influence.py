@@ -23,6 +23,9 @@ def main() -> None:
             seconds, settings.fitted = protocol.timed(unfitted.fit, setting.train)
             return seconds, {"passes": settings.fitted.diagnostics["passes"]}
         fitted, test = settings.fitted, setting.test(request["tests"])
+        if request["work"] == "factors":
+            seconds, factors = protocol.timed(fitted.influence_factors, *test)
+            return seconds, {"values": factors.numpy(), "passes": fitted.diagnostics["solver_passes"]}
         seconds, scores = protocol.timed(fitted.influences, *test, *setting.train)
         # one pass for the training derivatives, and those in which factors were solved
         plan, found = fitted.plan(test, setting.train), fitted.diagnostics

@@ -7,6 +7,7 @@ trained for a few steps. Runs in every environment.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,26 @@ class Setting:
         """The first ``count`` test samples."""
         held = slice(self.samples, self.samples + count)
         return self.x[held], self.y[held]
+
+
+def residuals(setting: Setting, factors: np.ndarray) -> list[float]:
+    """‖(H + λI) s − g‖ / ‖g‖ for the factors s of the first test samples, H in the setting's dtype by autograd."""
+    model, loss = setting.model, setting.loss
+    parameters = list(model.parameters())
+
+    def flat(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    x, y = setting.train
+    slope = flat(torch.autograd.grad(loss(model(x), y), parameters, create_graph=True))
+    found = []
+    for row, a, b in zip(
+        torch.from_numpy(factors).to(setting.dtype), *setting.test(len(factors)), strict=True
+    ):
+        g = flat(torch.autograd.grad(loss(model(a[None]), b[None]), parameters))
+        product = flat(torch.autograd.grad(slope, parameters, row, retain_graph=True))
+        found.append(float((product + setting.regularization * row - g).norm() / g.norm()))
+    return found
 
 
 class Settings:

@@ -44,7 +44,12 @@ def main() -> None:
             data = DataLoader(TensorDataset(*setting.train), batch_size=FIT_BATCH[setting.name])
             seconds, settings.fitted = protocol.timed(model.fit, data)
             return seconds, {}
-        seconds, values = protocol.timed(scores, settings.fitted, setting, request["tests"])
+        if request["work"] == "factors":
+            seconds, values = protocol.timed(
+                settings.fitted.influence_factors, *setting.test(request["tests"])
+            )
+        else:
+            seconds, values = protocol.timed(scores, settings.fitted, setting, request["tests"])
         return seconds, {"values": values.detach().numpy()}
 
     protocol.serve(("pyDVL",), answer)
