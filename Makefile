@@ -93,16 +93,18 @@ format: $(READY) ## put the code in the house style
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(READY) $(PEERS_READY) ## time the package beside pyDVL, values compared first; beside its floor; and as sizes grow
-	$(BIN)/python tests/benchmarks/against_peers.py --peer-python $(PEERS)/bin/python
-	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/cluster_costs.py
-	$(BIN)/python tests/benchmarks/floor.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scaling.py
+bench: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## everything that has a target beside its peer or floor, one table (25 minutes; goes on where it was; BENCH=--quick)
+	$(BIN)/python tests/benchmarks/bench.py --pydvl-python $(PEERS)/bin/python \
+	    --kronfluence-python $(KRONFLUENCE)/bin/python $(BENCH)
 
 .PHONY: bench-estimators
 bench-estimators: $(READY) $(PEERS_READY) $(KRONFLUENCE_READY) ## time every estimator beside pyDVL and kronfluence (half an hour)
 	$(BIN)/python tests/benchmarks/estimators.py --pydvl-python $(PEERS)/bin/python \
 	    --kronfluence-python $(KRONFLUENCE)/bin/python
+
+.PHONY: bench-cluster
+bench-cluster: $(READY) ## bytes through the scheduler and memory of workers, of a fit and a run
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/cluster_costs.py
 
 .PHONY: bench-memory
 bench-memory: $(READY) ## peak memory of workers, client and scheduler against the plan (minutes)

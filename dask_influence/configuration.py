@@ -27,7 +27,9 @@ from dask_influence.core.estimators.blocks import (
 )
 from dask_influence.core.layers import Layout
 from dask_influence.core.objective import Loss, Objective
+from dask_influence.core.precision import check_precision
 from dask_influence.errors import ConfigurationError
+from dask_influence.scalars import check_flag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Configuration:
         Of the user's model, such as ``"DirectInfluence"``.
     own : Estimator
         The estimator with its own arguments.
-    model, loss, hessian_regularization, curvature, block_structure, parameters, dtype
+    model, loss, hessian_regularization, curvature, block_structure, parameters, dtype, compile, matmul_precision
         As for :class:`~dask_influence.InfluenceFunctionModel`.
 
     Raises
@@ -58,6 +60,8 @@ class Configuration:
     block_structure: Structure
     parameters: Sequence[str] | None
     dtype: torch.dtype | None
+    compile: bool = False
+    matmul_precision: str = "highest"
 
     def __post_init__(self) -> None:
         check_structure(self.block_structure)
@@ -84,6 +88,8 @@ class Configuration:
             raise ConfigurationError(
                 f"dtype must be a floating torch dtype such as torch.float64; got {self.dtype!r}"
             )
+        check_flag("compile", self.compile)
+        check_precision(self.matmul_precision)
         object.__setattr__(self, "hessian_regularization", regularization)
         object.__setattr__(self, "block_structure", _listed(self.block_structure))
 
@@ -98,7 +104,14 @@ class Configuration:
 
     def objective(self, device: torch.device) -> Objective:
         """Loss of a private copy of the model on ``device``, as a function of θ."""
-        return Objective.of(self.model, self.loss, self.parameters, device=device, dtype=self.dtype)
+        found = Objective.of(self.model, self.loss, self.parameters, device=device, dtype=self.dtype)
+        if self.matmul_precision != "highest" and found.dtype != torch.float32:
+            dtype = str(found.dtype).removeprefix("torch.")
+            raise ConfigurationError(
+                f"matmul_precision={self.matmul_precision!r} is one of float32 products, and the model computes in "
+                f"{dtype}; use matmul_precision='highest', or dtype=torch.float32"
+            )
+        return found
 
     def system(self, objective: Objective, samples: int, layout: Layout | None = None) -> System:
         """The system asked for; λ of the blocks is in the block system alone."""
@@ -124,6 +137,8 @@ class Configuration:
             "curvature": self.curvature,
             "hessian_regularization": self.hessian_regularization,
             "block_structure": self.block_structure,
+            "compile": self.compile,
+            "matmul_precision": self.matmul_precision,
             "configuration": dataclasses.asdict(self.own),
         }
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -27,7 +27,7 @@ from dask_influence.core.objective import Objective
 from dask_influence.core.problem import Problem, behaviour, with_mixed_form
 from dask_influence.errors import DataError, DataWarning, LossError, StoreMismatchError
 from dask_influence.execution import persistence, tasks
-from dask_influence.execution.base import Executor
+from dask_influence.execution.base import Approximated, Executor
 from dask_influence.execution.drive import Passes
 from dask_influence.execution.forecast import Speed
 from dask_influence.execution.plan import Plan, arrange
@@ -35,10 +35,15 @@ from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, required
 from dask_influence.execution.stored import StoredFactors
 from dask_influence.execution.work import Kept, Work
+from dask_influence.grid import Chunks
 from dask_influence.storage.sources import ArraySource, Source, check_finite, non_finite
 
 SAMPLES_CHECKED = 64
 """Samples on which the loss is checked before a fit; derivatives are checked on a few of them."""
+
+
+PROBED_RUNS = 16
+"""Runs of samples that are looked at where the first ones may not be like the rest."""
 
 
 def first_samples(objective: Objective, source: Source, argument: str) -> tuple[Any, Any]:
@@ -46,6 +51,17 @@ def first_samples(objective: Objective, source: Source, argument: str) -> tuple[
     batch = source.read(0, min(SAMPLES_CHECKED, len(source)))
     check_finite(batch, argument)
     x, y = tasks.to_tensors(batch, objective)
+    return x, y
+
+
+def probes(objective: Objective, source: Source, count: int) -> tuple[Any, Any]:
+    """About ``count`` samples, in a few runs from all over the data, as tensors."""
+    runs = Chunks(len(source), max(1, -(-len(source) // PROBED_RUNS)))
+    each = -(-count // len(runs))
+    batches = [source.read(run.start, min(run.start + each, run.stop)) for run in runs]
+    leaves = [optree.tree_leaves(batch) for batch in batches]
+    joined = [np.concatenate(parts) for parts in zip(*leaves, strict=True)]
+    x, y = tasks.to_tensors(optree.tree_unflatten(optree.tree_structure(batches[0]), joined), objective)
     return x, y
 
 
@@ -164,9 +180,9 @@ class Fitted:
         """The same as numpy has it."""
         return tasks.stored_dtype(self.system.dtype)
 
-    def _published(self) -> str:
-        """Names the inverse for workers, who keep what they have read: other numbers, as λ, other name."""
-        values = json.dumps(self.inverse.state()[1], sort_keys=True, default=str)
+    def _published(self, inverse: Inverse) -> str:
+        """Names an inverse for workers, who keep what they have read: other numbers, as λ, other name."""
+        values = json.dumps([inverse.kind, inverse.state()[1]], sort_keys=True, default=str)
         return hashlib.blake2b(f"{self.digest}:{values}".encode(), digest_size=16).hexdigest()
 
     def identity(self) -> dict[str, Any]:
@@ -317,21 +333,31 @@ class Fitted:
     @property
     def _inverse_bytes(self) -> int:
         estimator, system = self.configuration.estimator, self.system
+        approximate = self.inverse.approximate
+        held = 0 if approximate is None else sum(part.nbytes for part in approximate.state()[0].values())
         if isinstance(system, SweepSystem):
-            return estimator.inverse_bytes(system.systems[0], len(system.systems))
-        return estimator.inverse_bytes(system)
+            return held + estimator.inverse_bytes(system.systems[0], len(system.systems))
+        return held + estimator.inverse_bytes(system)
 
     def shipped(self, resources: Resources, executor: Executor, problem: Problem | None = None) -> Fit:
         """The fit in the form that tasks of ``executor`` can carry."""
         problem = self.problem if problem is None else problem
+        asked = bool(problem.forms.compiled), problem.matmul_precision
+        executor.check_options(resources.options(compiled=asked[0], matmul_precision=asked[1]))
+        solver = executor.inverse(self.inverse, partial(self._published, self.inverse))
+        scorer, approximate = solver, self.inverse.approximate
+        if approximate is not None and problem is self.problem:  # perturbation takes dense directions
+            thin = executor.inverse(approximate, partial(self._published, approximate))
+            scorer = Approximated(thin, solver)
         return Fit(
             executor.model(problem, resources.device),
             self.inverse,
-            executor.inverse(self.inverse, self._published),
+            solver,
+            scorer,
             self.system,
             self.passes,
             resources.certify,
-            resources.threads(problem),
+            resources.threads(problem, pairs=self.inverse.form is not None and problem.pairing is not None),
         )
 
     def work(self, tests: int, train: Source, mode: InfluenceMode, *, project: bool) -> Work:

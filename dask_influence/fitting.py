@@ -18,19 +18,24 @@ from dask_influence.configuration import Configuration
 from dask_influence.core.content import Content, contents
 from dask_influence.core.curvature import check_curvature
 from dask_influence.core.estimators import Inverse, Round, System
+from dask_influence.core.factoring import PROBES
 from dask_influence.core.layers import layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.pairs import Form, paired
+from dask_influence.core.precision import matmul_precision
 from dask_influence.core.problem import Problem, behaviour, prepare
 from dask_influence.errors import NotFittedError
 from dask_influence.execution import persistence, tasks
+from dask_influence.execution.base import Executor
 from dask_influence.execution.checkpoints import Checkpoints
 from dask_influence.execution.drive import Passes, drive
 from dask_influence.execution.forecast import Speed, calibrate
+from dask_influence.execution.options import Options
 from dask_influence.execution.progress import Report, check_progress, reporting
 from dask_influence.execution.resources import Resources
-from dask_influence.fitted import Fitted, first_samples
-from dask_influence.storage.sources import Source
+from dask_influence.execution.shipping import Held
+from dask_influence.fitted import SAMPLES_CHECKED, Fitted, first_samples, probes
+from dask_influence.storage.sources import ArraySource, Source
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,12 @@ class _Checked:
 
     @classmethod
     def of(cls, configuration: Configuration, resources: Resources, source: Source) -> _Checked:
-        """Read a few samples, and refuse what cannot be fitted."""
+        """Read a few samples, and refuse what cannot be fitted; products are full ones, whatever is asked for."""
+        with matmul_precision("highest"):
+            return cls._of(configuration, resources, source)
+
+    @classmethod
+    def _of(cls, configuration: Configuration, resources: Resources, source: Source) -> _Checked:
         objective = configuration.objective(resources.torch_device)
         fresh = contents(objective.module, objective.loss)
         sample = first_samples(objective, source, "train")
@@ -65,7 +75,7 @@ class _Checked:
 
     def speed(self, inverse: Inverse) -> Speed:
         """Of one core of this machine."""
-        with tasks.torch_threads(1):
+        with tasks.computing(Held(self.problem), 1):
             return calibrate(self.problem, inverse, *self.sample)
 
 
@@ -75,14 +85,24 @@ def fit(
     """Estimate the curvature of the mean loss over ``source``."""
     check_progress(progress)
     executor = resources.executor()
+    options = resources.options(
+        compiled=configuration.compile, matmul_precision=configuration.matmul_precision
+    )
+    executor.check_options(options)
     known = _Checked.of(configuration, resources, source)
-    passes = resources.passes(executor, known.problem, source)
+    problem, told = _with_options(options, configuration, resources, executor, source, known.problem)
+    passes = resources.passes(executor, problem, source)
     kept = None
     if resources.kept is not None:
-        kept = Checkpoints(passes, resources.kept.child("rounds"), _identity(known, source, passes))
+        kept = Checkpoints(passes, resources.kept.child("rounds"), _identity(known, problem, source, passes))
     with reporting(progress) as reported:
         rounds = _Counted(kept or passes, reported)
         inverse = drive(configuration.estimator.fit(known.system), rounds)
+        tolerance = configuration.estimator.tolerance
+        if tolerance is not None:
+            samples = probes(known.problem.objective, source, PROBES)
+            with tasks.computing(Held(known.problem), resources.threads(known.problem)):
+                inverse = inverse.approximated(known.problem, *samples, tolerance)
     counts = {
         "samples": len(source),
         "parameters": known.system.size,
@@ -90,11 +110,40 @@ def fit(
         "passes": rounds.count,
         "restored": 0 if kept is None else kept.restored,
         "derivatives": known.report,
+        **told,
     }
     named = None
     if inverse.needs_rounds:  # its factors depend on the data beyond what it holds
         named = f"{persistence.inverse_digest(inverse)}-{source.digest()}"
-    return _fitted(configuration, known, inverse, passes, named, counts)
+    return _fitted(configuration, known, problem, inverse, passes, named, counts)
+
+
+def _with_options(
+    options: Options,
+    configuration: Configuration,
+    resources: Resources,
+    executor: Executor,
+    source: Source,
+    problem: Problem,
+) -> tuple[Problem, dict[str, Any]]:
+    """The problem with the options that were asked for, and what they cost on a few samples.
+
+    A process that runs tasks finds out: this one need not have what they need.
+    """
+    if not (options.compile or options.matmul_precision != "highest"):
+        return problem, {}
+    few = ArraySource(*source.read(0, min(SAMPLES_CHECKED, len(source))), argument=source.argument)
+    job = tasks.Job(
+        executor.model(problem, resources.device),
+        executor.reachable(few, len(few)),
+        source.argument,
+        resources.threads(problem),
+    )
+    (found,) = executor.map(tasks.try_options, [(executor.seal(job), options, configuration.curvature)])
+    regularization = configuration.hessian_regularization
+    least = min(regularization.values()) if isinstance(regularization, Mapping) else regularization
+    found.warn(least, inverts_products=configuration.own.inverts_products)
+    return found.applied(problem, options), found.report(options)
 
 
 def foreseen(configuration: Configuration, resources: Resources, source: Source) -> Fitted:
@@ -109,12 +158,14 @@ def foreseen(configuration: Configuration, resources: Resources, source: Source)
         estimator.form(known.system),
         estimator.solves_by_rounds,
     )
-    return _fitted(configuration, known, inverse, None, "", {"derivatives": known.report})
+    counts = {"derivatives": known.report}
+    return _fitted(configuration, known, known.problem, inverse, None, "", counts)
 
 
 def _fitted(
     configuration: Configuration,
     known: _Checked,
+    problem: Problem,
     inverse: Inverse,
     passes: Passes | None,
     named: str | None,
@@ -122,7 +173,7 @@ def _fitted(
 ) -> Fitted:
     return Fitted(
         configuration,
-        known.problem,
+        problem,
         known.system,
         inverse,
         passes,
@@ -167,15 +218,16 @@ class _Foreseen(Inverse):
         raise NotFittedError("a plan made before the fit is never saved; call .fit(train) first")
 
 
-def _identity(known: _Checked, source: Source, passes: Passes) -> str:
+def _identity(known: _Checked, problem: Problem, source: Source, passes: Passes) -> str:
     """Digest of all that the bits of a sum over the data depend on, beside what is summed."""
-    objective = known.problem.objective
+    objective = problem.objective
     depends = {
         "model": persistence.model_digest(objective.module),
         "content": known.content.digest,
         "behaviour": known.behaviour,
         "parameters": list(objective.names),
-        "forms": vars(known.problem.forms),
+        "forms": vars(problem.forms),
+        "matmul_precision": problem.matmul_precision,
         "dtype": str(objective.dtype),
         "device": objective.device.type,
         "data": source.digest(),

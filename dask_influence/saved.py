@@ -49,7 +49,14 @@ def constructor_arguments(saved: Saved, location: Location, name: str) -> dict[s
     record = saved.record
     if record[CLASS] != name:
         raise StoreError(f"{location.url} was saved by {record[CLASS]}; load it with {record[CLASS]}.load")
-    shared = ("hessian_regularization", "curvature", "block_structure", "parameters")
+    shared = (
+        "hessian_regularization",
+        "curvature",
+        "block_structure",
+        "parameters",
+        "compile",
+        "matmul_precision",
+    )
     dtype: torch.dtype = getattr(torch, record["dtype"])
     return {**{key: record[key] for key in shared}, "dtype": dtype, **record["configuration"]}
 
@@ -76,7 +83,13 @@ def restored(saved: Saved, location: Location, configuration: Configuration, obj
     pairing = None if held is None else Pairing.from_json(held)
     return Fitted(
         configuration,
-        Problem(objective, Forms(**record["forms"]), record["activations"], pairing),
+        Problem(
+            objective,
+            Forms(**record["forms"]),
+            record["activations"],
+            pairing,
+            configuration.matmul_precision,
+        ),
         configuration.system(objective, record["samples"], layout_of(objective)),
         saved.inverse,
         None,

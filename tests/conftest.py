@@ -31,3 +31,17 @@ settings.load_profile("dask_influence")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that is here."""
+    return str(request.param)

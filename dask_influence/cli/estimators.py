@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, create_model
 from dask_influence import models
 from dask_influence.cli.fields import Damping, Section
 from dask_influence.core.curvature import PRODUCTS
+from dask_influence.core.precision import PRECISIONS
 from dask_influence.influence import InfluenceFunctionModel
 
 
@@ -26,6 +27,9 @@ class _Estimator(Section):
     """Names or glob patterns of the parameters in θ."""
     device: str = "auto"
     dtype: Literal["float32", "float64", "bfloat16"] | None = None
+    compile: bool = False
+    matmul_precision: Literal[PRECISIONS] = "highest"  # type: ignore[valid-type]
+    """Operands of float32 products: "high" in TF32, "medium" in bfloat16."""
     chunk_size: Annotated[int, Field(ge=1)] | None = None
     certify: bool = True
     """Write factor_residual even where it takes a pass over the training data."""

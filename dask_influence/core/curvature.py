@@ -34,6 +34,7 @@ from dask_influence.core.families import Likelihood, recognise
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.outputs import Inner, Outputs
+from dask_influence.core.precision import rounding
 from dask_influence.core.problem import Problem
 from dask_influence.core.structured import gauss_newton_sum, hessian_sum
 from dask_influence.errors import ConfigurationError, DerivativeError, InfluenceWarning
@@ -203,7 +204,7 @@ def _structured(problem: Problem, x: Tree, y: Tree, curvature: str) -> Tensor | 
         expected = PRODUCTS[curvature](problem, x, y, vector.to(objective.device, objective.dtype))
         expected = expected.to("cpu", torch.float64)
         error, scale = float((vector @ matrix - expected).norm()), float(expected.norm())
-        if error <= 4 * torch.finfo(objective.dtype).eps ** 0.5 * scale:
+        if error <= 4 * max(torch.finfo(objective.dtype).eps ** 0.5, 4 * rounding(objective.dtype)) * scale:
             return matrix
         found = f"is off by {error:.1e} of {scale:.1e}"
     warnings.warn(

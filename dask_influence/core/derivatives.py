@@ -130,7 +130,8 @@ def choose_forms(
                 raise DerivativeError(_refusal(kind, found, exact))
             report[kind] = found.report()
             if kind in FORMS:
-                chosen = replace(chosen, **{kind: found.form})
+                own: dict[str, Any] = {kind: found.form}
+                chosen = replace(chosen, **own)
     return chosen, report
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dask_influence.core import forms
 from dask_influence.core.chain import Chain
+from dask_influence.core.factored import Factored
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem
@@ -35,7 +36,7 @@ _WRITTEN = 2.0  # of a number that a contraction writes and reads again
 
 
 def directional_derivatives(
-    problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET
+    problem: Problem, x: Tree, y: Tree, directions: Tensor | Factored, budget: int = BUDGET
 ) -> Tensor:
     """E[j, d] = ⟨v_d, ∇θ ℓ(z_j)⟩ for directions (D, P): (n, D).
 
@@ -43,12 +44,31 @@ def directional_derivatives(
     what comes back, and forming gradients, by cost; either way at most about ``budget`` bytes are
     alive beside the result.
     """
+    if isinstance(directions, Factored):
+        if _fits(problem, x):
+            factored = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
+            return _by_layers(factored, problem, x, y, directions.dtype, budget)
+        directions = directions.dense().to(problem.objective.device, directions.dtype)
     layers = _layers_if_cheaper(problem, x, directions)
     if layers is not None:
-        return _by_layers(layers, problem, x, y, directions, budget)
+        return _by_layers(layers, problem, x, y, directions.dtype, budget)
     if gradients_are_cheaper(len(directions)):
         return _by_gradients(problem, x, y, directions, budget)
     return _by_blocks(forms.directional_derivatives, problem, x, y, directions, budget)
+
+
+def projections(
+    problem: Problem, x: Tree, y: Tree, directions: Tensor | Factored, budget: int = BUDGET
+) -> Tensor:
+    """The same with products and sums in float64, whatever the model's dtype: what coefficients are made of."""
+    if isinstance(directions, Factored) and not _fits(problem, x):
+        directions = directions.dense()
+    if _fits(problem, x):
+        layers = Pairs(problem, directions, torch.float64)
+        if isinstance(directions, Factored) or 2 * layers.size.numbers <= problem.objective.size:
+            return _by_layers(layers, problem, x, y, torch.float64, budget)
+    assert isinstance(directions, Tensor)
+    return _by_gradients(problem, x, y, directions.to(problem.objective.device, torch.float64), budget // 2)
 
 
 def mixed_derivatives(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET) -> Tensor:
@@ -97,13 +117,17 @@ def _layers_if_cheaper(problem: Problem, x: Tree, directions: Tensor) -> Pairs |
     return layers
 
 
-def _by_layers(layers: Pairs, problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
+def _fits(problem: Problem, x: Tree) -> bool:
+    return problem.pairing is not None and problem.pairing.fits(x)
+
+
+def _by_layers(layers: Pairs, problem: Problem, x: Tree, y: Tree, dtype: torch.dtype, budget: int) -> Tensor:
     """Contract directions with the inputs and output gradients of the layers, a few samples at a time."""
     count = leading_size(y)
     step = max(1, budget // (2 * layers.size.itemsize * layers.size.numbers))
     parts = [slice(start, start + step) for start in range(0, count, step)]
     found = [layers.projections(problem, sliced(x, part), sliced(y, part)) for part in parts]
-    return torch.cat(found).to(directions.dtype)
+    return torch.cat(found).to(dtype)
 
 
 def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:
@@ -114,6 +138,6 @@ def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = gradients(problem, sliced(x, part), sliced(y, part))
-        torch.matmul(rows, directions.mT, out=result[part])
+        torch.matmul(rows.to(directions), directions.mT, out=result[part])
         del rows  # before the next ones are formed
     return result

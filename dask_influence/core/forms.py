@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
-from dask_influence.core import multiply
+from dask_influence.core import compiled, multiply
 from dask_influence.core.chain import Chain
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.objective import Objective, Tree, leading_size
@@ -50,6 +50,8 @@ class Forms:
     mixed : {"chain", "reverse_over_reverse", "forward_over_reverse", "reverse_over_forward"}, "_loop"
         ∇x ⟨v, ∇θ ℓ(z_j)⟩: module by module along a chain; gradient in x of ⟨v, ∇θ⟩;
         directional derivative in θ of ∇x; gradient in x of the directional derivative.
+    compiled : sequence of {"gradient", "product", "directional"}
+        Which of them run as compiled programs (``core.compiled``).
 
     Examples
     --------
@@ -64,8 +66,10 @@ class Forms:
     product: str = "forward_over_reverse"
     directional: str = "forward"
     mixed: str = "reverse_over_reverse"
+    compiled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "compiled", tuple(self.compiled))  # a list, as JSON has it
         for kind, known in FORMS.items():
             if getattr(self, kind) not in known:
                 raise ConfigurationError(
@@ -138,8 +142,9 @@ def sample_gradients(objective: Objective, x: Tree, y: Tree, forms: Forms) -> Te
     >>> sample_gradients(objective, torch.ones(4, 2), torch.zeros(4, 1), Forms()).shape
     torch.Size([4, 3])
     """
+    run = compiled.per_sample if "gradient" in forms.compiled else _plainly
     with differentiation(), torch.no_grad():
-        return GRADIENT[forms.gradient](objective, objective.parameters(), x, y)
+        return run(GRADIENT[forms.gradient], objective, objective.parameters(), x, y)
 
 
 def products(objective: Objective, x: Tree, y: Tree, vectors: Tensor, forms: Forms) -> Tensor:
@@ -148,16 +153,18 @@ def products(objective: Objective, x: Tree, y: Tree, vectors: Tensor, forms: For
     A sum over the n samples, not a mean. Memory: activations of n samples for each of the B
     vectors (one at a time in the ``_loop`` forms).
     """
+    run = compiled.summed if "product" in forms.compiled else _plainly
     with differentiation(), torch.no_grad():
-        return PRODUCT[forms.product](objective, objective.parameters(), x, y, vectors)
+        return run(PRODUCT[forms.product], objective, objective.parameters(), x, y, vectors)
 
 
 def directional_derivatives(objective: Objective, x: Tree, y: Tree, vectors: Tensor, forms: Forms) -> Tensor:
     """E[j, d] = ⟨v_d, ∇θ ℓ(z_j)⟩ for ``vectors`` (D, P), shape (n, D)."""
     if forms.directional == "gradients":
         return sample_gradients(objective, x, y, forms) @ vectors.T
+    run = compiled.per_sample if "directional" in forms.compiled else _plainly
     with differentiation(), torch.no_grad():
-        return DIRECTIONAL[forms.directional](objective, objective.parameters(), x, y, vectors)
+        return run(DIRECTIONAL[forms.directional], objective, objective.parameters(), x, y, vectors)
 
 
 def mixed_derivatives(objective: Objective, x: Tree, y: Tree, vectors: Tensor, forms: Forms) -> Tensor:
@@ -168,6 +175,10 @@ def mixed_derivatives(objective: Objective, x: Tree, y: Tree, vectors: Tensor, f
     input_leaf(x)
     with differentiation(), torch.no_grad():
         return MIXED[forms.mixed](objective, objective.parameters(), x, y, vectors)
+
+
+def _plainly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
 
 
 # -- classic autograd, for the loops ---------------------------------------------------
@@ -395,3 +406,10 @@ FORMS: dict[str, tuple[str, ...]] = {
     "mixed": tuple(MIXED),
 }
 """The forms of each derivative, in the order in which the check tries them."""
+
+COMPILABLE: dict[str, tuple[str, ...]] = {
+    "gradient": ("vmap",),
+    "directional": ("forward", "dummy_weights"),
+    "product": ("reverse_over_reverse", "forward_over_reverse"),
+}
+"""Forms that a compiler can make faster. A chain's are matrix products already; a loop is as many traces."""

@@ -141,7 +141,8 @@ class KroneckerPairs(PairScores):
 
     def __init__(self, problem: Problem, form: Kronecker) -> None:
         self.form, self.dtype, self.score_dtype = form, _dtype(problem), problem.objective.dtype
-        self.directions = torch.empty(0, 0, dtype=self.dtype, device=problem.objective.device)
+        self._like = torch.empty(0, 0, dtype=self.dtype, device=problem.objective.device)
+        self.directions = self._like
         index = {layer.path: i for i, layer in enumerate(form.layers)}
         self.parts = _parts(problem)
         self._layout = Layout(tuple(part.layer for part in self.parts), ())
@@ -151,9 +152,7 @@ class KroneckerPairs(PairScores):
     def rows(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
         """The numbers of every part, (n, W)."""
         found = [
-            torch.cat(
-                [part.held(one, self.directions) for part, one in zip(self.parts, seen, strict=True)], dim=1
-            )
+            torch.cat([part.held(one, self._like) for part, one in zip(self.parts, seen, strict=True)], dim=1)
             for seen in watched(problem, x, y, self._layout)
         ]
         return found[0] if len(found) == 1 else torch.cat(found)

@@ -110,14 +110,16 @@ class Objective:
         if dtype is not None:
             private = private.to(dtype)
         if device is not None:
-            private = private.to(device)
+            private, loss = private.to(device), loss_on(loss, device)
         return cls(private, loss, names)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Objective:
         """The same objective on another device or in another floating dtype."""
         module = copy.deepcopy(self.module)
         module = module.to(dtype) if dtype is not None else module
-        return Objective(module.to(device) if device is not None else module, self.loss, self.names)
+        if device is None:
+            return Objective(module, self.loss, self.names)
+        return Objective(module.to(device), loss_on(self.loss, device), self.names)
 
     # -- θ as dictionary and as vector ------------------------------------------------
     def parameters(self) -> dict[str, Tensor]:
@@ -180,6 +182,16 @@ class Objective:
             one = (torch.utils._pytree.tree_map(lambda a, j=j: a[j : j + 1], tree) for tree in (outputs, y))
             rows.append(self.loss(*one))
         return torch.stack(rows)
+
+
+def loss_on(loss: Loss, device: torch.device | str) -> Loss:
+    """A loss that is a module with tensors of its own, such as weights, on ``device``; the one given stays."""
+    if not isinstance(loss, nn.Module):
+        return loss
+    wanted = torch.device(device).type
+    if all(tensor.device.type == wanted for tensor in (*loss.parameters(), *loss.buffers())):
+        return loss
+    return copy.deepcopy(loss).to(device)
 
 
 def leading_size(tree: Tree) -> int:

@@ -18,6 +18,7 @@ from dask_influence.core.capture import Captured, capture, perceptron
 from dask_influence.core.curvature import weighted_gradients
 from dask_influence.core.layers import Layout
 from dask_influence.core.objective import Tree, leading_size
+from dask_influence.core.precision import rounding
 from dask_influence.core.predictive import Expectation
 from dask_influence.core.problem import Problem
 
@@ -140,4 +141,5 @@ def _agree(problem: Problem, x: Tree, y: Tree, found: list[OuterGradients]) -> b
             total[:, slice(*span)] += part.combined(own, span)
             size += float(part.norms(span).sum())
     # signs cancel: rounding is that of the gradients, not of their sum
-    return bool((total - expected).norm() <= torch.finfo(objective.dtype).eps ** 0.5 * size**0.5)
+    tolerance = max(torch.finfo(objective.dtype).eps ** 0.5, 4 * rounding(objective.dtype))
+    return bool((total - expected).norm() <= tolerance * size**0.5)

@@ -18,9 +18,10 @@ the bias), R directions, W numbers of a row.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, Self
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor
 
 from dask_influence.core.capture import Captured, capture
+from dask_influence.core.factored import CHECKED as FEW
+from dask_influence.core.factored import Block, Factored, Span
 from dask_influence.core.forms import sample_gradients
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.objective import Objective, Tree, sliced
@@ -43,9 +46,6 @@ BUDGET = 64 * 2**20
 
 CHECKED = 2
 """Samples on which a layer's pair is compared with its gradient."""
-
-Span = tuple[int, int]
-"""First and one past the last entry of θ."""
 
 _GRADIENT = Expectation("empirical_fisher")
 """Columns whose pullback is the gradient at the targets given."""
@@ -82,13 +82,13 @@ class PairScores(ABC):
 
     Attributes
     ----------
-    directions : Tensor
+    directions : Tensor or Factored
         Along which rows hold projections, (R, P).
     dtype : torch.dtype
         Of rows.
     """
 
-    directions: Tensor
+    directions: Tensor | Factored
     dtype: torch.dtype
 
     @abstractmethod
@@ -134,6 +134,20 @@ class _Part(ABC):
         """Rows whose G is ``factor`` times as large."""
         return factor * rows
 
+    @property
+    @abstractmethod
+    def spans(self) -> tuple[Span, ...]:
+        """Where its parameters are in θ."""
+
+    @property
+    def size(self) -> int:
+        """Parameters."""
+        return sum(stop - start for start, stop in self.spans)
+
+    @abstractmethod
+    def moved(self, places: Mapping[Span, Span]) -> Self:
+        """The same for directions that have its spans at other ``places``."""
+
 
 class _LayerPart(_Part):
     """A layer that is captured."""
@@ -141,12 +155,23 @@ class _LayerPart(_Part):
     def __init__(self, layer: Layer, weight: Span | None, bias: Span | None) -> None:
         self.layer, self.weight, self.bias = layer, weight, bias
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(span for span in (self.weight, self.bias) if span is not None)
+
+    def moved(self, places: Mapping[Span, Span]) -> Self:
+        other = copy.copy(self)
+        other.weight, other.bias = (
+            None if span is None else places[span] for span in (self.weight, self.bias)
+        )
+        return other
+
     @abstractmethod
     def held(self, seen: Captured, like: Tensor) -> Tensor:
         """The numbers of n samples, (n, width), in dtype and on device of ``like``."""
 
 
-class _Product(_LayerPart):
+class Product(_LayerPart):
     """δ (T, q) and a (T, p): one matrix of few positions."""
 
     def __init__(self, layer: Layer, positions: int, weight: Span | None, bias: Span | None) -> None:
@@ -158,37 +183,58 @@ class _Product(_LayerPart):
         self.written = min(layer.rows, layer.columns) if positions == 1 else 0
 
     def held(self, seen: Captured, like: Tensor) -> Tensor:
+        """The numbers of n samples, (n, width)."""
         delta, inputs = seen.derivatives[:, 0].to(like), self.layer.homogeneous(seen.inputs.to(like))
         return torch.cat([delta.flatten(1), inputs.flatten(1)], dim=1)
 
     def scaled(self, rows: Tensor, factor: float) -> Tensor:
+        """Rows whose G is ``factor`` times as large."""
         return torch.cat([factor * rows[:, : self._split], rows[:, self._split :]], dim=1)
 
-    def _sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """δ (n, T, q) and a (n, T, p)."""
         split = rows[:, : self._split], rows[:, self._split :]
         return split[0].unflatten(1, (self.positions, -1)), split[1].unflatten(1, (self.positions, -1))
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        """⟨G_i, G_j⟩ of rows (N, width) and (n, width): (N, n)."""
         if self.positions == 1:
             products = left[:, : self._split] @ right[:, : self._split].mT
             return products.mul_(left[:, self._split :] @ right[:, self._split :].mT)
         step = max(1, BUDGET // (2 * right.element_size() * len(right) * self.positions**2))
-        (d, a), parts = self._sides(right), []
+        (d, a), parts = self.sides(right), []
         for part in left.split(step):
-            d_left, a_left = self._sides(part)
+            d_left, a_left = self.sides(part)
             products = d_left.flatten(0, 1) @ d.flatten(0, 1).mT
             products.mul_(a_left.flatten(0, 1) @ a.flatten(0, 1).mT)
             parts.append(products.reshape(len(part), self.positions, len(right), -1).sum((1, 3)))
         return torch.cat(parts)
 
     def alone(self, rows: Tensor) -> Tensor:
-        delta, inputs = self._sides(rows)
+        """‖G_j‖² of rows (n, width): (n,)."""
+        delta, inputs = self.sides(rows)
         return ((delta @ delta.mT) * (inputs @ inputs.mT)).sum((1, 2))
 
     def along(self, rows: Tensor, directions: Tensor) -> Tensor:
+        """⟨V_r, G_j⟩ of rows (n, width) and directions (R, P): (n, R)."""
         step = _step(self._bytes(rows, directions))
         return torch.cat([self._along(part, directions) for part in rows.split(step)])
+
+    def factored(self, rows: Tensor, block: Block) -> Tensor:
+        """⟨V_r, G_j⟩ of directions in factors: (n, R)."""
+        parts = rows.split(_step(rows.element_size() * block.written))
+        return torch.cat([block.along(*self.sides(part)) for part in parts])
+
+    def matrices(self, directions: Tensor) -> Tensor:
+        """The layer's blocks of directions (R, P), with the column of the bias: (R, q, p)."""
+        shaped = (directions[:, slice(*span)].unflatten(1, (self.layer.rows, -1)) for span in self.spans)
+        return torch.cat(list(shaped), dim=2)
+
+    def put(self, matrices: Tensor, vectors: Tensor) -> None:
+        """Write ``matrices`` (K, q, p) to where the layer's parameters are in ``vectors`` (K, P)."""
+        columns = [self.layer.width] if len(self.spans) == 1 else [self.layer.columns, 1]
+        for span, part in zip(self.spans, matrices.split(columns, dim=2), strict=True):
+            vectors[:, slice(*span)] = part.flatten(1)
 
     def _bytes(self, rows: Tensor, directions: Tensor) -> int:
         """What :meth:`_along` makes of one sample."""
@@ -196,7 +242,7 @@ class _Product(_LayerPart):
         return rows.element_size() * each
 
     def _along(self, rows: Tensor, directions: Tensor) -> Tensor:
-        delta, inputs = self._sides(rows)
+        delta, inputs = self.sides(rows)
         total = torch.zeros(len(directions), len(rows), dtype=rows.dtype, device=rows.device)
         if self.bias is not None:
             total += directions[:, slice(*self.bias)] @ delta.sum(1).mT
@@ -229,7 +275,7 @@ class _Picked(_LayerPart):
         delta, ids = rows[:, : -self.positions], rows[:, -self.positions :]
         return torch.cat([factor * delta, ids], dim=1)
 
-    def _sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """δ (n, T, q), zero where a padding row is picked, and what is picked (n, T)."""
         delta, ids = rows[:, : -self.positions], rows[:, -self.positions :]
         picks = (ids < self.layer.groups)[..., None]
@@ -237,16 +283,16 @@ class _Picked(_LayerPart):
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         step = max(1, BUDGET // (2 * right.element_size() * len(right) * self.positions**2))
-        (delta, ids), parts = self._sides(right), []
+        (delta, ids), parts = self.sides(right), []
         for part in left.split(step):
-            delta_left, ids_left = self._sides(part)
+            delta_left, ids_left = self.sides(part)
             products = delta_left.flatten(0, 1) @ delta.flatten(0, 1).mT
             products.mul_(ids_left.reshape(-1, 1) == ids.reshape(1, -1))
             parts.append(products.reshape(len(part), self.positions, len(right), -1).sum((1, 3)))
         return torch.cat(parts)
 
     def alone(self, rows: Tensor) -> Tensor:
-        delta, ids = self._sides(rows)
+        delta, ids = self.sides(rows)
         return ((delta @ delta.mT) * (ids[:, :, None] == ids[:, None, :])).sum((1, 2))
 
     def along(self, rows: Tensor, directions: Tensor) -> Tensor:
@@ -255,7 +301,7 @@ class _Picked(_LayerPart):
         step = _step(rows.element_size() * len(directions) * self.positions * self.layer.rows)
         parts = []
         for part in rows.split(step):
-            delta, ids = self._sides(part)
+            delta, ids = self.sides(part)
             places = ids.long().clamp_max(self.layer.groups - 1)
             parts.append(torch.einsum("rntq,ntq->nr", table[:, places], delta))
         return torch.cat(parts)
@@ -278,8 +324,7 @@ class _Matrix(_LayerPart):
         return rows.square().sum(1)
 
     def along(self, rows: Tensor, directions: Tensor) -> Tensor:
-        spans = [span for span in (self.weight, self.bias) if span is not None]
-        return _along_spans(rows, directions, spans)
+        return _along_spans(rows, directions, self.spans)
 
 
 def formed(layer: Layer, seen: Captured, like: Tensor) -> Tensor:
@@ -307,8 +352,15 @@ class _Rest(_Part):
     """Gradients of the parameters that are in no layer, by the general way."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        self.spans = spans
+        self._spans = tuple(spans)
         self.width = self.products = sum(stop - start for start, stop in spans)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return self._spans
+
+    def moved(self, places: Mapping[Span, Span]) -> Self:
+        return type(self)([places[span] for span in self._spans])
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right.mT
@@ -341,7 +393,7 @@ class Spectral(Form):
 
     Attributes
     ----------
-    directions : Tensor
+    directions : Tensor or Factored
         V as rows (R, P), float64.
     weights : Tensor
         w (L, R).
@@ -349,7 +401,7 @@ class Spectral(Form):
         μ (L,).
     """
 
-    directions: Tensor
+    directions: Tensor | Factored
     weights: Tensor
     plain: Tensor
 
@@ -387,13 +439,15 @@ class Pairs:
     ----------
     problem : Problem
         With a pairing.
-    directions : Tensor
+    directions : Tensor or Factored
         V as rows (R, P); R may be 0.
     dtype : torch.dtype, optional
         Of rows; by default float64 where there are directions.
     """
 
-    def __init__(self, problem: Problem, directions: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, problem: Problem, directions: Tensor | Factored, dtype: torch.dtype | None = None
+    ) -> None:
         pairing, objective = problem.pairing, problem.objective
         assert pairing is not None
         self.rank = len(directions)
@@ -401,6 +455,7 @@ class Pairs:
         self.dtype = dtype or (torch.float64 if self.rank else narrow)
         self.score_dtype = objective.dtype
         self.directions = directions.to(objective.device, self.dtype)
+        self._like = torch.empty(0, dtype=self.dtype, device=objective.device)
         self.layout = trusted(objective, pairing)
         spans = _spans(objective)
         held = {name for layer in self.layout.layers for name in (layer.weight, layer.bias)}
@@ -411,6 +466,13 @@ class Pairs:
         self.parts: list[_Part] = [*layers]
         if self.rest:
             self.parts.append(_Rest([spans[name] for name in self.rest]))
+        self._moved = self.parts
+        if isinstance(self.directions, Factored):
+            blocks, places = self.directions.blocks, self.directions.places()
+            self._moved = [
+                part if isinstance(part, Product) and part.layer.path in blocks else part.moved(places)
+                for part in self.parts
+            ]
 
     @property
     def size(self) -> Size:
@@ -429,31 +491,62 @@ class Pairs:
     # -- rows -------------------------------------------------------------------------
     def rows(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
         """⟨v_r, g_j⟩ and the numbers of every part, (n, W)."""
-        parts = self._held(problem, x, y)
+        parts = self.held(problem, x, y)
         projected = [self._along(parts)] if self.rank else []
         return torch.cat([*projected, *parts], dim=1)
 
     def projections(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
         """⟨v_r, g_j⟩ alone, (n, R)."""
-        return self._along(self._held(problem, x, y))
+        return self._along(self.held(problem, x, y))
+
+    @property
+    def dense(self) -> Tensor:
+        """V (R, P), in dtype and on device of rows."""
+        whole = self.directions.dense() if isinstance(self.directions, Factored) else self.directions
+        return whole.to(self._like)
 
     def _along(self, parts: Sequence[Tensor]) -> Tensor:
-        along = (part.along(rows, self.directions) for part, rows in zip(self.parts, parts, strict=True))
-        return sum(along, self.directions.new_zeros(()))
+        directions = self.directions
+        if not isinstance(directions, Factored):
+            return self._dense_along(parts, directions)
+        found = self._like.new_zeros(())
+        for part, rows in zip(self._moved, parts, strict=True):
+            if isinstance(part, Product) and part.layer.path in directions.blocks:
+                found = found + part.factored(rows, directions.blocks[part.layer.path])
+            else:
+                found = found + part.along(rows, directions.rest)
+        count = len(found)
+        few = torch.linspace(0, count - 1, min(FEW, count), device=found.device).long()
+        left_out = self._dense_along([rows[few] for rows in parts], directions.left_out)
+        if directions.agrees(found[few], left_out):
+            return found
+        warnings.warn(
+            InfluenceWarning(
+                f"projections of {count} samples on factored directions are off by more than direction_tol "
+                "allows, since these samples differ from the data fitted; they are computed from the directions "
+                "themselves, which is slower and right"
+            ),
+            stacklevel=2,
+        )
+        return self._dense_along(parts, self.dense)
 
-    def _held(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
+    def _dense_along(self, parts: Sequence[Tensor], directions: Tensor) -> Tensor:
+        along = (part.along(rows, directions) for part, rows in zip(self.parts, parts, strict=True))
+        return sum(along, self._like.new_zeros(()))
+
+    def held(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
         """The numbers of every part."""
         parts = self._captured(problem, x, y)
         if self.rest:
             own = Objective(problem.objective.module, problem.objective.loss, self.rest)
-            parts.append(sample_gradients(own, x, y, problem.forms).to(self.directions))
+            parts.append(sample_gradients(own, x, y, problem.forms).to(self._like))
         return parts
 
     def _captured(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
         if not self._layers:
             return []
         held = [
-            [part.held(one, self.directions) for part, one in zip(self._layers, seen, strict=True)]
+            [part.held(one, self._like) for part, one in zip(self._layers, seen, strict=True)]
             for seen in watched(problem, x, y, self.layout)
         ]
         return [torch.cat(rows) for rows in zip(*held, strict=True)]
@@ -537,7 +630,7 @@ def _part(layer: Layer, positions: int, spans: dict[str, Span]) -> _LayerPart:
     if layer.indexed and positions**2 * (layer.rows + 1) <= layer.size:
         return _Picked(layer, positions, weight, bias)
     if layer.groups == 1 and positions**2 * (layer.rows + layer.width) <= layer.size:
-        return _Product(layer, positions, weight, bias)
+        return Product(layer, positions, weight, bias)
     return _Matrix(layer, weight, bias)
 
 
@@ -600,5 +693,4 @@ def _whole(layer: Layer, spans: dict[str, Span]) -> tuple[Span | None, Span | No
 
 
 def _gathered(gradients: Tensor, part: _LayerPart) -> Tensor:
-    spans = [span for span in (part.weight, part.bias) if span is not None]
-    return torch.cat([gradients[:, slice(*span)] for span in spans], dim=1)
+    return torch.cat([gradients[:, slice(*span)] for span in part.spans], dim=1)

@@ -59,6 +59,8 @@ class Problem:
         pushed through the model at once.
     pairing : Pairing, optional
         Which layers may be taken in pairs; None where that is not known.
+    matmul_precision : str
+        In which its products are to be taken (``core.precision``).
     shelf : Shelf, optional
         What is kept of the samples at hand until the next pass; None where each pass begins anew.
     """
@@ -67,6 +69,7 @@ class Problem:
     forms: Forms
     activations: int = 1
     pairing: Pairing | None = None
+    matmul_precision: str = "highest"
     shelf: Shelf | None = field(default=None, repr=False, compare=False)
 
     def block_of_vectors(self, samples: int, budget: int) -> int:
@@ -174,7 +177,7 @@ def check_losses(problem: Problem, x: Tree, y: Tree, argument: str, start: int) 
 def with_mixed_form(problem: Problem, x: Tree, y: Tree) -> Problem:
     """The same problem with the form of the input gradient checked too, for perturbation mode."""
     forms, _ = choose_forms(problem.objective, x, y, perturbation=True)
-    return replace(problem, forms=forms)
+    return replace(problem, forms=replace(forms, compiled=problem.forms.compiled))
 
 
 def activation_size(objective: Objective, x: Tree, y: Tree) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from dask_influence.core.moments import Moments
 from dask_influence.core.problem import Problem
 from dask_influence.execution.artifacts import Artifact
 from dask_influence.execution.forecast import Cluster
+from dask_influence.execution.options import Options
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
 
@@ -38,6 +40,18 @@ class Solver(Protocol):
         """The inverse, in this process."""
 
 
+@dataclass(frozen=True)
+class Approximated:
+    """A solver that scores by approximate directions, and loads the ``exact`` ones only where they are wanted."""
+
+    approximate: Solver
+    exact: Solver
+
+    def inverse(self) -> Inverse:
+        """The approximate inverse, backed by the exact one."""
+        return self.approximate.inverse().backed_by(self.exact.inverse)
+
+
 class Executor(ABC):
     """Runs the functions of ``execution.tasks``; what they compute does not depend on it."""
 
@@ -61,6 +75,16 @@ class Executor(ABC):
     @abstractmethod
     def check_reach(self, location: Location) -> None:
         """Refuse an output store that tasks cannot write to, before anything is written."""
+
+    @abstractmethod
+    def check_options(self, options: Options) -> None:
+        """Refuse options that the hardware or the software of a process that runs tasks lacks.
+
+        Raises
+        ------
+        ConfigurationError
+            Names the process and what it lacks.
+        """
 
     @abstractmethod
     def publish(self, tensors: dict[str, Tensor]) -> Artifact:

@@ -30,6 +30,7 @@ from dask_influence.errors import ClusterError, ConfigurationError, InfluenceErr
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
 from dask_influence.execution.forecast import Cluster
+from dask_influence.execution.options import Options
 from dask_influence.execution.shipping import Envelope, ShippedInverse, ShippedModel
 from dask_influence.storage.sources import Source, stage
 from dask_influence.storage.stores import Location
@@ -77,6 +78,7 @@ class DaskExecutor(Executor):
     def __init__(self, client: Client, location: Location | None = None) -> None:
         self.client = client
         self._checked: frozenset[str] = frozenset()
+        self._able: dict[Options, frozenset[str]] = {}
         self.check()
         self.location: Location = location if location is not None else self._temporary_folder()
         self._artifacts = Artifacts(self.location)
@@ -108,7 +110,7 @@ class DaskExecutor(Executor):
         """The same cluster, with artifacts in another place."""
         other = DaskExecutor.__new__(DaskExecutor)
         other.client, other.location, other._artifacts = self.client, location, Artifacts(location)
-        other._home = self._home
+        other._home, other._able = self._home, self._able
         return other
 
     def check_reach(self, location: Location) -> None:
@@ -127,6 +129,16 @@ class DaskExecutor(Executor):
                 f"workers {', '.join(blind)} cannot reach {location.url}; give a store that this process and all "
                 "workers share, such as s3://bucket/run or a network drive"
             )
+
+    def check_options(self, options: Options) -> None:
+        """Ask every worker, again when there are others."""
+        if not options.demanding or self._workers() <= self._able.get(options, frozenset()):
+            return
+        answers = self._run(options.lacking)
+        for address, lacks in answers.items():
+            if lacks is not None:
+                raise ConfigurationError(f"worker {address}: {lacks}")
+        self._able[options] = frozenset(answers)
 
     def publish(self, tensors: dict[str, Tensor]) -> Artifact:
         """Write the tensors to the store."""

@@ -110,7 +110,8 @@ def lazy_influences_from_factors(
 def lazy_factors(fit: Fit, test: Blocks, batch: int, *, project: bool) -> list[Delayed]:
     """Factors (or coefficients) of each test chunk, solved once."""
     shared = delayed(_Shared(fit.model, fit.threads), pure=False)
-    solver = delayed(_Iterated.of(fit) if fit.inverse.needs_rounds else fit.solver, pure=False)
+    closed = fit.scorer if project else fit.solver
+    solver = delayed(_Iterated.of(fit) if fit.inverse.needs_rounds else closed, pure=False)
     solve = delayed(_factors, pure=False)
     return [
         solve(shared, solver, block, start, batch, project)
@@ -131,7 +132,7 @@ def lazy_scores(
 ) -> da.Array:
     """Scores (N, M, *features), chunked like test and training data."""
     shared = delayed(_Shared(fit.model, fit.threads), pure=False)
-    solver = delayed(fit.solver if project else None, pure=False)
+    solver = delayed(fit.scorer if project else None, pure=False)
     strip, tile = delayed(_strip, pure=False), delayed(_rows, pure=False)
     gathered = delayed(_concatenated, pure=False)(list(factors))
     offsets = [0, *np.cumsum(sizes).tolist()]
@@ -220,7 +221,7 @@ def _factors(
 ) -> torch.Tensor:
     job, stop = shared.job(block, start, "test (x, y)"), start + leading_size(block[1])
     if isinstance(solver, _Iterated):
-        with tasks.torch_threads(shared.threads):
+        with tasks.computing(shared.model, shared.threads):
             return solver.factors(tasks.query_gradients(job, start, stop, batch))
     return tasks.closed_factors(job, solver, start, stop, batch, project=project, certify=False).rows
 
@@ -241,7 +242,7 @@ def _strip(
     """Scores of all test points against one training chunk, differentiated once."""
     job = shared.job(block, start, "x, y")
     inverse = None if solver is None else solver.inverse()
-    with tasks.torch_threads(shared.threads):
+    with tasks.computing(shared.model, shared.threads):
         query = tasks.Query.of(factors, inverse, shared.model.problem())
         columns = range(start, start + leading_size(block[1]))
         derivatives = tasks.derivatives_of(job, query, columns, batch, perturbation)

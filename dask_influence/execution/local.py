@@ -16,6 +16,7 @@ from dask_influence.core.problem import Problem
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor, Sealed
 from dask_influence.execution.lanes import in_lanes
+from dask_influence.execution.options import Options
 from dask_influence.execution.shipping import Held
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
@@ -33,6 +34,10 @@ class LocalExecutor(Executor):
 
     def check_reach(self, location: Location) -> None:
         """Tasks run here, so they reach what this process reaches."""
+
+    def check_options(self, options: Options) -> None:
+        """Of this process, which runs the tasks."""
+        options.check()
 
     def publish(self, tensors: dict[str, Tensor]) -> Artifact:
         """Keep the tensors in this process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
@@ -14,8 +15,8 @@ from dask_influence.core import directional
 from dask_influence.core.chain import Chain
 from dask_influence.execution import tasks
 from dask_influence.execution.drive import iterated_factors
-from dask_influence.execution.lanes import lanes_of, pool
-from dask_influence.execution.plan import Plan
+from dask_influence.execution.lanes import in_lanes, lanes_of, pool
+from dask_influence.execution.plan import FEWEST_FACTORS, Plan, Strip
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import Source
@@ -58,13 +59,17 @@ def factors_in_memory(
 ) -> torch.Tensor:
     """Factors (N, P), or coefficients (N, R) where ``project``, ``rows`` test points at a time."""
     job = tasks.Job(fit.model, source, argument, fit.threads)
+    if project:  # projections take no memory to speak of
+        rows = max(rows, min(batch, max(FEWEST_FACTORS, -(-len(source) // 4))))
     chunks = Chunks(len(source), rows)
     if fit.inverse.needs_rounds:
         return torch.cat([_by_rounds(fit, job, chunk, batch) for chunk in chunks])
 
+    solver = fit.scorer if project else fit.solver
+
     def solve(chunk: range) -> torch.Tensor:
         bounds = (chunk.start, chunk.stop, batch)
-        return tasks.closed_factors(job, fit.solver, *bounds, project=project, certify=False).rows
+        return tasks.closed_factors(job, solver, *bounds, project=project, certify=False).rows
 
     return torch.cat(list(pool(lanes_of(fit.threads)).map(solve, chunks)))
 
@@ -115,20 +120,22 @@ def _perturbations_by_chain(
 
     def solve(gradients: torch.Tensor, solved: Future[torch.Tensor]) -> None:
         try:
-            with tasks.torch_threads(fit.threads):
+            with tasks.computing(fit.model, fit.threads):
                 factors = tasks.solved(inverse, gradients, project=False, certify=False)
-                solved.set_result(tasks.Query.of(factors.rows, None, problem).directions)
+                directions = tasks.Query.of(factors.rows, None, problem).directions
+                assert isinstance(directions, torch.Tensor)
+                solved.set_result(directions)
         except BaseException as error:
             solved.set_exception(error)  # another lane may wait for it
             raise
 
     def score(chain: Chain, solved: Future[torch.Tensor], rows: slice, columns: range) -> None:
         part = torch.from_numpy(scores[rows, columns.start : columns.stop])
-        with tasks.torch_threads(fit.threads):
+        with tasks.computing(fit.model, fit.threads):
             derivatives = chain.mixed_derivatives(solved.result(), out=part)
         tasks.refuse_non_finite(derivatives, train.argument, columns.start)
 
-    with tasks.torch_threads(fit.threads):
+    with tasks.computing(fit.model, fit.threads):
         solving: list[tuple[Future[torch.Tensor], slice]] = []
         for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
             gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)
@@ -145,7 +152,7 @@ def _perturbations_by_chain(
 
 
 def _by_rounds(fit: Fit, job: tasks.Job, chunk: range, batch: int) -> torch.Tensor:
-    with tasks.torch_threads(fit.threads):
+    with tasks.computing(fit.model, fit.threads):
         gradients = tasks.query_gradients(job, chunk.start, chunk.stop, batch)
     return iterated_factors(fit.inverse, fit.system, fit.answer(), gradients, certify=False).rows
 
@@ -160,17 +167,21 @@ def scores_in_memory(
     project: bool,
     perturbation: bool,
 ) -> np.ndarray:
-    """Scores (N, M, *features), strip by strip."""
+    """Scores (N, M, *features), strips of the same test points side by side."""
     job = tasks.Job(fit.model, source, argument, fit.threads)
     problem = fit.model.problem()
-    inverse = fit.inverse if project else None
+    inverse = fit.scorer.inverse() if project else None
     scores = np.empty((plan.work.tests, plan.work.trains, *plan.work.features), dtype=fit.score_dtype)
-    with tasks.torch_threads(fit.threads):
-        block, query = -1, None
-        for strip in map(plan.strip, range(plan.strips)):
-            rows, columns = (slice(part.start, part.stop) for part in (strip.rows, strip.columns))
-            if query is None or strip.block != block:
-                block, query = strip.block, tasks.Query.of(factors[rows], inverse, problem)
+
+    def score(query: tasks.Query, strip: Strip) -> None:
+        rows, columns = (slice(part.start, part.stop) for part in (strip.rows, strip.columns))
+        with tasks.computing(fit.model, fit.threads):
             derivatives = tasks.derivatives_of(job, query, strip.columns, plan.batch, perturbation)
             scores[rows, columns] = tasks.tile_of(query, derivatives, slice(None))
+
+    for _, strips in itertools.groupby(map(plan.strip, range(plan.strips)), lambda strip: strip.block):
+        block = [*strips]  # of the same test points
+        with tasks.computing(fit.model, fit.threads):
+            query = tasks.Query.of(factors[block[0].rows.start : block[0].rows.stop], inverse, problem)
+        deque(in_lanes([partial(score, query, strip) for strip in block], fit.threads), maxlen=0)
     return scores

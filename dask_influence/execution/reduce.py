@@ -199,7 +199,9 @@ def write_reduced(
             merged = [plan.tree.name(child) for child in plan.tree.children(node)]
             output.ledger.record(plan.tree.name(node), {"merged": merged})
         if schedule:
-            solver = fit.solver if project or plan.work.diagonal else None
+            solver = None
+            if project or plan.work.diagonal:
+                solver = fit.solver if plan.work.diagonal and plan.work.paired is None else fit.scorer
             lacking = output.missing.positions("test")
             scoring = tasks.Scoring(plan, factors, solver, perturbation, output.location, lacking)
             artifacts = Artifacts(output.artifacts)

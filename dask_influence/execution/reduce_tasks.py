@@ -41,7 +41,6 @@ from dask_influence.execution.tasks import (
     query_rows,
     stored,
     tile_of,
-    torch_threads,
 )
 from dask_influence.execution.tree import Axis, Node
 from dask_influence.storage.results import ShardRecord, checksum, fill_of, write_region
@@ -206,7 +205,7 @@ def _scored(job: Job, run: Reducing, strip: Strip, missing: Missing) -> Part:
     axis, tables = run.reducer.axis, run.loaded()
     kept: dict[int, Part] = {}  # by the first kept point, in order
     diagonal = run.scoring.plan.work.diagonal
-    with torch_threads(job.threads):
+    with job.running():
         blocks = _diagonal(job, run, strip, missing) if diagonal else _tiles(job, run, strip, missing)
         for rows, columns, scores in blocks:
             lacking = {"test": run.scoring.missing, "train": tuple(missing)}
@@ -299,9 +298,10 @@ def _diagonal(
 def self_scores(inverse: Inverse, gradients: Tensor, copies: int) -> Array:
     """gⱼᵀ (C + λI)⁻¹ gⱼ for gradients (n, P) at L = ``copies`` λ: (L, n)."""
     wide = gradients.to(torch.float64)
-    if inverse.directions is None:
+    directions = inverse.directions
+    if not isinstance(directions, Tensor):
         return products(without_rounds(inverse.solve(wide)), gradients, copies)
-    along = wide @ inverse.directions.to(torch.float64).mT  # (n, R)
+    along = wide @ directions.to(torch.float64).mT  # (n, R)
     return products(inverse.coefficients(wide), along, copies, gradients.dtype)
 
 

@@ -15,10 +15,11 @@ from dask_influence.core.problem import Problem
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor, check_client
+from dask_influence.execution.devices import resolve_device
 from dask_influence.execution.drive import Passes
 from dask_influence.execution.forecast import Cluster
 from dask_influence.execution.local import LocalExecutor
-from dask_influence.execution.shipping import resolve_device
+from dask_influence.execution.options import Options
 from dask_influence.grid import Chunks
 from dask_influence.scalars import check_flag, check_integer
 from dask_influence.storage.sources import Source
@@ -106,14 +107,19 @@ class Resources:
         job = tasks.Job(executor.model(problem, self.device), reachable, "train", threads)
         return Passes(executor, executor.seal(job), chunks, threads, _sample_bytes(problem))
 
-    def threads(self, problem: Problem) -> int:
+    def options(self, *, compiled: bool, matmul_precision: str) -> Options:
+        """What is asked of every process that runs tasks."""
+        return Options(self.device, compiled, matmul_precision)
+
+    def threads(self, problem: Problem, *, pairs: bool = False) -> int:
         """torch threads per task: one on a cluster and for small models, what the process owns otherwise.
 
-        It is the same wherever a small model runs, so that its scores are the same bits.
+        It is the same wherever a small model runs, so that its scores are the same bits. Where ``pairs`` of
+        samples are scored, tasks are many products of a fair size, which gain more from tasks side by side.
         """
         if settings.text("torch-threads") is not None:
             return settings.count("torch-threads")
-        if self.client is not None or problem.objective.size < LARGE_MODEL:
+        if self.client is not None or pairs or problem.objective.size < LARGE_MODEL:
             return 1
         return torch.get_num_threads()
 

@@ -39,6 +39,8 @@ class Fit:
         Loadable by every task.
     inverse, solver : Inverse, Solver
         The inverse, here and as tasks load it.
+    scorer : Solver
+        What tasks score by: the inverse, or an approximation of its directions.
     system : System
         What it inverts.
     passes : Passes or None
@@ -52,6 +54,7 @@ class Fit:
     model: Model
     inverse: Inverse
     solver: Solver
+    scorer: Solver
     system: System
     passes: Passes | None
     certify: bool
@@ -156,7 +159,8 @@ def solve_factors(
     calls: list[tuple[Any, ...]] = [
         (job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing
     ]
-    closed = [(*call, fit.solver, project) for call in calls]
+    solver = fit.solver if plan.work.paired is None else fit.scorer
+    closed = [(*call, solver, project) for call in calls]
     if fit.needs_rounds and plan.work.paired is None:
         solved = _by_rounds(executor, fit, calls, output.artifacts)
     else:
@@ -266,7 +270,7 @@ def score_strips(
         tasks.Scoring(
             plan,
             factors,
-            fit.solver if project else None,
+            fit.scorer if project else None,
             perturbation,
             output.location,
             output.missing.positions("test"),

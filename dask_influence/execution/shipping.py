@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dask_influence.core.estimators import INVERSES, Inverse
 from dask_influence.core.forms import Forms
-from dask_influence.core.objective import Objective
+from dask_influence.core.objective import Objective, loss_on
 from dask_influence.core.problem import Pairing, Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.artifacts import Artifact, Artifacts
+from dask_influence.execution.devices import resolve_device
 
 SKELETON_LIMIT = 8 * 2**20
 """A larger skeleton means that the model or the loss holds data other than tensors."""
@@ -77,6 +77,7 @@ class ShippedModel:
     activations: int
     device: str
     pairing: Pairing | None = None
+    matmul_precision: str = "highest"
 
     @classmethod
     def of(cls, problem: Problem, device: str, artifacts: Artifacts) -> ShippedModel:
@@ -100,21 +101,23 @@ class ShippedModel:
             problem.activations,
             device,
             problem.pairing,
+            problem.matmul_precision,
         )
 
     def problem(self) -> Problem:
         """The problem, one private copy of the module per process."""
+        parts = self.tensors.digest, self.names, self.forms, self.device, self.pairing, self.matmul_precision
         key = hashlib.blake2b(
-            self.skeleton
-            + repr((self.tensors.digest, self.names, self.forms, self.device, self.pairing)).encode(),
+            self.skeleton + repr(parts).encode(),
             digest_size=16,
         ).hexdigest()
         return _OPENED.get(key, self._build)
 
     def _build(self) -> Problem:
         module, loss = _SkeletonUnpickler(io.BytesIO(self.skeleton), self.tensors.load()).load()
-        objective = Objective(module.to(resolve_device(self.device)), loss, self.names)
-        return Problem(objective, self.forms, self.activations, self.pairing)
+        device = resolve_device(self.device)
+        objective = Objective(module.to(device), loss_on(loss, device), self.names)
+        return Problem(objective, self.forms, self.activations, self.pairing, self.matmul_precision)
 
 
 @dataclass(frozen=True)
@@ -180,23 +183,6 @@ def steady_heap() -> bool:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA where this process has it, else CPU; anything else must exist here."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigurationError(
-            f'device={device!r} is not a torch device; use "auto", "cpu" or "cuda"'
-        ) from error
-    if resolved.type == "meta":
-        raise ConfigurationError(f'device={device!r} computes nothing; use "auto", "cpu" or "cuda"')
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f'device={device!r} is not available in this process; use "auto" or "cpu"')
-    return resolved
 
 
 class _SkeletonPickler(cloudpickle.CloudPickler):

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -27,16 +27,19 @@ from dask_influence.core import directional
 from dask_influence.core.checks import check_samples
 from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
+from dask_influence.core.factored import Factored
 from dask_influence.core.kept import Kept, Shelf, bytes_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, sliced
 from dask_influence.core.pairs import PairScores
+from dask_influence.core.precision import check_products, matmul_precision
 from dask_influence.core.problem import Problem, check_gradients, check_losses
 from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts, let_pass
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.blame import INNOCENT, MOST_POISON, to_blame, told
 from dask_influence.execution.ledger import Ledger
+from dask_influence.execution.options import Found, Options
 from dask_influence.execution.plan import Plan, Strip
 from dask_influence.storage.results import ShardRecord, read_index, write_region
 from dask_influence.storage.sources import Source, check_finite, non_finite
@@ -74,6 +77,10 @@ class Job:
     threads: int
     poison: Mapping[int, str] = field(default_factory=dict)
     kept: Kept | None = None
+
+    def running(self) -> AbstractContextManager[None]:
+        """:func:`computing` with the job's model and threads."""
+        return computing(self.model, self.threads)
 
     def batch(self, start: int, stop: int) -> tuple[Problem, Tree, Tree]:
         """The problem, and samples ``start`` to ``stop`` as tensors in its dtype, on its device."""
@@ -183,7 +190,7 @@ def sum_group(
     """
     opened: Job = job.open()
     total: Moments | None = None
-    with torch_threads(opened.threads):
+    with opened.running():
         for chunk in chunks:
             # loaded here: what a store raises is not the samples' fault
             sums = _Sums(function, operand.load(passing=True), opened.argument, chunk.start, first)
@@ -213,6 +220,14 @@ class _Sums:
         return part
 
 
+# -- options ------------------------------------------------------------------------------
+def try_options(job: Sealed, options: Options, curvature: str) -> Found:
+    """What options cost in accuracy on the job's samples."""
+    opened: Job = job.open()
+    with torch_threads(opened.threads):
+        return Found.of(*opened.batch(0, len(opened.source)), options, curvature)
+
+
 # -- what a query brings -----------------------------------------------------------------
 def sound_samples(job: Sealed) -> list[int]:
     """Places of the job's samples that :func:`check_samples` passes, alone and together.
@@ -223,7 +238,7 @@ def sound_samples(job: Sealed) -> list[int]:
         Where it passes none of them, or those that it passes alone do not go together.
     """
     opened: Job = job.open()
-    with torch_threads(opened.threads):
+    with opened.running():
         problem, x, y = opened.batch(0, len(opened.source))
         places: Sequence[int] = range(len(opened.source))
         try:
@@ -316,14 +331,20 @@ def closed_factors(
     missing: Missing | None = None,
 ) -> Factors:
     """Factors of test points where the inverse needs no pass over the data; with ``project`` what stands for them."""
-    with torch_threads(job.threads):
+    with job.running():
         solver = inverse.inverse()
         if project and solver.directions is None:
             rows = _weighted(job, solver, start, stop, batch, missing)
             unknown = np.full(len(rows), np.nan)
             return Factors(rows, unknown).without(missing or {}, start, stop)
-        gradients = query_gradients(job, start, stop, batch, missing)
-        factors = solved(solver, gradients, project=project, certify=certify)
+        if project and not certify and solver.directions is not None:
+            along = partial(directional.projections, directions=solver.directions)
+            rows = solver.weighed(query_rows(job, along, start, stop, batch, missing))
+            rows = rows.to(job.model.problem().objective.dtype)
+            factors = Factors(rows, np.full(len(rows), np.nan))
+        else:
+            gradients = query_gradients(job, start, stop, batch, missing)
+            factors = solved(solver, gradients, project=project, certify=certify)
     return factors.without(missing or {}, start, stop)
 
 
@@ -364,7 +385,7 @@ def gradient_task(
     """:func:`query_gradients`, published: for inverses that need passes, which the client drives."""
     opened: Job = job.open()
     missing: Missing = {}
-    with torch_threads(opened.threads):
+    with opened.running():
         gradients = query_gradients(opened, start, stop, batch, missing)
     return start, Artifacts(location).publish({"rows": gradients}), missing
 
@@ -372,7 +393,7 @@ def gradient_task(
 def probe_gradient(sample: int, job: Sealed, *_: Any) -> None:
     """The gradient of one test point alone, of a call of :func:`factor_task` or :func:`gradient_task`."""
     opened: Job = job.open()
-    with torch_threads(opened.threads):
+    with opened.running():
         query_gradients(opened, sample, sample + 1, 1, {})
 
 
@@ -383,7 +404,7 @@ class Query:
 
     Attributes
     ----------
-    directions : Tensor
+    directions : Tensor or Factored
         (D, P).
     coefficients : Tensor or None
         (rows, D), or rows of pairs (rows, W); None stands for the identity.
@@ -393,7 +414,7 @@ class Query:
         How pairs of samples are scored without factors.
     """
 
-    directions: Tensor
+    directions: Tensor | Factored
     coefficients: Tensor | None
     missing: np.ndarray | None = None
     pairs: PairScores | None = None
@@ -419,7 +440,7 @@ class Query:
             assert inverse.form is not None
             pairs = inverse.form.pairs(problem)
             return cls(pairs.directions, rows.to(objective.device, pairs.dtype), missing, pairs)
-        if own is not None and len(rows) < len(own):
+        if isinstance(own, Tensor) and len(rows) < len(own):
             rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None
         if own is None:
             return cls(rows.to(objective.device, objective.dtype), None, missing)
@@ -439,10 +460,14 @@ def derivatives_of(
 
     Samples without derivatives, or finite ones, are refused, or added to ``missing`` and NaN.
     """
-    primitive = directional.mixed_derivatives if perturbation else directional.directional_derivatives
-    along: Callable[[Problem, Tree, Tree], Tensor] = partial(primitive, directions=query.directions)
+    along: Callable[[Problem, Tree, Tree], Tensor]
     if query.pairs is not None:
         along = query.pairs.rows
+    elif perturbation:
+        assert isinstance(query.directions, Tensor)
+        along = partial(directional.mixed_derivatives, directions=query.directions)
+    else:
+        along = partial(directional.directional_derivatives, directions=query.directions)
     parts = []
     for low in range(columns.start, columns.stop, batch):
         high = min(low + batch, columns.stop)
@@ -581,7 +606,7 @@ def score_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
     if written is not None:  # by a worker that was lost before it could say so, or for another client
         return {one["sample"]: one["reason"] for one in written.get("missing", ())}
     records, missing = [], Missing()
-    with torch_threads(opened.threads):
+    with opened.running():
         query = run.query(strip.rows, opened.model.problem())
         for columns in run.plan.columns(strip):
             derivatives = derivatives_of(opened, query, columns, run.plan.batch, run.perturbation, missing)
@@ -623,7 +648,7 @@ def probe_column(sample: int, job: Sealed, scoring: Sealed, index: int) -> None:
     """The derivatives of one training sample alone, of a call of :func:`score_strip`."""
     opened: Job = job.open()
     run: Scoring = scoring.open()
-    with torch_threads(opened.threads):
+    with opened.running():
         query = run.query(run.plan.strip(index).rows, opened.model.problem())
         derivatives_of(opened, query, range(sample, sample + 1), 1, run.perturbation, {})
 
@@ -647,7 +672,16 @@ class _Latest:
 _QUERIES = _Latest()
 
 
-# -- torch's threads -------------------------------------------------------------------
+# -- torch's threads and precision -------------------------------------------------------------------
+@contextmanager
+def computing(model: Model, threads: int) -> Iterator[None]:
+    """torch as a task finds it: so many threads, the precision of the model's products, none of the caller's modes."""
+    problem = model.problem()
+    check_products(problem.matmul_precision, problem.objective.device)  # this worker may have joined since
+    with torch_threads(threads), matmul_precision(problem.matmul_precision):
+        yield
+
+
 _THREADS_LOCK = threading.Lock()
 _THREADS_DEPTH = 0
 _THREADS_BEFORE = 0

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 from distributed import Client
-from problem import REGULARIZATION, Problem, make
-from torch.nn.functional import cross_entropy
+from problems import Setting, make
 
 from dask_influence import DirectInfluence
 
@@ -95,13 +94,13 @@ def main() -> None:
     """Fit and score, and print what each cost."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as client:
-        make(Path(folder) / "problem.npz")
-        problem = Problem(Path(folder) / "problem.npz", "float32")
+        make(Path(folder))
+        setting = Setting(Path(folder), "digits", "float32")
         before = client.run(imported)
-        infl = DirectInfluence(problem.model, cross_entropy, REGULARIZATION, client=client)
+        infl = DirectInfluence(setting.model, setting.loss, setting.regularization, client=client)
         steps = {
-            "fit": lambda: infl.fit(problem.train),
-            "scores": lambda: infl.influences_to_zarr(Path(folder) / "run", problem.test, problem.train),
+            "fit": lambda: infl.fit(setting.train),
+            "scores": lambda: infl.influences_to_zarr(Path(folder) / "run", setting.test(360), setting.train),
         }
         for name, step in steps.items():
             bytes_before, began = traffic(client), time.perf_counter()

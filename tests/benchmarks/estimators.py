@@ -1,12 +1,11 @@
 """Times every estimator, fit and then scores, beside the peers that have it.
 
-Two problems (:mod:`estimators_problem`): the digits MLP 64-32-10 with 360 × 1,437 scores, and an
+Two problems (:mod:`problems`): the digits MLP 64-32-10 with 360 × 1,437 scores, and an
 MLP 3072-256-128-10 with 256 × 4,096 (16 test points for the solvers that go by passes). Each
 package runs in a warm process of its own, in its environment. Where a peer computes the same
 quantity correctly, values are compared in float64 before any time counts; then each piece of
 work is run in turn, in float32, and medians are printed and written as JSON. Work that takes a
-peer minutes is run once, without warming up. Where solvers are compared at equal accuracy, the peer's
-factors are checked against the Hessian in float64 first, and ours have to be no worse.
+peer minutes is run once, without warming up.
 """
 
 from __future__ import annotations
@@ -17,22 +16,18 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import estimators_problem
 import numpy as np
-from protocol import Process
+import problems
 from rich.console import Console
 from rich.table import Table
+from sides import Sides
+from targets import Ask
 
-SCRIPTS = {
-    "dask_influence": "estimators_dask_influence.py",
-    "pydvl": "estimators_pydvl.py",
-    "kronfluence": "estimators_kronfluence.py",
-}
 NOTHING = 5e-3
 """Seconds below which a fit has done nothing yet."""
 
@@ -76,8 +71,6 @@ class Work:
     peers: tuple[Peer, ...] = ()
     tests: int | None = None
     once: bool = False
-    factors: bool = False
-    """Times the factors alone, ours to the true residual that the peer reaches."""
 
     @property
     def name(self) -> str:
@@ -87,15 +80,15 @@ class Work:
     @property
     def count(self) -> int:
         """Test points."""
-        return self.tests or (360 if self.problem == "digits" else estimators_problem.LARGE_TEST)
+        return self.tests or (360 if self.problem == "digits" else 256)
 
 
 ARNOLDI = {"rank": 20, "tol": 1e-3}
 TIGHT_ARNOLDI = {"rank": 20, "tol": 1e-10}
 CG = {"rtol": 1e-4}
-PEER_CG = {"rtol": 1e-2, "atol": 0.0}
-"""pyDVL goes on until ‖r‖ ≤ rtol² ‖g‖."""
 BLOCK_CG = {"solve_simultaneously": True}
+PEER_CG = {"rtol": 1e-2, "atol": 0.0, **BLOCK_CG}
+"""It goes on until ‖r‖ ≤ rtol² ‖g‖."""
 TIGHT_CG = {"rtol": 1e-9}, {"rtol": 1e-9, "atol": 0.0, **BLOCK_CG}, 1e-6
 LISSA = {"rtol": 1e-2}
 PEER_LISSA = {"rtol": 1e-2, "scale": 100.0, "maxiter": 2000}
@@ -126,26 +119,7 @@ WORKS = (
         "CG",
         "CgInfluence",
         CG,
-        (Peer("pydvl", "CgInfluence", PEER_CG | BLOCK_CG, TIGHT_CG),),
-    ),
-    Work(
-        "digits",
-        "factors of 20 by block CG",
-        "CgInfluence",
-        CG,
-        (Peer("pydvl", "CgInfluence", PEER_CG | BLOCK_CG, TIGHT_CG),),
-        tests=20,
-        factors=True,
-    ),
-    Work(
-        "digits",
-        "factors of 20 by CG",
-        "CgInfluence",
-        CG,
-        (Peer("pydvl", "CgInfluence", PEER_CG, differs="same residual"),),
-        tests=20,
-        once=True,
-        factors=True,
+        (Peer("pydvl", "CgInfluence", PEER_CG, TIGHT_CG),),
     ),
     Work(
         "digits",
@@ -178,7 +152,7 @@ WORKS = (
         "CG",
         "CgInfluence",
         CG,
-        (Peer("pydvl", "CgInfluence", PEER_CG | BLOCK_CG, differs="compared on digits"),),
+        (Peer("pydvl", "CgInfluence", PEER_CG, differs="compared on digits"),),
         tests=16,
         once=True,
     ),
@@ -203,41 +177,16 @@ WORKS = (
 )
 
 
-class Sides:
-    """The processes, each started when it is first needed and kept warm."""
-
-    def __init__(self, pythons: Mapping[str, str], folder: Path, threads: int) -> None:
-        self.pythons, self.folder, self.threads = pythons, folder, threads
-        self._started: dict[str, Process] = {}
-
-    def __getitem__(self, name: str) -> Process:
-        if name not in self._started:
-            self._started[name] = Process(
-                name, self.pythons[name], SCRIPTS[name], self.folder, self.threads, self.folder
-            )
-        return self._started[name]
-
-    @property
-    def versions(self) -> dict[str, Any]:
-        """Of the packages that took part."""
-        return {name: process.versions for name, process in self._started.items()}
-
-    def close(self) -> None:
-        """End them."""
-        for process in self._started.values():
-            process.close()
-
-    def run(
-        self, side: str, work: Work, estimator: str, options: Options, dtype: str, *, values: bool = False
-    ) -> dict[str, Any]:
-        """Fit, then scores or factors: seconds of each, and the latter where asked for."""
-        shared = {"problem": work.problem, "dtype": dtype}
-        what = "factors" if work.factors else "scores"
-        fit = self[side].ask(work.name, work="fit", estimator=estimator, options=dict(options), **shared)
-        scores = self[side].ask(work.name, values=values, work=what, tests=work.count, **shared)
-        held = {"fit": fit["seconds"], "scores": scores["seconds"]}
-        passes = {"passes": (fit["passes"], scores["passes"])} if "passes" in fit else {}
-        return held | passes | ({"values": scores["values"]} if values else {})
+def run(
+    sides: Sides, side: str, work: Work, estimator: str, options: Options, dtype: str, *, values: bool = False
+) -> dict[str, Any]:
+    """Fit, then scores: seconds of each, and the scores where asked for."""
+    fit = sides.run(side, work.problem, Ask("fit", estimator, options), dtype)
+    scoring = Ask("scores", estimator, options, {"tests": work.count})
+    scores = sides.run(side, work.problem, scoring, dtype, values=values)
+    held = {"fit": fit["seconds"], "scores": scores["seconds"]}
+    passes = {"passes": (fit["passes"], scores["passes"])} if "passes" in fit else {}
+    return held | passes | ({"values": scores["values"]} if values else {})
 
 
 def compare(sides: Sides, work: Work, peer: Peer) -> float | None:
@@ -245,8 +194,8 @@ def compare(sides: Sides, work: Work, peer: Peer) -> float | None:
     if peer.strict is None:
         return None
     ours, theirs, allowed = peer.strict
-    got = sides.run("dask_influence", work, work.estimator, ours, "float64", values=True)["values"]
-    expected = sides.run(peer.name, work, peer.estimator, theirs, "float64", values=True)["values"]
+    got = run(sides, "dask_influence", work, work.estimator, ours, "float64", values=True)["values"]
+    expected = run(sides, peer.name, work, peer.estimator, theirs, "float64", values=True)["values"]
     error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
     print(f"{work.name} against {peer.name}: relative error {error:.1e}", flush=True)
     if not error <= allowed:
@@ -256,31 +205,6 @@ def compare(sides: Sides, work: Work, peer: Peer) -> float | None:
     return error
 
 
-def equally_exact(sides: Sides, work: Work) -> tuple[Work, dict[str, list[float]]]:
-    """The same work with an ``rtol`` of ours that leaves residuals no worse than the peer's, and those of both.
-
-    Solved in float64: in float32, what gradients of well-fitted samples lack in digits would be most of a
-    residual. Stops where ours are worse all the same.
-    """
-    setting = estimators_problem.Setting(sides.folder, work.problem, "float64")
-    (peer,) = work.peers
-
-    def residuals(side: str, estimator: str, options: Options) -> list[float]:
-        factors = sides.run(side, work, estimator, options, "float64", values=True)["values"]
-        return estimators_problem.residuals(setting, factors)
-
-    theirs = residuals(peer.name, peer.estimator, peer.options)
-    work = replace(work, options={**work.options, "rtol": max(theirs)})
-    ours = residuals("dask_influence", work.estimator, work.options)
-    for side, found in (("dask_influence", ours), (peer.name, theirs)):
-        print(
-            f"{work.name}: residuals of {side} up to {max(found):.1e}, median {median(found):.1e}", flush=True
-        )
-    if max(ours) > max(theirs):
-        raise SystemExit(f"{work.name}: factors are less exact than those of {peer.name}")
-    return work, {"dask_influence": ours, peer.name: theirs}
-
-
 def measure(sides: Sides, work: Work, repeats: int) -> dict[str, dict[str, Any]]:
     """Medians by package, taken in turn after one run of each that is not counted."""
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -288,12 +212,12 @@ def measure(sides: Sides, work: Work, repeats: int) -> dict[str, dict[str, Any]]
     columns += [(peer.name, peer.estimator, peer.options) for peer in work.peers]
     for number in range(1 if work.once else 0, 1 + (1 if work.once else repeats)):
         for side, estimator, options in columns:
-            found = sides.run(side, work, estimator, options, "float32")
+            found = run(sides, side, work, estimator, options, "float32")
             if number:
                 runs.setdefault(side, []).append(found)
-            run = f"run {number}" if number else "warm-up"
+            which = f"run {number}" if number else "warm-up"
             print(
-                f"{work.name}, {run}: {side} fit {found['fit']:.3f} s, scores {found['scores']:.3f} s",
+                f"{work.name}, {which}: {side} fit {found['fit']:.3f} s, scores {found['scores']:.3f} s",
                 flush=True,
             )
     return {side: summary(found) for side, found in runs.items()}
@@ -377,15 +301,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        estimators_problem.make(folder)
+        problems.make(folder)
         sides = Sides(present, folder, args.threads)
         for work in works:
             errors = {peer.name: compare(sides, work, peer) for peer in work.peers}
-            residuals: dict[str, list[float]] = {}
-            if work.factors and work.peers:
-                work, residuals = equally_exact(sides, work)
-            seconds = measure(sides, work, args.repeats)
-            results[work.name] = {"errors": errors, "residuals": residuals, "seconds": seconds}
+            results[work.name] = {"errors": errors, "seconds": measure(sides, work, args.repeats)}
         versions = sides.versions
         sides.close()
     report = {

@@ -1,32 +1,43 @@
 """Scoring beside the floor measured in the same run: what no way of scoring can do without.
 
 The floor is one forward and backward pass of the mean loss over test and training samples, the matrix
-products at the speed that a product of their very sizes has here (of a Direct estimator also its
-factors, one float64 product with P × P numbers), and the write of as many bytes as the scores take.
-Ours and the floor are timed in turn; medians and their ratio are printed. Run it by itself:
-``python tests/benchmarks/floor.py``.
+products that the estimator's formula leaves, each at the speed that a product of its very shape has here, and
+the write of as many bytes as the scores take. The products of a sum over layers of q × p numbers are
+
+* low rank: V a, (R·q × p) by (p × n), for test and training samples; then N × R × M;
+* with the complement: the same, and ⟨g_i, g_j⟩ by layers, N × (q + p) × M;
+* EK-FAC: a and δ turned into the eigenbasis, n × p × p and n × q × q, for test and training samples; then
+  N × (q + p) × M for each term of the expansion at its certified bound;
+* Direct: H⁻¹ g of the test points in float64, N × P × P; then N × P × M.
+
+Nothing elementwise is counted, no certificate, no start of a task. Ours and the floor are timed in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import estimators_problem
+import problems
+import results
 import torch
-from rich.console import Console
-from rich.table import Table
+from results import Result
 from torch import Tensor
 
 import dask_influence
 
 BATCH = 1024
+WITHIN = 1.5
+
+Shape = tuple[int, int, int]
+"""Rows, inner size and columns of a product."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Work:
     """One estimator on one problem, N test points, to Zarr or in memory."""
 
     name: str
+    title: str
     problem: str
     estimator: str
     tests: int
@@ -41,18 +53,44 @@ class Work:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def directions(self) -> int:
-        """D of the products M × P × D and N × D × M; 0 where layer pairs need no directions."""
-        return int(self.options.get("rank", 0)) or (self.tests if self.estimator == "DirectInfluence" else 0)
+    def trains(self) -> int:
+        """M."""
+        return problems.TRAIN[self.problem]
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """q and p of each layer, p with the bias."""
+        return [(q, p + 1) for p, q in itertools.pairwise(problems.SIZES[self.problem])]
+
+    def products(self, terms: Sequence[int]) -> Iterator[tuple[Shape, torch.dtype]]:
+        """What the module's docstring lists; ``terms`` of each layer's expansion."""
+        n, m = self.tests, self.trains
+        if self.estimator == "DirectInfluence":
+            size = sum(q * p for q, p in self.layers)
+            yield (n, size, size), torch.float64
+            yield (n, size, m), torch.float32
+            return
+        if rank := self.options.get("rank"):
+            yield from (((rank * q, p, n + m), torch.float32) for q, p in self.layers)
+            yield (n, rank, m), torch.float32
+        else:
+            yield from (((n + m, side, side), torch.float32) for layer in self.layers for side in layer)
+        for layer, count in zip(self.layers, terms, strict=True):
+            yield from (((n, side, m), torch.float32) for side in layer * count)
 
 
 SKETCH = {"rank": 20, "tol": 1e-2, "curvature": "ggn"}
+KEPT = SKETCH | {"complement": True}
+LOW_RANK = "ArnoldiInfluence"
 WORKS = (
-    Work("Direct, digits, in memory", "digits", "DirectInfluence", 1437),
-    Work("Direct, digits, to Zarr", "digits", "DirectInfluence", 1437, to_zarr=True),
-    Work("Arnoldi 20, 820,874 parameters", "large", "ArnoldiInfluence", 2048, options=SKETCH),
-    Work("Arnoldi 20, the same to Zarr", "large", "ArnoldiInfluence", 2048, to_zarr=True, options=SKETCH),
-    Work("EK-FAC, 820,874 parameters", "large", "EkfacInfluence", 256),
+    Work("direct", "Direct 1,437 x 1,437", "digits", "DirectInfluence", 1437),
+    Work("direct-zarr", "the same to Zarr", "digits", "DirectInfluence", 1437, to_zarr=True),
+    Work("low-rank-256", "Arnoldi 20, 256 x 4,096", "large", LOW_RANK, 256, options=SKETCH),
+    Work("low-rank-2048", "Arnoldi 20, 2,048 x 4,096", "large", LOW_RANK, 2048, options=SKETCH),
+    Work("low-rank-zarr", "the same to Zarr", "large", LOW_RANK, 2048, to_zarr=True, options=SKETCH),
+    Work("complement-256", "complement kept, 256 x 4,096", "large", LOW_RANK, 256, options=KEPT),
+    Work("complement-2048", "complement kept, 2,048 x 4,096", "large", LOW_RANK, 2048, options=KEPT),
+    Work("ekfac", "EK-FAC, 256 x 4,096", "large", "EkfacInfluence", 256),
 )
 
 
@@ -63,91 +101,76 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def passes(setting: estimators_problem.Setting, data: tuple[Tensor, Tensor]) -> None:
+def passes(setting: problems.Setting, data: tuple[Tensor, ...]) -> None:
     """Loss and its gradient, batch by batch."""
     for x, y in zip(*(part.split(BATCH) for part in data), strict=True):
         setting.model.zero_grad(set_to_none=True)
         setting.loss(setting.model(x), y).backward()
 
 
+def product(shape: Shape, dtype: torch.dtype) -> float:
+    """Seconds of one matrix product, into memory that is there."""
+    rows, inner, columns = shape
+    left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, columns, dtype=dtype)
+    out = torch.empty(rows, columns, dtype=dtype).zero_()
+    return seconds_of(lambda: torch.matmul(left, right, out=out))
+
+
 def floor(
-    work: Work, setting: estimators_problem.Setting, test: tuple[Tensor, Tensor], folder: Path
+    work: Work, setting: problems.Setting, test: tuple[Tensor, ...], terms: Sequence[int], folder: Path
 ) -> dict[str, float]:
     """Seconds of each part of the floor."""
-    train, parameters = setting.train, sum(p.numel() for p in setting.model.parameters())
-    found = {"passes": seconds_of(lambda: (passes(setting, test), passes(setting, train)))}
-    directions, products = work.directions, 0.0
-    if directions:
-        left, right = torch.randn(directions, parameters), torch.randn(parameters, BATCH)
-        products += seconds_of(lambda: left @ right) * len(train[0]) / BATCH
-    inner = directions or sum(sum(layer.weight.shape) for layer in setting.model if hasattr(layer, "weight"))
-    if work.estimator == "DirectInfluence":
-        gradients, inverse = (
-            torch.randn(n, parameters, dtype=torch.float64) for n in (work.tests, parameters)
-        )
-        products += seconds_of(lambda: gradients @ inverse)
-    left, right = torch.randn(work.tests, inner), torch.randn(inner, len(train[0]))
-    found["products"] = products + seconds_of(lambda: left @ right)
+    found = {"passes": seconds_of(lambda: (passes(setting, test), passes(setting, setting.train)))}
+    found["products"] = sum(product(shape, dtype) for shape, dtype in work.products(terms))
     if work.to_zarr:
-        scores = torch.randn(work.tests, len(train[0])).numpy().tobytes()
+        scores = torch.randn(work.tests, work.trains).numpy().tobytes()
         found["write"] = seconds_of(lambda: (folder / "floor").write_bytes(scores))
     return found
 
 
+def measure(work: Work, folder: Path, repeats: int) -> Result:
+    """Ours and its floor in turn, after one run of each that is not counted."""
+    setting = problems.Setting(folder, work.problem, "float32")
+    # the digits problem holds 360 test points; training points serve as well
+    test = tuple(part[: work.tests] for part in (setting.x, setting.y))
+    kind = getattr(dask_influence, work.estimator)
+    infl = kind(setting.model, setting.loss, setting.regularization, **work.options).fit(setting.train)
+
+    def score() -> None:
+        if work.to_zarr:
+            infl.influences_to_zarr(f"{tempfile.mkdtemp(dir=folder)}/scores", test, setting.train)
+        else:
+            infl.influences(*test, *setting.train)
+
+    kept = int(work.options.get("complement", False))
+    terms = list(infl.diagnostics.get("score_terms", dict.fromkeys(work.layers, kept)).values())
+    pairs = [(seconds_of(score), floor(work, setting, test, terms, folder)) for _ in range(repeats + 1)][1:]
+    ours, floors = [one for one, _ in pairs], [two for _, two in pairs]
+    parts = ", ".join(f"{part} {median(one[part] for one in floors):.3f}" for part in floors[0])
+    sums = [sum(one.values()) for one in floors]
+    return Result(f"floor-{work.name}", work.title, "its floor", ours, sums, WITHIN, "within", parts)
+
+
 def main() -> None:
-    """Time and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="*", help="parts of the works' names")
-    arguments = parser.parse_args()
-    table = Table(title="seconds, medians; the floor is measured beside")
-    for column in ("work", "N × M", "ours", "floor", "passes", "products", "write", "ratio"):
-        table.add_column(column, justify="left" if column == "work" else "right")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=[work.name for work in WORKS], help="some of the works")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"))
+    args = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        estimators_problem.make(folder)
-        for work in WORKS:
-            if arguments.only and not any(part in work.name for part in arguments.only):
-                continue
-            setting = estimators_problem.Setting(folder, work.problem, "float32")
-            # the digits problem holds 360 test points; training points serve as well
-            test = tuple(part[: work.tests] for part in (setting.x, setting.y))
-            kind = getattr(dask_influence, work.estimator)
-            infl = kind(setting.model, setting.loss, setting.regularization, **work.options).fit(
-                setting.train
-            )
-
-            def score(
-                run: int, work: Work = work, infl: Any = infl, test: Any = test, setting: Any = setting
-            ) -> None:
-                if work.to_zarr:
-                    infl.influences_to_zarr(folder / f"{work.estimator}-{run}", test, setting.train)
-                else:
-                    infl.influences(*test, *setting.train)
-
-            score(-1)
-            ours, floors = [], []
-            for run in range(arguments.repeats):
-                ours.append(seconds_of(lambda run=run: score(run)))
-                floors.append(floor(work, setting, test, folder))
-            parts = {part: median(one[part] for one in floors) for part in floors[0]}
-            least = median(sum(one.values()) for one in floors)
-            shown = [
-                f"{parts[part]:.3f}" if part in parts else "" for part in ("passes", "products", "write")
-            ]
-            ratio = median(ours) / least
-            table.add_row(
-                work.name,
-                f"{work.tests:,} × {len(setting.train[0]):,}",
-                f"{median(ours):.3f}",
-                f"{least:.3f}",
-                *shown,
-                f"{ratio:.1f}",
-            )
+        problems.make(Path(name))
+        for work in (work for work in WORKS if not args.only or work.name in args.only):
+            row = measure(work, Path(name), args.repeats)
+            rows.append(row)
             print(
-                f"{work.name}: ours {median(ours):.3f} s, floor {least:.3f} s, {ratio:.1f} times", flush=True
+                f"    {row.title}: {results.spread(row.ours)} s, floor {results.spread(row.theirs)} s "
+                f"({row.note}), {row.ratio:.2f} times",
+                flush=True,
             )
-    Console(width=120).print(table)
+    results.write(args.output / "floor.json", rows)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ Measured = tuple[float, dict[str, Any]]
 HERE = Path(__file__).resolve().parent
 
 
+class SideError(RuntimeError):
+    """A side could not do what it was asked for, or has ended."""
+
+
 # -- the driver's end ---------------------------------------------------------------------
 class Process:
     """A side, running in the environment of its package."""
@@ -52,8 +56,11 @@ class Process:
         """What one request is answered with; with ``values``, what was computed stands in it."""
         path = self.folder / f"{self.name}-{title}.npy" if values else None
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({**request, "values": str(path) if path else None}) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps({**request, "values": str(path) if path else None}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise SideError(f"{self.name} has ended") from None
         answer = self._answer()
         return {**answer, "values": np.load(path)} if path else answer
 
@@ -70,7 +77,7 @@ class Process:
         if "error" in answer:
             self.log.flush()
             tail = Path(self.log.name).read_text()[-3000:]
-            raise SystemExit(f"{self.name}: {answer['error']}\n{tail}")
+            raise SideError(f"{self.name}: {answer['error']}\n{tail}")
         return answer
 
 

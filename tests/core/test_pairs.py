@@ -86,12 +86,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]] 
     "many tokens": (lambda: Tokens(300), lambda seed, n: data.classes(seed, n * 3, 9).reshape(n, 3)),
 }
 TAKEN = {
-    "wide": {"_Product"},
-    "images": {"_Product", "_Matrix"},
-    "positions": {"_Product"},
-    "twice": {"_Product", "_Matrix", "_Rest"},
-    "tokens": {"_Matrix", "_Product", "_Rest"},
-    "many tokens": {"_Picked", "_Matrix", "_Product", "_Rest"},
+    "wide": {"Product"},
+    "images": {"Product", "_Matrix"},
+    "positions": {"Product"},
+    "twice": {"Product", "_Matrix", "_Rest"},
+    "tokens": {"_Matrix", "Product", "_Rest"},
+    "many tokens": {"_Picked", "_Matrix", "Product", "_Rest"},
 }
 
 

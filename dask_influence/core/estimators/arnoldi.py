@@ -30,8 +30,18 @@ from dask_influence.core.estimators.base import (
     check_regularization,
     relative_residuals,
 )
+from dask_influence.core.estimators.factored import (
+    FactoredInverse,
+    check_accuracy,
+    check_tolerance,
+    spectrum,
+)
+from dask_influence.core.factored import Approximation
+from dask_influence.core.factoring import approximation
 from dask_influence.core.moments import Moments
+from dask_influence.core.objective import Tree
 from dask_influence.core.pairs import Spectral
+from dask_influence.core.problem import Problem
 from dask_influence.errors import (
     ConfigurationError,
     ConvergenceWarning,
@@ -56,6 +66,8 @@ class LowRankInverse(Inverse):
         λ.
     complement : bool
         Whether the orthogonal complement of V counts, with eigenvalue λ.
+    approximation : Approximation, optional
+        V in factors.
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -68,7 +80,9 @@ class LowRankInverse(Inverse):
         regularization: float,
         complement: bool,
         report: Mapping[str, Any],
+        approximation: Approximation | None = None,
     ) -> None:
+        self.approximation = approximation
         self.vectors, self.values, self.images = vectors, values, images
         self.regularization, self.complement, self.report = regularization, complement, dict(report)
 
@@ -81,6 +95,7 @@ class LowRankInverse(Inverse):
         regularization: float,
         complement: bool,
         report: Mapping[str, Any],
+        approximation: Approximation | None = None,
     ) -> LowRankInverse:
         """An inverse whose Λ + λ has been checked, with a warning where it is indefinite."""
         shifted = values + regularization
@@ -106,7 +121,8 @@ class LowRankInverse(Inverse):
                 "complement=True divides the orthogonal complement by hessian_regularization, which is 0; "
                 "give hessian_regularization > 0 or complement=False"
             )
-        return cls(vectors, values, images, regularization, complement, report)
+        check_accuracy(approximation, values, regularization, complement)
+        return cls(vectors, values, images, regularization, complement, report, approximation)
 
     @property
     def residuals_need_rounds(self) -> bool:
@@ -123,13 +139,34 @@ class LowRankInverse(Inverse):
         """w = 1/(Λ + λ) − 1/λ and μ = 1/λ, where the complement is kept."""
         if not self.complement:
             return None
-        plain = 1 / self.regularization
-        weights = 1 / (self.values + self.regularization) - plain
+        weights, plain = self._spectrum
         return Spectral(self.vectors, weights[None], torch.tensor([plain], dtype=torch.float64))
 
     def coefficients(self, gradients: Tensor) -> Tensor:
         """(g V)(Λ + λ)⁻¹, shape (n, R)."""
-        return (gradients.to(torch.float64) @ self.vectors.mT) / (self.values + self.regularization)
+        return self.weighed(gradients.to(torch.float64) @ self.vectors.mT)
+
+    def weighed(self, projections: Tensor) -> Tensor:
+        """(g V)(Λ + λ)⁻¹ of g V (n, R)."""
+        return projections.to(torch.float64) / (self.values + self.regularization)
+
+    @property
+    def _spectrum(self) -> tuple[Tensor, float]:
+        return spectrum(self.values, self.regularization, self.complement)
+
+    def approximated(self, problem: Problem, x: Tree, y: Tree, tolerance: float) -> LowRankInverse:
+        """With V in factors."""
+        found = approximation(problem, x, y, self.vectors, *self._spectrum, tolerance)
+        own = (self.vectors, self.values, self.images, self.regularization, self.complement, self.report)
+        return type(self)(*own, found)
+
+    @property
+    def approximate(self) -> FactoredInverse | None:
+        """V in factors, where they are accurate enough at λ."""
+        factored = None if self.approximation is None else self.approximation.at(*self._spectrum)
+        if factored is None:
+            return None
+        return FactoredInverse(factored, self.values, self.regularization, self.complement)
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """C V, and (g − g V Vᵀ)/λ where the complement is kept."""
@@ -156,6 +193,7 @@ class LowRankInverse(Inverse):
             check_regularization(regularization),
             self.complement,
             self.report,
+            self.approximation,
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -166,12 +204,17 @@ class LowRankInverse(Inverse):
             "complement": self.complement,
             "report": self.report,
         }
+        if self.approximation is not None:
+            own, values["approximation"] = self.approximation.state()
+            tensors |= own
         return tensors, values
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> LowRankInverse:
         """Take the eigenpairs as they are."""
-        return cls(tensors["vectors"], tensors["values"], tensors["images"], **values)
+        known = {name: value for name, value in values.items() if name != "approximation"}
+        found = Approximation.from_state(tensors, values.get("approximation"))
+        return cls(tensors["vectors"], tensors["values"], tensors["images"], **known, approximation=found)
 
     def diagnostics(self) -> dict[str, Any]:
         """Spectrum kept, its residuals, the rounds that it took.
@@ -185,6 +228,7 @@ class LowRankInverse(Inverse):
             "positive_definite": self.values.min().item() + self.regularization > 0,
             "complement": self.complement,
             **self.report,
+            **({} if self.approximation is None else self.approximation.report(*self._spectrum)),
         }
 
 
@@ -220,6 +264,11 @@ class Arnoldi(Estimator):
         (4,096 samples, tol=1e-3) took about 90 products in 43 passes by blocks of 2, 150 in 37 by blocks of 4.
     maxiter : int
         Passes after which the best pairs are taken, with a :class:`ConvergenceWarning`.
+    direction_tol : float, optional
+        Relative error of scores that may be made for speed: directions are held layer by layer as thin
+        matrices, of ranks chosen by scores of samples of the data fitted, where that is cheaper. Part of what
+        is scored is compared with the directions themselves, which are taken where they differ by more. None
+        takes them always. Perturbation and influence factors do.
     """
 
     rank: int = 10
@@ -229,6 +278,12 @@ class Arnoldi(Estimator):
     seed: int = 0
     block_size: int | None = None
     maxiter: int = 300
+    direction_tol: float | None = None
+
+    @property
+    def tolerance(self) -> float | None:
+        """``direction_tol``."""
+        return self.direction_tol
 
     def directions(self, system: System) -> int | None:
         """R, unless the complement is kept."""
@@ -260,6 +315,7 @@ class Arnoldi(Estimator):
         check_flag("complement", self.complement)
         check_integer("seed", self.seed, *SEEDS)
         check_number("tol", self.tol)
+        check_tolerance(self.direction_tol)
         if self.krylov_dimension is not None and not self.rank < self.krylov_dimension:
             raise ConfigurationError(
                 f"krylov_dimension must be larger than rank={self.rank}; got {self.krylov_dimension!r}"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dask_influence.core.curvature import product_sums
+from dask_influence.core.factored import Factored
 from dask_influence.core.layers import Layout
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree
@@ -167,13 +168,30 @@ class Inverse(ABC):
         return False
 
     @property
-    def directions(self) -> Tensor | None:
+    def directions(self) -> Tensor | Factored | None:
         """(R, P) directions that all scores are combinations of, or None (then the factors are)."""
         return None
 
     def coefficients(self, gradients: Tensor) -> Tensor:
         """C (n, R), so that influence factors are C @ directions."""
         raise NotImplementedError(f"{type(self).__name__} has no directions of its own")
+
+    def weighed(self, projections: Tensor) -> Tensor:
+        """Coefficients (n, R) of gradients whose products with the directions are ``projections`` (n, R)."""
+        raise NotImplementedError(f"{type(self).__name__} has no directions of its own")
+
+    def approximated(self, problem: Problem, x: Tree, y: Tree, tolerance: float) -> Inverse:
+        """The same with its directions in factors beside them, measured on samples to ``tolerance``."""
+        raise NotImplementedError(f"{type(self).__name__} has no directions of its own")
+
+    @property
+    def approximate(self) -> Inverse | None:
+        """What scores by factored directions, where there are some that are accurate enough."""
+        return None
+
+    def backed_by(self, exact: Callable[[], Inverse]) -> Inverse:
+        """The same, knowing where ``exact`` directions are, if its own are not."""
+        return self
 
     @property
     def form(self) -> Form | None:
@@ -210,9 +228,17 @@ class Estimator(ABC):
     ----------
     solves_by_rounds : bool
         What ``needs_rounds`` of its inverse will be, known before a fit.
+    inverts_products : bool
+        Its inverse is one of products with the curvature, so that their error counts beside λ.
     """
 
     solves_by_rounds: ClassVar[bool] = False
+    inverts_products: ClassVar[bool] = True
+
+    @property
+    def tolerance(self) -> float | None:
+        """Relative error of scores that factored directions may make; None takes directions as they are."""
+        return None
 
     def directions(self, system: System) -> int | None:
         """R, the number of directions that its inverse will have of its own, or None; known before a fit."""

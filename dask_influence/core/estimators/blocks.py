@@ -304,7 +304,7 @@ class BlockInverse(Inverse):
 
     def _gathered_directions(self) -> Tensor | None:
         found = [part.directions for part in self.parts]
-        held = [directions for directions in found if directions is not None]
+        held = [directions for directions in found if isinstance(directions, Tensor)]
         if len(held) < len(found):
             return None
         rows = torch.zeros(sum(map(len, held)), self.size, dtype=torch.float64)
@@ -317,6 +317,12 @@ class BlockInverse(Inverse):
     def coefficients(self, gradients: Tensor) -> Tensor:
         """Those of all blocks side by side, (n, ΣR_b)."""
         return torch.cat([part.coefficients(rows) for part, rows in self._split(gradients)], dim=1)
+
+    def weighed(self, projections: Tensor) -> Tensor:
+        """Those of all blocks side by side, (n, ΣR_b)."""
+        counts = [len(part.directions) for part in self.parts if part.directions is not None]
+        own = projections.split(counts, dim=1)
+        return torch.cat([part.weighed(rows) for part, rows in zip(self.parts, own, strict=True)], dim=1)
 
     def _split(self, rows: Tensor) -> Iterator[tuple[Inverse, Tensor]]:
         return ((p, rows[:, columns]) for p, columns in zip(self.parts, self.columns, strict=True))
@@ -449,6 +455,11 @@ class BlockDiagonal(Estimator):
         """The configuration against all of θ, and against each block that does not cut its rank."""
         assert isinstance(system, BlockSystem)
         self.estimator.validate(system)
+        if self.estimator.tolerance is not None:
+            raise ConfigurationError(
+                f"direction_tol={self.estimator.tolerance:g} factors directions of all of θ, and block_structure gives "
+                "each block its own; leave out one of them"
+            )
         rank = getattr(self.estimator, "rank", None)
         for name, part in system.parts.items():
             if rank is None or rank < part.size:

@@ -159,6 +159,7 @@ class DataInf(Estimator):
     """
 
     solves_by_rounds: ClassVar[bool] = True
+    inverts_products: ClassVar[bool] = False
 
     blocks: str = "layer"
 

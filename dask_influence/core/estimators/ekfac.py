@@ -377,6 +377,8 @@ class Ekfac(Estimator):
         Of the draws, which depend on the sample and on nothing else.
     """
 
+    inverts_products: ClassVar[bool] = False
+
     update_diagonal: bool = True
     skip_unsupported: bool = False
     expectation: str = "auto"

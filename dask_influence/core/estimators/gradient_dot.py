@@ -64,6 +64,8 @@ class IdentityInverse(Inverse):
 class GradientDot(Estimator):
     """Scores ⟨g_test, g_train⟩: no pass over the data, no curvature, no λ."""
 
+    inverts_products: ClassVar[bool] = False
+
     def form(self, system: System) -> Spectral:
         """No directions."""
         return Spectral.foreseen(0, system.size)

@@ -23,9 +23,19 @@ from dask_influence.core.estimators.base import (
     System,
     check_regularization,
 )
+from dask_influence.core.estimators.factored import (
+    FactoredInverse,
+    check_accuracy,
+    check_tolerance,
+    spectrum,
+)
 from dask_influence.core.estimators.preconditioners import Sketch, nystroem_sketch
+from dask_influence.core.factored import Approximation
+from dask_influence.core.factoring import approximation
 from dask_influence.core.moments import Moments
+from dask_influence.core.objective import Tree
 from dask_influence.core.pairs import Spectral
+from dask_influence.core.problem import Problem
 from dask_influence.errors import (
     ConfigurationError,
     IndefiniteCurvatureWarning,
@@ -47,11 +57,15 @@ class SketchInverse(Inverse):
 
     kind: ClassVar[str] = "nystroem_sketch"
 
-    def __init__(self, sketch: Sketch, regularization: float) -> None:
-        self.sketch, self.regularization = sketch, regularization
+    def __init__(
+        self, sketch: Sketch, regularization: float, approximation: Approximation | None = None
+    ) -> None:
+        self.sketch, self.regularization, self.approximation = sketch, regularization, approximation
 
     @classmethod
-    def checked(cls, sketch: Sketch, regularization: float) -> SketchInverse:
+    def checked(
+        cls, sketch: Sketch, regularization: float, approximation: Approximation | None = None
+    ) -> SketchInverse:
         """An inverse whose Λ + λ has been checked, with a warning where it is indefinite."""
         _check_complement(regularization)
         values = sketch.values
@@ -74,7 +88,8 @@ class SketchInverse(Inverse):
                 ),
                 stacklevel=2,
             )
-        return cls(sketch, regularization)
+        check_accuracy(approximation, values, regularization, complement=True)
+        return cls(sketch, regularization, approximation)
 
     @property
     def residuals_need_rounds(self) -> bool:
@@ -84,9 +99,25 @@ class SketchInverse(Inverse):
     @property
     def form(self) -> Spectral:
         """w = 1/(Λ + λ) − 1/λ and μ = 1/λ."""
-        plain = 1 / self.regularization
-        weights = 1 / (self.sketch.values + self.regularization) - plain
+        weights, plain = self._spectrum
         return Spectral(self.sketch.vectors, weights[None], torch.tensor([plain], dtype=torch.float64))
+
+    @property
+    def _spectrum(self) -> tuple[Tensor, float]:
+        return spectrum(self.sketch.values, self.regularization, complement=True)
+
+    def approximated(self, problem: Problem, x: Tree, y: Tree, tolerance: float) -> SketchInverse:
+        """With V in factors."""
+        found = approximation(problem, x, y, self.sketch.vectors, *self._spectrum, tolerance)
+        return type(self)(self.sketch, self.regularization, found)
+
+    @property
+    def approximate(self) -> FactoredInverse | None:
+        """V in factors, where they are accurate enough at λ."""
+        factored = None if self.approximation is None else self.approximation.at(*self._spectrum)
+        if factored is None:
+            return None
+        return FactoredInverse(factored, self.sketch.values, self.regularization, complement=True)
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """The kept part through Λ + λ, the rest through λ."""
@@ -96,17 +127,22 @@ class SketchInverse(Inverse):
 
     def with_regularization(self, regularization: float) -> SketchInverse:
         """λ enters by itself: nothing is recomputed."""
-        return self.checked(self.sketch, check_regularization(regularization))
+        return self.checked(self.sketch, check_regularization(regularization), self.approximation)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The sketch and λ."""
         tensors = {"vectors": self.sketch.vectors, "values": self.sketch.values}
-        return tensors, {"regularization": self.regularization}
+        values: dict[str, Any] = {"regularization": self.regularization}
+        if self.approximation is not None:
+            own, values["approximation"] = self.approximation.state()
+            tensors |= own
+        return tensors, values
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> SketchInverse:
         """Take the sketch as it is."""
-        return cls(Sketch(tensors["vectors"], tensors["values"]), values["regularization"])
+        found = Approximation.from_state(tensors, values.get("approximation"))
+        return cls(Sketch(tensors["vectors"], tensors["values"]), values["regularization"], found)
 
     def diagnostics(self) -> dict[str, Any]:
         """Spectrum of the sketch; ``rank`` is smaller than asked for where C has fewer dimensions."""
@@ -117,6 +153,7 @@ class SketchInverse(Inverse):
             "eigenvalues": values.tolist(),
             **found,
             "positive_definite": bool((values + self.regularization > 0).all()),
+            **({} if self.approximation is None else self.approximation.report(*self._spectrum)),
         }
 
 
@@ -138,10 +175,21 @@ class NystroemSketch(Estimator):
         R, products taken in the pass, 1 ≤ R < P.
     seed : int
         Of the test matrix Ω: ``torch.randn(R, P)`` transposed, in float64.
+    direction_tol : float, optional
+        Relative error of scores that may be made for speed: directions are held layer by layer as thin
+        matrices, of ranks chosen by scores of samples of the data fitted, where that is cheaper. Part of what
+        is scored is compared with the directions themselves, which are taken where they differ by more. None
+        takes them always. Perturbation and influence factors do.
     """
 
     rank: int = 10
     seed: int = 0
+    direction_tol: float | None = None
+
+    @property
+    def tolerance(self) -> float | None:
+        """``direction_tol``."""
+        return self.direction_tol
 
     def __post_init__(self) -> None:
         """Integers of numpy as Python's."""
@@ -159,6 +207,7 @@ class NystroemSketch(Estimator):
                 f"parameters in θ); got {self.rank!r}"
             )
         check_integer("seed", self.seed, *SEEDS)
+        check_tolerance(self.direction_tol)
         _check_complement(system.regularization)
 
     def form(self, system: System) -> Spectral:

@@ -7,7 +7,7 @@ is used once. Rows are test-major: row i·L + l belongs to test point i and the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.estimators.base import INVERSES, Inverse, Round, System, check_regularization
+from dask_influence.core.estimators.factored import FactoredInverse
 from dask_influence.core.estimators.lockstep import in_step
+from dask_influence.core.factored import Factored
 from dask_influence.core.moments import Moments
 from dask_influence.core.pairs import Form
 from dask_influence.errors import ConfigurationError
@@ -121,13 +123,37 @@ class SweepInverse(Inverse):
         return self.parts[0].residuals_need_rounds
 
     @property
-    def directions(self) -> Tensor | None:
+    def directions(self) -> Tensor | Factored | None:
         """Those of the fit, which do not depend on λ."""
         return self.parts[0].directions
 
     def coefficients(self, gradients: Tensor) -> Tensor:
         """Those of every λ, (n·L, R)."""
         return interleaved([part.coefficients(gradients) for part in self.parts])
+
+    def weighed(self, projections: Tensor) -> Tensor:
+        """Those of every λ, (n·L, R)."""
+        return interleaved([part.weighed(projections) for part in self.parts])
+
+    @property
+    def approximate(self) -> SweepInverse | None:
+        """Factored directions that are accurate enough at every λ, with the least of their limits."""
+        found = [part.approximate for part in self.parts]
+        held = [part for part in found if isinstance(part, FactoredInverse)]
+        if len(held) < len(found):
+            return None
+        limit = min(part.factored.limit for part in held)
+        return SweepInverse([part.limited(limit) for part in held], self.names)
+
+    def backed_by(self, exact: Callable[[], Inverse]) -> SweepInverse:
+        """Every λ, whose directions are the same."""
+
+        def first() -> Inverse:
+            whole = exact()
+            assert isinstance(whole, SweepInverse)
+            return whole.parts[0]
+
+        return SweepInverse([part.backed_by(first) for part in self.parts], self.names)
 
     @cached_property
     def form(self) -> Form | None:
