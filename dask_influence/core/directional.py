@@ -47,8 +47,8 @@ def directional_derivatives(
     if isinstance(directions, Factored):
         if _fits(problem, x):
             factored = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
-            return _by_layers(factored, problem, x, y, directions.dtype, budget)
-        directions = directions.dense().to(problem.objective.device, directions.dtype)
+            return _by_layers(factored, problem, x, y, problem.objective.dtype, budget)
+        directions = directions.dense().to(problem.objective.device, problem.objective.dtype)
     layers = _layers_if_cheaper(problem, x, directions)
     if layers is not None:
         return _by_layers(layers, problem, x, y, directions.dtype, budget)
