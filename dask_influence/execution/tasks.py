@@ -444,7 +444,9 @@ class Query:
             rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None
         if own is None:
             return cls(rows.to(objective.device, objective.dtype), None, missing)
-        directions = own.to(objective.device, objective.dtype)
+        # factors of half precision would be wrong by more than their product
+        wide = isinstance(own, Factored) and objective.dtype.itemsize < torch.float32.itemsize
+        directions = own.to(objective.device, torch.float32 if wide else objective.dtype)
         return cls(directions, rows.to(objective.device, objective.dtype), missing)
 
 
