@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
@@ -14,8 +15,8 @@ from dask_influence.core import directional
 from dask_influence.core.chain import Chain
 from dask_influence.execution import tasks
 from dask_influence.execution.drive import iterated_factors
-from dask_influence.execution.lanes import lanes_of, pool
-from dask_influence.execution.plan import FEWEST_FACTORS, Plan
+from dask_influence.execution.lanes import in_lanes, lanes_of, pool
+from dask_influence.execution.plan import FEWEST_FACTORS, Plan, Strip
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import Source
@@ -166,17 +167,21 @@ def scores_in_memory(
     project: bool,
     perturbation: bool,
 ) -> np.ndarray:
-    """Scores (N, M, *features), strip by strip."""
+    """Scores (N, M, *features), strips of the same test points side by side."""
     job = tasks.Job(fit.model, source, argument, fit.threads)
     problem = fit.model.problem()
     inverse = fit.scorer.inverse() if project else None
     scores = np.empty((plan.work.tests, plan.work.trains, *plan.work.features), dtype=fit.score_dtype)
-    with tasks.computing(fit.model, fit.threads):
-        block, query = -1, None
-        for strip in map(plan.strip, range(plan.strips)):
-            rows, columns = (slice(part.start, part.stop) for part in (strip.rows, strip.columns))
-            if query is None or strip.block != block:
-                block, query = strip.block, tasks.Query.of(factors[rows], inverse, problem)
+
+    def score(query: tasks.Query, strip: Strip) -> None:
+        rows, columns = (slice(part.start, part.stop) for part in (strip.rows, strip.columns))
+        with tasks.computing(fit.model, fit.threads):
             derivatives = tasks.derivatives_of(job, query, strip.columns, plan.batch, perturbation)
             scores[rows, columns] = tasks.tile_of(query, derivatives, slice(None))
+
+    for _, strips in itertools.groupby(map(plan.strip, range(plan.strips)), lambda strip: strip.block):
+        block = [*strips]  # of the same test points
+        with tasks.computing(fit.model, fit.threads):
+            query = tasks.Query.of(factors[block[0].rows.start : block[0].rows.stop], inverse, problem)
+        deque(in_lanes([partial(score, query, strip) for strip in block], fit.threads), maxlen=0)
     return scores

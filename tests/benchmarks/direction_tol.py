@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import estimators_problem as problems
+import problems
 
 from dask_influence import ArnoldiInfluence
 
@@ -44,7 +44,7 @@ def main(tolerance: float) -> None:
         print(f"complement={complement}: fits {fits[0]:.1f} s, {fits[1]:.1f} s with factors")
         print(f"  ranks {models[1].diagnostics['direction_ranks']}")
         for count in COUNTS:
-            x, y = setting.test(min(count, problems.LARGE_TEST))
+            x, y = setting.test(min(count, problems.TESTS["large"]))
             times = -(-count // len(x))
             tests = (x.repeat(times, 1)[:count], y.repeat(times)[:count])
             rounds = [[timed(model, tests, train) for model in models] for _ in range(ROUNDS)]

@@ -78,3 +78,13 @@ def test_scores_are_the_bits_of_one_thread(estimator: type, two_threads: None) -
     at_once = scores()
     torch.set_num_threads(1)
     assert torch.equal(at_once, scores())
+
+
+def test_a_sample_that_cannot_be_scored_is_named_from_any_lane(two_threads: None) -> None:
+    case = data.mlp_classification()
+    x, y = case.train
+    infl = di.DirectInfluence(case.model, case.loss, 0.1, chunk_size=5).fit((x, y))
+    bad = x.clone()
+    bad[-2, 0] = torch.nan
+    with pytest.raises(di.errors.DataError, match=f"sample {len(x) - 2}"):
+        infl.influences(x[:4], y[:4], bad, y)
