@@ -84,7 +84,7 @@ class InfluenceFunctionModel:
     dtype : torch.dtype, optional
         Floating dtype to compute in; by default the model's own.
     compile : bool
-        Compile per-sample gradients, directional derivatives and curvature products with torch's compiler, for
+        Compile per-sample gradients, directional derivatives and Hessian products with torch's compiler, for
         batches of 16 samples and more. Each alone takes a quarter to all of its time, after seconds for each shape of
         a batch; what is contracted layer by layer instead, as most scores of perceptrons and convolutions are, gains
         nothing. Needs a C++ compiler (on CUDA Triton) on all workers. What it changes in the numbers stands in
