@@ -84,11 +84,12 @@ class InfluenceFunctionModel:
     dtype : torch.dtype, optional
         Floating dtype to compute in; by default the model's own.
     compile : bool
-        Compile per-sample gradients, directional derivatives and curvature products with torch's compiler, for
-        batches of 16 samples and more: per-sample gradients in a third to a tenth of the time, the others in as much or
-        half of it, after seconds for each shape of a batch. For work of minutes; needs a C++ compiler (on CUDA
-        Triton) on all workers. What it changes in the numbers stands in ``diagnostics["compiled_error"]``. A
-        derivative that torch cannot compile for this model is named by a warning and runs as without.
+        Compile per-sample gradients, directional derivatives and Hessian products with torch's compiler, for
+        batches of 16 samples and more. Each alone takes a quarter to all of its time, after seconds for each shape of
+        a batch; what is contracted layer by layer instead, as most scores of perceptrons and convolutions are, gains
+        nothing. Needs a C++ compiler (on CUDA Triton) on all workers. What it changes in the numbers stands in
+        ``diagnostics["compiled_error"]``. A derivative that torch cannot compile for this model is named by a
+        warning and runs as without.
     matmul_precision : str
         Operands of float32 products, by torch's names: ``"highest"`` as they are; ``"high"`` in TF32; ``"medium"``
         in bfloat16 (CUDA: TF32). Products add up in float32, sums over samples in float64. Refused where the

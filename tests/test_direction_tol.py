@@ -172,6 +172,18 @@ def test_float32() -> None:
     assert oracles.relative_error(found.double(), case.up(dense(infl))) <= 1e-3
 
 
+def test_half_precision_loses_no_more_than_it_does_anyway() -> None:
+    errors = []
+    for tolerance in (None, 1e-3):
+        infl = fitted("dropped", tolerance, dtype=torch.bfloat16, tol=1e-2)
+        test, train = ((x.bfloat16(), y) for x, y in (wide().test, wide().train))
+        found = infl.influences(*test, *train)
+        assert found.dtype == torch.bfloat16
+        errors.append(oracles.relative_error(found.double(), wide().up(dense(infl))))
+    assert infl.diagnostics["direction_ranks"]
+    assert errors[1] <= errors[0] + 1e-3
+
+
 @ALL
 def test_without_a_tolerance_there_are_no_factors(kind: str) -> None:
     infl = fitted(kind, None)

@@ -17,6 +17,8 @@ for all directions and is computed once. Directions go through in blocks that st
 
 A kind of module is one class here; any other module takes its derivatives from ``torch.func``.
 
+Products with the Hessian go the same way in :mod:`~dask_influence.core.multiply`.
+
 Notation: n samples, D directions, F input features.
 """
 
@@ -76,93 +78,75 @@ class Chain:
     """
 
     def __init__(self, objective: Objective, theta: Mapping[str, Tensor], x: Tree, y: Tree) -> None:
-        self._objective = objective
+        self.objective = objective
         with differentiation(), torch.no_grad():
-            self._steps = list(_steps(objective, theta, x))
-            output = self._steps[-1].output
-            self._loss = _Loss(objective, output, y)
-            adjoint = self._loss.adjoint
-            used = next((i for i, step in enumerate(self._steps) if not isinstance(step, _Reshaped)), 0)
-            for step in reversed(self._steps[used + 1 :]):
+            self.steps = list(_steps(objective, theta, x))
+            output = self.steps[-1].output
+            self.loss = Loss(objective, output, y)
+            adjoint = self.loss.adjoint
+            used = next((i for i, step in enumerate(self.steps) if not isinstance(step, Reshaped)), 0)
+            for step in reversed(self.steps[used + 1 :]):
                 adjoint = step.back(adjoint)
-            self._steps[used].end(adjoint)
+            self.steps[used].end(adjoint)
 
     def mixed_derivatives(self, directions: Tensor, out: Tensor | None = None) -> Tensor:
         """∇x ⟨v_d, ∇θ ℓ(z_j)⟩ for ``directions`` (D, P): (n, D, *features).
 
         ``out`` (D, n, *features) is memory to take for it. Several threads may call this at once.
         """
-        first = self._steps[0].input
+        first = self.steps[0].input
         result = first.new_empty(len(directions), *first.shape) if out is None else out
         block = self._block(len(directions))
         with torch.no_grad():
             for start in range(0, len(directions), block):
                 part = slice(start, start + block)
-                self._mixed(self._objective.unflatten(directions[part]), result[part])
+                self._mixed(self.objective.unflatten(directions[part]), result[part])
         return result.transpose(0, 1)
 
     def _mixed(self, along: Along, result: Tensor) -> None:
         tangents: list[Tensor | None] = [None]
-        for step in self._steps:
+        for step in self.steps:
             tangents.append(step.push(along, tangents[-1]))
         moved = tangents.pop()
-        adjoint = None if moved is None else self._loss.pull(moved)
-        for step, tangent in zip(reversed(self._steps), reversed(tangents), strict=True):
+        adjoint = None if moved is None else self.loss.pull(moved)
+        for step, tangent in zip(reversed(self.steps), reversed(tangents), strict=True):
             adjoint = step.pull(along, tangent, adjoint)
         if adjoint is None:
             result.zero_()
         else:
             result.copy_(adjoint)
 
-    def products(self, directions: Tensor, *, gauss_newton: bool = False) -> Tensor:
-        """Σ_j ∇²θ ℓ(z_j) v_d for ``directions`` (D, P), all at once: (D, P).
-
-        With ``gauss_newton`` Σ_j J_jᵀ A_j J_j v_d, J the derivative of the chain's output: the way back
-        leaves out what bends.
+    @cached_property
+    def moving(self) -> list[Step]:
+        """The steps from the first with parameters in θ: none before it moves.
 
         Raises
         ------
         ConfigurationError
             Where parameters in θ belong to another module than a linear layer.
         """
-        result = torch.zeros_like(directions)  # not every parameter need have a product
-        steps = self._steps[self._first :]
-        with torch.no_grad():
-            along, into = (self._objective.unflatten(rows) for rows in (directions, result))
-            tangents: list[Tensor | None] = [None]
-            for step in steps:
-                tangents.append(step.push(along, tangents[-1]))
-            moved = tangents.pop()
-            adjoint = None if moved is None else self._loss.pull(moved)
-            if gauss_newton:
-                along, tangents = {}, [None] * len(steps)
-            for step in reversed(steps):
-                tangent = tangents.pop()
-                step.gather(tangent, adjoint, into)
-                if tangents:
-                    adjoint = step.pull(along, tangent, adjoint)
-        return result
-
-    @cached_property
-    def _first(self) -> int:
-        """The first step with parameters in θ: none before it moves."""
-        for step, module in zip(self._steps, _links(self._objective.module), strict=True):
-            if isinstance(step, _General) and step.names:
+        for step, module in zip(self.steps, _links(self.objective.module), strict=True):
+            if isinstance(step, General) and step.names:
                 raise ConfigurationError(
                     f"{type(module).__name__} holds parameters in θ and is no linear layer"
                 )
-        held = (i for i, step in enumerate(self._steps) if isinstance(step, _Linear) and step.names)
-        return next(held, len(self._steps) - 1)
+        held = (i for i, step in enumerate(self.steps) if isinstance(step, Linear) and step.names)
+        return self.steps[next(held, len(self.steps) - 1) :]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it holds beside its samples, about: values and derivatives of what each step returns."""
+        return 4 * sum(step.output.nbytes for step in self.steps)
 
     def _block(self, directions: int) -> int:
         """Directions at a time: what the cache holds, but enough for products of a fair size."""
-        samples = len(self._steps[0].input)
-        widest = max(step.input.nbytes for step in self._steps)
+        samples = len(self.steps[0].input)
+        widest = max(step.input.nbytes for step in self.steps)
         return max(1, min(directions, max(CACHE // max(1, widest), ROWS // max(1, samples))))
 
 
 # -- the steps -------------------------------------------------------------------------
-class _Step(abc.ABC):
+class Step(abc.ABC):
     """One module, at what enters it here.
 
     Attributes
@@ -196,35 +180,34 @@ class _Step(abc.ABC):
     def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
         """ā̇ of ȧ and h̄̇, whose memory it may take."""
 
-    def gather(self, tangent: Tensor | None, adjoint: Tensor | None, into: Along) -> None:  # noqa: B027 - most have none
-        """Add the derivative of its parameters' gradient, of ȧ and h̄̇, to ``into``."""
 
-
-class _Linear(_Step):
+class Linear(Step):
     """h = W a + b."""
 
     def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
         self.names = theta.names
-        self._weight = theta.values["weight"]
-        super().__init__(entering, nn.functional.linear(entering, self._weight, theta.values.get("bias")))
+        self.weight = theta.values["weight"]
+        super().__init__(entering, nn.functional.linear(entering, self.weight, theta.values.get("bias")))
 
     def end(self, adjoint: Tensor) -> None:
+        """h̄ alone."""
         self.adjoint = adjoint
 
     def _back(self, adjoint: Tensor) -> Tensor:
-        return adjoint @ self._weight
+        return adjoint @ self.weight
 
     def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
-        weights, biases = self._of(along, "weight"), self._of(along, "bias")
+        """ḣ of ȧ."""
+        weights, biases = self.of(along, "weight"), self.of(along, "bias")
         moved = None
         if weights is not None:
             moved = torch.matmul(_rows(self.input), weights.mT)
         if tangent is not None:
             flat = _rows(tangent, 1)
             if moved is None:
-                moved = flat @ self._weight.mT
+                moved = flat @ self.weight.mT
             else:
-                _merged(moved).addmm_(_merged(flat), self._weight.mT)
+                _merged(moved).addmm_(_merged(flat), self.weight.mT)
         if biases is not None:
             rows = len(_rows(self.input))
             moved = (
@@ -233,8 +216,9 @@ class _Linear(_Step):
         return None if moved is None else moved.reshape(len(moved), *self.output.shape)
 
     def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
-        weights = self._of(along, "weight")
-        moved = None if adjoint is None else _rows(adjoint, 1) @ self._weight
+        """ā̇ of ȧ and h̄̇."""
+        weights = self.of(along, "weight")
+        moved = None if adjoint is None else _rows(adjoint, 1) @ self.weight
         if weights is not None:
             own = _rows(self.adjoint)
             if moved is None:
@@ -243,23 +227,12 @@ class _Linear(_Step):
                 moved.baddbmm_(own.expand(len(weights), *own.shape), weights)
         return None if moved is None else moved.reshape(len(moved), *self.input.shape)
 
-    def gather(self, tangent: Tensor | None, adjoint: Tensor | None, into: Along) -> None:
-        weights, biases = self._of(into, "weight"), self._of(into, "bias")
-        back, entering = _rows(self.adjoint), _rows(self.input)
-        if weights is not None and adjoint is not None:
-            for total, moved in zip(weights, _rows(adjoint, 1), strict=True):
-                total.addmm_(moved.mT, entering)
-        if weights is not None and tangent is not None:
-            for total, moved in zip(weights, _rows(tangent, 1), strict=True):
-                total.addmm_(back.mT, moved)
-        if biases is not None and adjoint is not None:
-            biases += _rows(adjoint, 1).sum(1)
-
-    def _of(self, along: Along, name: str) -> Tensor | None:
+    def of(self, along: Along, name: str) -> Tensor | None:
+        """The part of ``along`` that belongs to the parameter; None where it is not in θ."""
         return along.get(self.names[name]) if name in self.names else None
 
 
-class _Elementwise(_Step):
+class Elementwise(Step):
     """h = φ(a), entry by entry."""
 
     def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
@@ -271,21 +244,23 @@ class _Elementwise(_Step):
             entering = self.input.detach().requires_grad_()
             slope = _derivative(self._module(entering.clone()).sum(), entering, keep=True)
             bend = _derivative((slope * adjoint).sum(), entering)
-        self._slope = slope.detach()
-        self._bend = bend if bend.any() else None  # piecewise linear ones have none
-        return self._slope * adjoint
+        self.slope = slope.detach()
+        self.bend = bend if bend.any() else None  # piecewise linear ones have none
+        return self.slope * adjoint
 
     def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
-        return None if tangent is None else self._slope * tangent
+        """ḣ of ȧ."""
+        return None if tangent is None else self.slope * tangent
 
     def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
-        moved = None if adjoint is None else adjoint.mul_(self._slope)
-        if tangent is None or self._bend is None:
+        """ā̇ of ȧ and h̄̇."""
+        moved = None if adjoint is None else adjoint.mul_(self.slope)
+        if tangent is None or self.bend is None:
             return moved
-        return self._bend * tangent if moved is None else moved.addcmul_(self._bend, tangent)
+        return self.bend * tangent if moved is None else moved.addcmul_(self.bend, tangent)
 
 
-class _Reshaped(_Step):
+class Reshaped(Step):
     """h holds the entries of a in their order."""
 
     def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
@@ -295,13 +270,15 @@ class _Reshaped(_Step):
         return adjoint.reshape(self.input.shape)
 
     def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+        """ḣ of ȧ."""
         return None if tangent is None else tangent.reshape(len(tangent), *self.output.shape)
 
     def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+        """ā̇ of ȧ and h̄̇."""
         return None if adjoint is None else adjoint.reshape(len(adjoint), *self.input.shape)
 
 
-class _General(_Step):
+class General(Step):
     """Any module of one tensor, by ``torch.func``."""
 
     def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
@@ -321,9 +298,11 @@ class _General(_Step):
         return result[1](adjoint)[0]
 
     def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+        """ḣ of ȧ."""
         return self._moved(self._call, along, (self.input, tangent))
 
     def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+        """ā̇ of ȧ and h̄̇."""
         return self._moved(self._pulled, along, (self.input, tangent), (self.adjoint, adjoint))
 
     def _moved(
@@ -349,7 +328,7 @@ class _General(_Step):
             return vmap(of, in_dims=(0,) * (1 + len(tangents)))(own, *tangents)
 
 
-class _Loss:
+class Loss:
     """Σ_j ℓ as a function of the chain's output."""
 
     def __init__(self, objective: Objective, output: Tensor, y: Tree) -> None:
@@ -372,8 +351,13 @@ class _Loss:
         if self._matrices is None:
             with differentiation():
                 return self._times(tangent)
-        flat = tangent.flatten(2).transpose(0, 1)  # (n, D, K)
-        return torch.bmm(flat, self._matrices).transpose(0, 1).reshape(tangent.shape)
+        return self.pull_rows(tangent.transpose(0, 1)).transpose(0, 1)
+
+    def pull_rows(self, tangent: Tensor) -> Tensor:
+        """The same with directions next to the samples, (n, D, ...)."""
+        if self._matrices is None:
+            return self.pull(tangent.transpose(0, 1)).transpose(0, 1)
+        return torch.bmm(tangent.flatten(2), self._matrices).reshape(tangent.shape)
 
 
 def _derivative(value: Tensor, at: Tensor, *, keep: bool = False, seeds: Tensor | None = None) -> Tensor:
@@ -415,12 +399,12 @@ class _Own:
         }
 
 
-_Maker = Callable[[nn.Module, _Own, Tensor], _Step]
+_Maker = Callable[[nn.Module, _Own, Tensor], Step]
 
 _KINDS: dict[type[nn.Module], _Maker] = {
-    nn.Linear: _Linear,
-    **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.Identity), _Reshaped),
-    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), _Reshaped),
+    nn.Linear: Linear,
+    **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.Identity), Reshaped),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), Reshaped),
     **dict.fromkeys(
         (
             nn.CELU,
@@ -440,13 +424,13 @@ _KINDS: dict[type[nn.Module], _Maker] = {
             nn.Tanh,
             nn.Tanhshrink,
         ),
-        _Elementwise,
+        Elementwise,
     ),
 }
 """Modules by their exact class: a subclass may do anything. (Dropout is the identity in eval mode.)"""
 
 
-def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree) -> Iterator[_Step]:
+def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree) -> Iterator[Step]:
     modules = list(_links(objective.module))
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         raise ConfigurationError("the model's input is not one floating tensor with features")
@@ -455,7 +439,7 @@ def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree) -> Iterat
     known = {id(value): name for name, value in objective.module.named_parameters() if name in theta}
     entering = x
     for module in modules:
-        kind: _Maker = _General if _hooked(module) else _KINDS.get(type(module), _General)
+        kind: _Maker = General if _hooked(module) else _KINDS.get(type(module), General)
         step = kind(module, _Own(module, theta, known), entering)
         yield step
         entering = step.output

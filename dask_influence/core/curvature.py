@@ -27,7 +27,7 @@ import optree
 import torch
 from torch import Tensor
 
-from dask_influence.core import forms, outputs
+from dask_influence.core import forms, multiply, outputs
 from dask_influence.core.directional import chain_of, directional_derivatives, gradients
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.families import Likelihood, recognise
@@ -53,23 +53,27 @@ Products = Callable[[Problem, Tree, Tree, Tensor], Tensor]
 
 def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:
     """Chunk function: Σ_j C(z_j) v_b for ``operand["vectors"]`` (B, P), as ``"products"``."""
-    objective = problem.objective
-    vectors = operand["vectors"]
-    count, multiply = leading_size(y), _multiplier(problem, x, y, curvature)
+    vectors, count = operand["vectors"], leading_size(y)
+    write = _multiplier(problem, x, y, curvature)
     block = problem.block_of_vectors(count, VECTOR_BUDGET)
     products = torch.empty(vectors.shape, dtype=torch.float64)
     for part, into in zip(vectors.split(block), products.split(block), strict=True):
-        # torch's own memory, in order: the same wherever the operand came from, hence the same bits
-        own = part.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
-        into.copy_(multiply(own))
+        write(part, into)
     return Moments({"products": products}, count)
 
 
-def _multiplier(problem: Problem, x: Tree, y: Tree, curvature: str) -> Callable[[Tensor], Tensor]:
-    """Products with these samples' curvature; what is the same for all vectors is computed once."""
+def _multiplier(problem: Problem, x: Tree, y: Tree, curvature: str) -> Callable[[Tensor, Tensor], object]:
+    """Writes products with these samples' curvature; what is the same for all vectors is computed once."""
     if curvature in ("hessian", "ggn") and problem.forms.product == "chain":
-        return partial(chain_of(problem, x, y).products, gauss_newton=curvature == "ggn")
-    return partial(PRODUCTS[curvature], problem, x, y)
+        return partial(multiply.products, chain_of(problem, x, y), gauss_newton=curvature == "ggn")
+    objective = problem.objective
+
+    def write(vectors: Tensor, into: Tensor) -> None:
+        # torch's own memory, in order: the same wherever the operand came from, hence the same bits
+        own = vectors.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
+        into.copy_(PRODUCTS[curvature](problem, x, y, own))
+
+    return write
 
 
 def matrix_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:

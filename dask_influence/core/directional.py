@@ -47,8 +47,8 @@ def directional_derivatives(
     if isinstance(directions, Factored):
         if _fits(problem, x):
             factored = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
-            return _by_layers(factored, problem, x, y, directions.dtype, budget)
-        directions = directions.dense().to(problem.objective.device, directions.dtype)
+            return _by_layers(factored, problem, x, y, problem.objective.dtype, budget)
+        directions = directions.dense().to(problem.objective.device, problem.objective.dtype)
     layers = _layers_if_cheaper(problem, x, directions)
     if layers is not None:
         return _by_layers(layers, problem, x, y, directions.dtype, budget)
@@ -81,8 +81,15 @@ def mixed_derivatives(problem: Problem, x: Tree, y: Tree, directions: Tensor, bu
 
 
 def chain_of(problem: Problem, x: Tree, y: Tree) -> Chain:
-    """What derivatives of these samples begin with, where the problem's form is a chain."""
-    return Chain(problem.objective, problem.objective.parameters(), x, y)
+    """What derivatives of these samples begin with, where the problem's form is a chain; kept where they are."""
+    objective = problem.objective
+
+    def make() -> Chain:
+        return Chain(objective, objective.parameters(), x, y)
+
+    if problem.shelf is None:
+        return make()
+    return problem.shelf.get(objective.names, make, lambda chain: chain.nbytes)
 
 
 def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:

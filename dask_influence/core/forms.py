@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
-from dask_influence.core import compiled
+from dask_influence.core import compiled, multiply
 from dask_influence.core.chain import Chain
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.objective import Objective, Tree, leading_size
@@ -275,7 +275,7 @@ def _product_reverse_loop(objective: Objective, theta: Theta, x: Tree, y: Tree, 
 
 
 def _product_chain(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
-    return Chain(objective, theta, x, y).products(vectors)
+    return multiply.products(Chain(objective, theta, x, y), vectors, torch.empty_like(vectors))
 
 
 # -- directional derivatives -----------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optree
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dask_influence.core.checks import check_loss, is_mean
 from dask_influence.core.derivatives import choose_forms, differentiation
 from dask_influence.core.forms import Forms, sample_gradients
+from dask_influence.core.kept import Shelf
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.sizes import bytes_of_a_vector
 from dask_influence.errors import DataError, DerivativeError, LossError
@@ -60,6 +61,8 @@ class Problem:
         Which layers may be taken in pairs; None where that is not known.
     matmul_precision : str
         In which its products are to be taken (``core.precision``).
+    shelf : Shelf, optional
+        What is kept of the samples at hand until the next pass; None where each pass begins anew.
     """
 
     objective: Objective
@@ -67,6 +70,7 @@ class Problem:
     activations: int = 1
     pairing: Pairing | None = None
     matmul_precision: str = "highest"
+    shelf: Shelf | None = field(default=None, repr=False, compare=False)
 
     def block_of_vectors(self, samples: int, budget: int) -> int:
         """How many vectors fit ``budget`` bytes when pushed through ``samples`` samples at once.

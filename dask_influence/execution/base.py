@@ -94,6 +94,10 @@ class Executor(ABC):
     def seal(self, value: Any) -> Sealed:
         """Wrap what all tasks of one computation share."""
 
+    def keeping(self, job: Sealed) -> Sealed:
+        """The same job for many passes, whose chunks keep what they share where tasks run in this process."""
+        return job
+
     @abstractmethod
     def model(self, problem: Problem, device: str) -> Model:
         """Make a model available to every task."""

@@ -6,12 +6,12 @@ It knows what has to happen in which order and nothing about who runs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dask_influence.core.estimators.base import Inverse, Round, System
+from dask_influence.core.estimators.base import Inverse, Round, Rounds, System
 from dask_influence.core.moments import Moments
 from dask_influence.errors import MemoryLimitError
 from dask_influence.execution import tasks
@@ -24,6 +24,9 @@ MOST_GROUPS = 64
 
 MOST_JOINED = 1024
 """Samples up to which chunks are joined where their sums are larger than all that the samples take."""
+
+SMALL = 2**20
+"""Numbers of a block of vectors below which torch's threads cost an algorithm more than they save."""
 
 SUMS_IN_FLIGHT = 4 * 2**30
 """Bytes of partial sums that all groups of one round may hold together."""
@@ -45,6 +48,8 @@ class Passes:
         torch threads that a task takes.
     sample_bytes : int, optional
         What a sample takes when it is differentiated; chunks are joined by it.
+    lasting : Sealed, optional
+        The same job for rounds over all samples, whose chunks keep what they share; see :meth:`keeping`.
     """
 
     executor: Executor
@@ -52,6 +57,11 @@ class Passes:
     chunks: Chunks
     threads: int = 1
     sample_bytes: int | None = None
+    lasting: Sealed | None = None
+
+    def keeping(self) -> Passes:
+        """The same for the many rounds of one computation: what chunks keep is freed with what is returned."""
+        return replace(self, lasting=self.executor.keeping(self.job))
 
     def __call__(
         self, request: Round, *, first: bool = False, report: Callable[[int, int], None] | None = None
@@ -68,7 +78,8 @@ class Passes:
         self._check_memory(request.result_bytes)
         operand = self.executor.publish(request.operand)
         groups = self._groups(self._pieces(request), request.result_bytes)
-        calls = [(self.job, request.function, operand, group, first) for group in groups]
+        job = self.lasting if self.lasting is not None and request.samples is None else self.job
+        calls = [(job, request.function, operand, group, first) for group in groups]
         return self.executor.reduce(tasks.sum_group, calls, report, self.threads)
 
     def _check_memory(self, result_bytes: int) -> None:
@@ -113,12 +124,26 @@ def drive(computation: Generator[Round, Moments, Any], answer: Callable[[Round],
         return finished.value
 
 
+def _in_one_thread(computation: Rounds) -> Rounds:
+    """``computation`` itself, whose own work leaves the cores to the tasks of its rounds."""
+    answer: Moments | None = None
+    while True:
+        with tasks.torch_threads(1):
+            try:
+                request = computation.send(answer)  # type: ignore[arg-type]  # None, at first
+            except StopIteration as finished:
+                return finished.value
+        answer = yield request
+
+
 def iterated_factors(
     inverse: Inverse, system: System, passes: Passes, gradients: torch.Tensor, *, certify: bool
 ) -> tasks.Factors:
     """Factors of the rows of ``gradients`` where solving or certifying takes passes over the data."""
-    wide = gradients.to(torch.float64)
-    factors = drive(inverse.solve(wide), passes)
+    wide, passes = gradients.to(torch.float64), passes.keeping()
+    factors = drive(
+        _in_one_thread(inverse.solve(wide)) if wide.numel() < SMALL else inverse.solve(wide), passes
+    )
     residual = inverse.residuals(wide, factors)
     if residual is None and certify:
         products = passes(system.products(factors)).mean("products")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from dask_influence.core.estimators import Inverse
+from dask_influence.core.kept import Kept
 from dask_influence.core.moments import Moments, merge
 from dask_influence.core.problem import Problem
 from dask_influence.execution.artifacts import Artifact, Artifacts
-from dask_influence.execution.base import Executor
+from dask_influence.execution.base import Executor, Sealed
 from dask_influence.execution.lanes import in_lanes
 from dask_influence.execution.options import Options
 from dask_influence.execution.shipping import Held
@@ -44,6 +46,10 @@ class LocalExecutor(Executor):
     def seal(self, value: Any) -> Held:
         """The value itself."""
         return Held(value)
+
+    def keeping(self, job: Sealed) -> Held:
+        """With what chunks keep, for as long as the job that is returned lives."""
+        return Held(replace(job.open(), kept=Kept()))
 
     def model(self, problem: Problem, device: str) -> Held:
         """The problem itself."""

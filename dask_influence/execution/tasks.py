@@ -28,6 +28,7 @@ from dask_influence.core.checks import check_samples
 from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
 from dask_influence.core.factored import Factored
+from dask_influence.core.kept import Kept, Shelf, bytes_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, sliced
 from dask_influence.core.pairs import PairScores
@@ -66,6 +67,8 @@ class Job:
         torch threads per task; part of the job, because the bits may depend on it.
     poison : dict of int to str
         Samples that are known to crash a process or to raise, and how.
+    kept : Kept, optional
+        What batches keep from one pass to the next, in this process alone.
     """
 
     model: Model
@@ -73,6 +76,7 @@ class Job:
     argument: str
     threads: int
     poison: Mapping[int, str] = field(default_factory=dict)
+    kept: Kept | None = None
 
     def running(self) -> AbstractContextManager[None]:
         """:func:`computing` with the job's model and threads."""
@@ -81,10 +85,17 @@ class Job:
     def batch(self, start: int, stop: int) -> tuple[Problem, Tree, Tree]:
         """The problem, and samples ``start`` to ``stop`` as tensors in its dtype, on its device."""
         problem = self.model.problem()
+        if self.kept is None:
+            return (problem, *self._tensors(problem, start, stop))
+        shelf = Shelf(self.kept, (start, stop))
+        x, y = shelf.get("samples", partial(self._tensors, problem, start, stop), bytes_of)
+        return replace(problem, shelf=shelf), x, y
+
+    def _tensors(self, problem: Problem, start: int, stop: int) -> tuple[Tree, Tree]:
         batch = self.source.read(start, stop)
         check_finite(batch, self.argument, start)
         x, y = to_tensors(batch, problem.objective)
-        return problem, x, y
+        return x, y
 
     def spared(self, start: int, stop: int, missing: Missing | None) -> tuple[Problem, Tree, Tree]:
         """:meth:`batch`, with a healthy neighbour in place of each sample that cannot be used.
@@ -433,7 +444,9 @@ class Query:
             rows, own = (rows.to(torch.float64) @ own.to(torch.float64)).to(objective.dtype), None
         if own is None:
             return cls(rows.to(objective.device, objective.dtype), None, missing)
-        directions = own.to(objective.device, objective.dtype)
+        # factors of half precision would be wrong by more than their product
+        wide = isinstance(own, Factored) and objective.dtype.itemsize < torch.float32.itemsize
+        directions = own.to(objective.device, torch.float32 if wide else objective.dtype)
         return cls(directions, rows.to(objective.device, objective.dtype), missing)
 
 

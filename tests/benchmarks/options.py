@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from torch import nn
 
@@ -123,14 +122,16 @@ def main() -> None:
     for options in ({"compile": True}, {"matmul_precision": "medium"}):
         console.print(str(options))
         table = Table("scores", "fit and first scores, s", "without, s", "with, s", "ratio", "relative error")
-        with Live(table, console=console) as live:  # what takes minutes is seen as it comes
-            for name in asked.only:
-                try:
-                    table.add_row(name, *measured(WORKS[name], options, asked.repeats))
-                except ConfigurationError as lacking:
-                    console.print(f"{options}: {lacking}")
-                    break
-                live.refresh()
+        for name in asked.only:
+            try:
+                row = measured(WORKS[name], options, asked.repeats)
+            except ConfigurationError as lacking:
+                console.print(str(lacking))
+                break
+            console.print(name, *row)  # what takes minutes is seen as it comes
+            table.add_row(name, *row)
+        if table.row_count:
+            console.print(table)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from dask_influence.core import chain
 from dask_influence.core.chain import Chain
 from dask_influence.core.derivatives import choose_forms
+from dask_influence.core.multiply import products
 from dask_influence.core.objective import Objective
 from dask_influence.errors import ConfigurationError
 from tests import data, oracles
@@ -173,7 +174,8 @@ def test_products_equal_those_of_the_dense_hessian(name: str) -> None:
     chained = Chain(objective, objective.parameters(), x, y)
     several = name == "positions"  # outputs in rows, which the other oracle does not know
     for dense in (oracles.hessian, oracles.ggn)[: 1 if several else 2]:
-        value = chained.products(directions, gauss_newton=dense is oracles.ggn)
+        value = torch.full_like(directions, torch.nan)
+        products(chained, directions, value, gauss_newton=dense is oracles.ggn)
         matrix = 7 * dense(objective.module, objective.loss, x, y, objective.names)
         assert matrix.any() or name == "piecewise linear loss"
         assert (value - directions @ matrix).norm() <= 1e-12 * (1 + matrix.norm())
@@ -183,8 +185,10 @@ def test_products_equal_those_of_the_dense_hessian(name: str) -> None:
 def test_products_of_other_modules_are_refused(name: str) -> None:
     specimen = CHAINS[name]
     objective, (x, y) = specimen.objective(), specimen.samples(4)
+    directions = data.normal(3, 2, objective.size)
+    chained = Chain(objective, objective.parameters(), x, y)
     with pytest.raises(ConfigurationError, match="holds parameters in θ"):
-        Chain(objective, objective.parameters(), x, y).products(data.normal(3, 2, objective.size))
+        products(chained, directions, directions)
     forms, report = choose_forms(objective, x, y)
     assert forms.product == "reverse_over_reverse"
     assert "holds parameters" in report["product"]["rejected"]["chain"]

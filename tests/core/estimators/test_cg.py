@@ -119,6 +119,18 @@ def test_dependent_right_hand_sides_do_not_break_it_down() -> None:
     assert float(reported[-1]) == 0
 
 
+def test_dependent_right_hand_sides_in_a_narrow_dtype() -> None:
+    """Where directions are told apart by inner products of rows; one row is nearly another."""
+    matrices = dense.with_spectrum(DEFINITE)
+    rows = data.normal(91, 3, len(DEFINITE))
+    rows = torch.cat([rows, 1e6 * rows, rows[:1] + 1e-9 * rows[1:2]])
+    answer = dense.Answer(matrices)
+    cg = inverse(len(DEFINITE), 0.1, answer, rtol=1e-5, dtype=torch.float32)
+    factors = dense.solve(cg, rows, answer)
+    assert float(dense.residuals(matrices, 0.1, rows, factors).max()) <= 1e-5
+    assert answer.vectors <= 3 * answer.passes + len(rows)
+
+
 def test_more_right_hand_sides_take_fewer_passes_for_all_of_them() -> None:
     matrices = dense.with_spectrum([10.0 ** (k / 10) for k in range(-20, 21)])
     rows = data.normal(92, 13, 41)
