@@ -23,9 +23,8 @@ def cluster(
     dask = [sys.executable, "-m", "dask"]
     where = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": where}
-    started = [
-        subprocess.Popen([*dask, "scheduler", "--scheduler-file", str(file), "--no-dashboard"], **quiet)
-    ]
+    scheduler = [*dask, "scheduler", "--scheduler-file", str(file), "--no-dashboard"]
+    started = [subprocess.Popen([*scheduler, "--host", "127.0.0.1", "--port", "0"], **quiet)]
     worker = [*dask, "worker", "--scheduler-file", str(file), "--nthreads", str(threads), "--no-dashboard"]
     started += [subprocess.Popen([*worker, "--memory-limit", memory_limit], **quiet) for _ in range(workers)]
     try:

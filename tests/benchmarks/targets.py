@@ -64,6 +64,9 @@ class Target:
         The peer takes minutes: left out by ``--quick``.
     loosened : str
         The argument of ours that trades accuracy for speed.
+    scaled : int
+        The peer works test chunk by test chunk, and is given the first 1/``scaled`` of them: its time is
+        multiplied, and values are compared on those.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Target:
     once: bool = False
     minutes: bool = False
     loosened: str = ""
+    scaled: int = 1
 
 
 DIRECT = "DirectInfluence"
@@ -86,6 +90,8 @@ DIGITS_CHUNKS, LARGE_CHUNKS = {"chunks": (60, 128)}, {"chunks": (64, 256)}
 ALL_DIGITS = {"tests": 360}
 PERTURBED = {"tests": 64, "trains": 512}
 ARNOLDI = {"rank": 20, "tol": 1e-3}
+AS_TRUE = {"tol": 6e-5}
+"""At 1e-3 the peer's pairs are true to 6.5e-5 of the largest eigenvalue, ours to 3.5e-4: so ours is asked for more."""
 TIGHT_ARNOLDI = {"tol": 1e-10}
 PEER_BLOCK_CG = {"rtol": 1e-4, "solve_simultaneously": True}
 CG = {"rtol": 1e-6}
@@ -104,12 +110,12 @@ def _direct(name: str, title: str, factor: float, ours: Ask, theirs: Ask) -> Tar
 
 
 def _low_rank(tests: int, factor: float, *, complement: bool = False, loosened: bool = False) -> Target:
-    kept = {"complement": True} if complement else {}
+    kept, scaled = {"complement": True} if complement else {}, 4 if tests > 1024 else 1
     theirs = Ask(
         "chunked_scores",
         "ArnoldiInfluence",
         ARNOLDI | ({"use_woodbury": True} if complement else {}),
-        {"tests": tests} | LARGE_CHUNKS,
+        {"tests": tests // scaled} | LARGE_CHUNKS,
     )
     tolerance = {"direction_tol": 1e-4} if loosened else {}
     strict = Strict(1e-6, kept | TIGHT_ARNOLDI, theirs.options | TIGHT_ARNOLDI, problem="digits", tests=360)
@@ -126,6 +132,7 @@ def _low_rank(tests: int, factor: float, *, complement: bool = False, loosened: 
         once=True,
         minutes=tests > 256,
         loosened="direction_tol" if loosened else "",
+        scaled=scaled,
     )
 
 
@@ -172,7 +179,7 @@ TARGETS = (
         "Arnoldi rank 20 fit, P = 820,874, M = 4,096",
         3,
         "large",
-        Ask("fit", "ArnoldiInfluence", ARNOLDI),
+        Ask("fit", "ArnoldiInfluence", ARNOLDI | AS_TRUE),
         Ask("fit", "ArnoldiInfluence", ARNOLDI),
         check="eigenpairs",
         once=True,
