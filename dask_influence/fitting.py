@@ -92,11 +92,11 @@ def fit(
     known = _Checked.of(configuration, resources, source)
     problem, told = _with_options(options, configuration, resources, executor, source, known.problem)
     passes = resources.passes(executor, problem, source)
-    kept = None
+    kept, answering = None, passes.keeping()
     if resources.kept is not None:
-        kept = Checkpoints(passes, resources.kept.child("rounds"), _identity(known, problem, source, passes))
+        kept = Checkpoints(answering, resources.kept.child("rounds"), _identity(known, problem, source, passes))
     with reporting(progress) as reported:
-        rounds = _Counted(kept or passes, reported)
+        rounds = _Counted(kept or answering, reported)
         inverse = drive(configuration.estimator.fit(known.system), rounds)
         tolerance = configuration.estimator.tolerance
         if tolerance is not None:
