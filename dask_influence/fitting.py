@@ -94,7 +94,9 @@ def fit(
     passes = resources.passes(executor, problem, source)
     kept, answering = None, passes.keeping()
     if resources.kept is not None:
-        kept = Checkpoints(answering, resources.kept.child("rounds"), _identity(known, problem, source, passes))
+        kept = Checkpoints(
+            answering, resources.kept.child("rounds"), _identity(known, problem, source, passes)
+        )
     with reporting(progress) as reported:
         rounds = _Counted(kept or answering, reported)
         inverse = drive(configuration.estimator.fit(known.system), rounds)

@@ -253,7 +253,7 @@ class Arnoldi(Estimator):
         Keep the orthogonal complement with eigenvalue λ.
     krylov_dimension : int, optional
         Vectors in the basis before a restart; default max(2R + 2B, 20), at most P. Twice as many where they
-        are held in float32, which is for models in float32 and a ``tol`` that is a thousand times their roundoff.
+        are held in float32, which is for models in float32 and a ``tol`` of at least 256 times their roundoff.
     tol : float
         ``‖H v − θ v‖ ≤ tol·|θ_max|`` for each kept pair.
     seed : int
@@ -400,7 +400,7 @@ def _captured(vectors: Tensor, values: Tensor, rows: Tensor, images: Tensor) -> 
     return kept / max(kept + others, torch.finfo(torch.float64).tiny)
 
 
-COARSE = 1e3
+COARSE = 256.0
 """Roundoffs of the model's arithmetic from which a tolerance leaves the basis in that arithmetic."""
 
 
