@@ -357,7 +357,7 @@ class Fitted:
             self.system,
             self.passes,
             resources.certify,
-            resources.threads(problem, pairs=self.inverse.form is not None and problem.pairing is not None),
+            resources.threads(problem),
         )
 
     def work(self, tests: int, train: Source, mode: InfluenceMode, *, project: bool) -> Work:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.layers import CALLS, Layer, Layout, layout_of
 from dask_influence.core.objective import Tree, leading_size, sliced
-from dask_influence.core.outputs import Outputs, blocks_of_samples
+from dask_influence.core.outputs import Outputs
 from dask_influence.core.problem import Problem
 
 CAPTURE_BUDGET = 256 * 2**20
@@ -84,6 +84,8 @@ def capture(
 ) -> Iterator[list[Captured | None]]:
     """Inputs and output gradients of each layer, for as many samples at a time as the budget allows.
 
+    What is made of them is made outside of :func:`differentiation`: other threads differentiate meanwhile.
+
     Yields
     ------
     list of (Captured or None)
@@ -92,12 +94,17 @@ def capture(
     tracer = _Tracer(problem, layout)
     per_sample = tracer.examined(x) * problem.objective.dtype.itemsize
     step = max(1, CAPTURE_BUDGET // (per_sample * TYPICAL_COLUMNS))
-    for outputs in blocks_of_samples(problem.objective, x, y, step):
-        pulled = columns(outputs)
+    for low in range(0, leading_size(y), step):
+        block = slice(low, low + step)
+        with differentiation(), torch.no_grad():
+            outputs = Outputs.of(problem.objective, sliced(x, block), sliced(y, block))
+            pulled = columns(outputs)
         inner = max(1, CAPTURE_BUDGET // (per_sample * (pulled.shape[1] + 2)))
         for start in range(0, len(pulled), inner):
             part = slice(start, start + inner)
-            yield tracer.capture(outputs, sliced(outputs.x, part), pulled[part])
+            with differentiation(), torch.no_grad():
+                seen = tracer.capture(outputs, sliced(outputs.x, part), pulled[part])
+            yield seen
 
 
 def responses(problem: Problem, x: Tree, y: Tree, layout: Layout, step: int) -> Iterator[Response] | None:

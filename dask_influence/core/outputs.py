@@ -7,7 +7,7 @@ laid out as one array f (n, K).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from dask_influence.core.elementary import differentiation
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
@@ -258,11 +257,3 @@ def _jacobian_of_one(outputs: Outputs, j: int) -> Tensor:
         leaves = {name: value.requires_grad_() for name, value in outputs.objective.parameters().items()}
         f = outputs.at(leaves, sliced(outputs.x, slice(j, j + 1)))[0]
         return torch.stack([_backward(entry, leaves).detach() for entry in f])
-
-
-def blocks_of_samples(objective: Objective, x: Tree, y: Tree, size: int) -> Iterator[Outputs]:
-    """Outputs of ``size`` samples at a time, each within :func:`differentiation` until the next is asked for."""
-    for start in range(0, leading_size(y), size):
-        part = slice(start, start + size)
-        with differentiation(), torch.no_grad():
-            yield Outputs.of(objective, sliced(x, part), sliced(y, part))

@@ -111,15 +111,14 @@ class Resources:
         """What is asked of every process that runs tasks."""
         return Options(self.device, compiled, matmul_precision)
 
-    def threads(self, problem: Problem, *, pairs: bool = False) -> int:
+    def threads(self, problem: Problem) -> int:
         """torch threads per task: one on a cluster and for small models, what the process owns otherwise.
 
-        It is the same wherever a small model runs, so that its scores are the same bits. Where ``pairs`` of
-        samples are scored, tasks are many products of a fair size, which gain more from tasks side by side.
+        It is the same wherever a small model runs, so that its scores are the same bits.
         """
         if settings.text("torch-threads") is not None:
             return settings.count("torch-threads")
-        if self.client is not None or pairs or problem.objective.size < LARGE_MODEL:
+        if self.client is not None or problem.objective.size < LARGE_MODEL:
             return 1
         return torch.get_num_threads()
 
