@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, settings
 
 # Before --doctest-modules imports them: suites and oracles that other tests call explain themselves
@@ -31,6 +33,18 @@ settings.load_profile("dask_influence")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Two worker processes of one thread."""
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="2GiB"
+        ) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
 
 
 @pytest.fixture(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dask_influence import ArnoldiInfluence, DirectInfluence
+from dask_influence.core.estimators.arnoldi import _Basis
 from tests import data, oracles
 
 RANKS = {
@@ -195,3 +196,22 @@ def test_captured_spectrum_comes_close_to_the_share_of_squares(seed: int) -> Non
     squares = torch.linalg.eigvalsh(case.hessian).square().sort(descending=True).values
     truth = float(squares[:10].sum() / squares.sum())
     assert 1 - fitted.diagnostics["captured_spectrum"] == pytest.approx(1 - truth, rel=0.6)
+
+
+def test_pairs_that_open_again_are_found_behind_those_looked_at_first() -> None:
+    """Residuals of all pairs are looked at before none is said to be open."""
+    size = 6
+    basis = _Basis(size, size, torch.float64)
+    unit = torch.eye(size, dtype=torch.float64)
+    images = torch.diag(torch.arange(6.0, 0.0, -1, dtype=torch.float64))
+    images[3, 5] += 1.0  # the image of the fourth row leaves the span of the first four
+    basis.append(unit[:4], images[:4])
+    rotation, values = unit[:4, :4], torch.tensor([6.0, 5.0, 4.0, 3.0], dtype=torch.float64)
+    assert torch.equal(basis.open(rotation, values, 0.5, 1), unit[5:])
+    values[0] = 4.0  # now the first pair is open, and the fourth is looked at before it
+    assert torch.equal(basis.open(rotation, values, 0.5, 2), torch.stack([unit[5], 2 * unit[0]]))
+    values[3], images[3, 5] = 3.0, 0.0
+    basis = _Basis(size, size, torch.float64)
+    basis.append(unit[:4], images[:4])
+    values[0] = 6.0
+    assert len(basis.open(rotation, values, 0.5, 2)) == 0

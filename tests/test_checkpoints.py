@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from dask_influence import ArnoldiInfluence, DirectInfluence, EkfacInfluence, NystroemSketchInfluence
 from dask_influence.execution.drive import Passes
@@ -30,17 +29,6 @@ ArnoldiInfluence(case.model, case.loss, case.regularization, rank=6, chunk_size=
     case.train, progress=watch
 )
 """
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="2GiB"
-        ) as cluster,
-        Client(cluster) as connected,
-    ):
-        yield connected
 
 
 @pytest.fixture

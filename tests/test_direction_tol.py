@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,18 +40,6 @@ KINDS: dict[str, tuple[type[InfluenceFunctionModel], dict[str, Any]]] = {
     "nystroem": (NystroemSketchInfluence, {"rank": 9, "curvature": "ggn"}),
 }
 ALL = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    """Two worker processes of one thread."""
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="2GiB"
-        ) as cluster,
-        Client(cluster) as connected,
-    ):
-        yield connected
 
 
 # -- problems --------------------------------------------------------------------------

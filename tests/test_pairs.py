@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,18 +39,6 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ekfac": (EkfacInfluence, {"curvature": "ggn"}),
 }
 ALL = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    """Two worker processes of one thread."""
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="2GiB"
-        ) as cluster,
-        Client(cluster) as connected,
-    ):
-        yield connected
 
 
 def fitted(kind: str, **how: Any) -> Any:

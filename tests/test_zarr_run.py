@@ -7,7 +7,7 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,6 @@ TILE = 1_500
 """Bytes of a tile: 31 × 43 scores make several ragged tiles and several strips."""
 
 MODES = pytest.mark.parametrize("mode", ["up", "perturbation"])
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    """Two worker processes of one thread."""
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="2GiB"
-        ) as cluster,
-        Client(cluster) as connected,
-    ):
-        yield connected
 
 
 def direct(case: data.Case, client: Client | None = None, **how: Any) -> DirectInfluence:

@@ -71,7 +71,7 @@ def factors_in_memory(
         bounds = (chunk.start, chunk.stop, batch)
         return tasks.closed_factors(job, solver, *bounds, project=project, certify=False).rows
 
-    return torch.cat(list(pool(lanes_of(fit.threads)).map(solve, chunks)))
+    return torch.cat([*in_lanes([partial(solve, chunk) for chunk in chunks], fit.threads)])
 
 
 class _Shared:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dask_influence import CgInfluence
+from dask_influence import ArnoldiInfluence, CgInfluence
 from dask_influence.core import curvature, directional
 from dask_influence.core.chain import Chain
 from dask_influence.core.kept import Kept, Shelf
@@ -79,3 +79,14 @@ def test_bits_are_those_of_passes_that_keep_nothing(
     counted["chains"] = counted["products"] = 0
     assert torch.equal(factors, fitted.influence_factors(*case.test))
     assert counted["chains"] == counted["products"] > 0
+
+
+def test_a_fit_differentiates_each_chunk_once(counted: dict[str, int]) -> None:
+    case = data.mlp_classification()
+    fitted = ArnoldiInfluence(case.model, case.loss, case.regularization, rank=3, chunk_size=7).fit(
+        case.train
+    )
+    chunks, passes = -(-len(case.train[1]) // 7), fitted.diagnostics["passes"]
+    assert passes > 2
+    assert counted["products"] == chunks * passes + 1  # and that of the check before it
+    assert counted["chains"] == chunks
