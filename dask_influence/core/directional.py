@@ -45,7 +45,7 @@ def directional_derivatives(
     alive beside the result.
     """
     if isinstance(directions, Factored):
-        if _fits(problem, x):
+        if problem.pairs(x):
             factored = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
             return _by_layers(factored, problem, x, y, problem.objective.dtype, budget)
         directions = directions.dense().to(problem.objective.device, problem.objective.dtype)
@@ -61,9 +61,9 @@ def projections(
     problem: Problem, x: Tree, y: Tree, directions: Tensor | Factored, budget: int = BUDGET
 ) -> Tensor:
     """The same with products and sums in float64, whatever the model's dtype: what coefficients are made of."""
-    if isinstance(directions, Factored) and not _fits(problem, x):
+    if isinstance(directions, Factored) and not problem.pairs(x):
         directions = directions.dense()
-    if _fits(problem, x):
+    if problem.pairs(x):
         layers = Pairs(problem, directions, torch.float64)
         saved = (GRADIENT - _CAPTURED) * leading_size(y) * problem.objective.size
         cheaper = saved > _CAPTURE and 2 * layers.size.numbers <= problem.objective.size
@@ -111,16 +111,12 @@ def _layers_if_cheaper(problem: Problem, x: Tree, directions: Tensor) -> Pairs |
     count, parameters, samples = len(directions), problem.objective.size, leading_size(x)
     others = min(FORWARD_PER_DIRECTION * count, GRADIENT + PRODUCT_PER_DIRECTION * count)
     saved = others - _CAPTURED - PRODUCT_PER_DIRECTION * count
-    if problem.pairing is None or not problem.pairing.fits(x) or saved * samples * parameters <= _CAPTURE:
+    if not problem.pairs(x) or saved * samples * parameters <= _CAPTURE:
         return None
     layers = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
     if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved * parameters:
         return None
     return layers
-
-
-def _fits(problem: Problem, x: Tree) -> bool:
-    return problem.pairing is not None and problem.pairing.fits(x)
 
 
 def _by_layers(layers: Pairs, problem: Problem, x: Tree, y: Tree, dtype: torch.dtype, budget: int) -> Tensor:

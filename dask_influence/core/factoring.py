@@ -75,7 +75,7 @@ def approximation(
     tolerance : float
         Relative error of scores, in the norm over all pairs.
     """
-    if problem.pairing is None or not problem.pairing.fits(x):
+    if not problem.pairs(x):
         none = torch.zeros(2, len(directions), dtype=torch.float64)
         return Approximation(tolerance, None, none, none, torch.zeros(1, 1, dtype=torch.float64))
     pairs = Pairs(problem, directions, torch.float64)

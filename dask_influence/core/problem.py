@@ -72,6 +72,10 @@ class Problem:
     matmul_precision: str = "highest"
     shelf: Shelf | None = field(default=None, repr=False, compare=False)
 
+    def pairs(self, x: Tree) -> bool:
+        """Whether layers may be taken in pairs for samples ``x``."""
+        return self.pairing is not None and self.pairing.fits(x)
+
     def block_of_vectors(self, samples: int, budget: int) -> int:
         """How many vectors fit ``budget`` bytes when pushed through ``samples`` samples at once.
 
