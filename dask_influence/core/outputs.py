@@ -55,7 +55,7 @@ class Outputs:
 
     @classmethod
     def of(cls, objective: Objective, x: Tree, y: Tree) -> Outputs:
-        """One forward pass; call within :func:`differentiation`.
+        """One forward pass; call within :func:`~dask_influence.core.elementary.differentiation`.
 
         Raises
         ------
@@ -138,7 +138,9 @@ class Outputs:
 
 # -- products with vectors -------------------------------------------------------------
 def products(problem: Problem, outputs: Outputs, vectors: Tensor, inner: Inner) -> Tensor:
-    """Σ_j J_jᵀ A_j J_j v_b for ``vectors`` (B, P), shape (B, P); call within :func:`differentiation`.
+    """Σ_j J_jᵀ A_j J_j v_b for ``vectors`` (B, P), shape (B, P).
+
+    Call within :func:`~dask_influence.core.elementary.differentiation`.
 
     J v takes the form that the directional derivatives of the losses were checked in.
     """
@@ -237,7 +239,10 @@ _FORMS: dict[str, Callable[[Problem, Outputs, Tensor, Inner], Tensor]] = {
 
 # -- rows of the Jacobian --------------------------------------------------------------
 def jacobian(problem: Problem, outputs: Outputs) -> Tensor:
-    """J_j of each sample, (n, K, P); call within :func:`differentiation`."""
+    """J_j of each sample, (n, K, P).
+
+    Call within :func:`~dask_influence.core.elementary.differentiation`.
+    """
     if problem.forms.gradient == "loop":
         return torch.stack([_jacobian_of_one(outputs, j) for j in range(len(outputs.flat))])
     objective = problem.objective
