@@ -27,6 +27,7 @@ from dask_influence import (
     NystroemSketchInfluence,
 )
 from dask_influence.errors import ConfigurationError, DataError, DataWarning
+from dask_influence.execution import lazy, tasks
 from tests import data, oracles
 
 EXACT = 1e-9
@@ -171,6 +172,36 @@ def test_dask_graph_does_the_work_of_each_chunk_once(mode: str) -> None:
     assert whole < many_tests < many
     assert whole < many_trains < many
     assert many - many_tests == many_trains - whole
+
+
+def test_small_chunks_of_a_dask_graph_share_a_solve_and_tiles_are_its_last_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solved: list[int] = []
+
+    def counted(inverse: Any, gradients: Tensor, **more: Any) -> Any:
+        solved.append(len(gradients))
+        return whole(inverse, gradients, **more)
+
+    whole = tasks.solved
+    monkeypatch.setattr(tasks, "solved", counted)
+    case = data.mlp_regression()
+    fitted = fit(case)
+    values = fitted.influences(*as_dask(case.test, 9), *as_dask(case.train, 13))
+    last = values.dask.layers[values.name]
+    assert set(last) == {(values.name, row, column) for row in range(4) for column in range(4)}
+    assert oracles.relative_error(values.compute(scheduler="sync"), case.up(case.inverse)) <= EXACT
+    assert solved == [31]
+    monkeypatch.setattr(lazy, "factors_at_once", lambda work: 20)  # chunks of 9, 9 | 9, 4
+    monkeypatch.setattr(lazy, "COLUMNS_AT_ONCE", 30)
+    factors = fitted.influence_factors(*as_dask(case.test, 9))
+    expected = fitted.influence_factors(*case.test)
+    solved.clear()
+    assert factors.chunks[0] == (9, 9, 9, 4)
+    values = fitted.influences(*as_dask(case.test, 9), *as_dask(case.train, 13))
+    assert oracles.relative_error(factors.compute(scheduler="sync"), expected) <= EXACT
+    assert oracles.relative_error(values.compute(scheduler="sync"), case.up(case.inverse)) <= EXACT
+    assert sorted(solved) == [13, 13, 18, 18]
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])

@@ -62,6 +62,8 @@ class Chain:
         θ by name.
     x, y : Tensor and tree
         The samples.
+    twice : bool
+        Whether second derivatives are wanted too.
 
     Raises
     ------
@@ -77,17 +79,32 @@ class Chain:
     torch.Size([5, 7, 3])
     """
 
-    def __init__(self, objective: Objective, theta: Mapping[str, Tensor], x: Tree, y: Tree) -> None:
+    def __init__(
+        self, objective: Objective, theta: Mapping[str, Tensor], x: Tree, y: Tree, *, twice: bool = True
+    ) -> None:
         self.objective = objective
         with differentiation(), torch.no_grad():
-            self.steps = list(_steps(objective, theta, x))
+            self.steps = list(_steps(objective, theta, x, twice))
             output = self.steps[-1].output
-            self.loss = Loss(objective, output, y)
+            self.loss = Loss(objective, output, y, twice)
             adjoint = self.loss.adjoint
             used = next((i for i, step in enumerate(self.steps) if not isinstance(step, Reshaped)), 0)
             for step in reversed(self.steps[used + 1 :]):
                 adjoint = step.back(adjoint)
             self.steps[used].end(adjoint)
+
+    def gradients(self) -> Tensor:
+        """∇θ ℓ(z_j), (n, P): of each linear layer h̄ aᵀ, added up over positions and uses of its weights."""
+        entering = self.steps[0].input
+        result = entering.new_empty(len(entering), self.objective.size)
+        rows, written = self.objective.unflatten(result), set[str]()
+        with torch.no_grad():
+            for step in self.moving:
+                if isinstance(step, Linear):
+                    step.write_gradients(rows, written)
+            for name in rows.keys() - written:
+                rows[name].zero_()
+        return result
 
     def mixed_derivatives(self, directions: Tensor, out: Tensor | None = None) -> Tensor:
         """∇x ⟨v_d, ∇θ ℓ(z_j)⟩ for ``directions`` (D, P): (n, D, *features).
@@ -184,7 +201,7 @@ class Step(abc.ABC):
 class Linear(Step):
     """h = W a + b."""
 
-    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor, twice: bool) -> None:
         self.names = theta.names
         self.weight = theta.values["weight"]
         super().__init__(entering, nn.functional.linear(entering, self.weight, theta.values.get("bias")))
@@ -195,6 +212,19 @@ class Linear(Step):
 
     def _back(self, adjoint: Tensor) -> Tensor:
         return adjoint @ self.weight
+
+    def write_gradients(self, rows: Along, written: set[str]) -> None:
+        """h̄ aᵀ and h̄ of each sample into ``rows`` (n, *shape), added to what was ``written`` there before."""
+        adjoint, entering = (a.reshape(len(a), -1, a.shape[-1]) for a in (self.adjoint, self.input))
+        for own, name in self.names.items():
+            into, again = rows[name], name in written
+            if own == "bias":
+                into.copy_(into + adjoint.sum(1) if again else adjoint.sum(1))
+            elif again or adjoint.shape[1] > 1:
+                torch.baddbmm(into, adjoint.mT, entering, beta=int(again), out=into)
+            else:
+                torch.mul(adjoint.mT, entering, out=into)
+            written.add(name)
 
     def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
         """ḣ of ȧ."""
@@ -235,17 +265,17 @@ class Linear(Step):
 class Elementwise(Step):
     """h = φ(a), entry by entry."""
 
-    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor, twice: bool) -> None:
+        self._module, self._twice = module, twice
         super().__init__(entering, module(entering.clone()))  # some work in place
 
     def _back(self, adjoint: Tensor) -> Tensor:
         with torch.enable_grad():
             entering = self.input.detach().requires_grad_()
-            slope = _derivative(self._module(entering.clone()).sum(), entering, keep=True)
-            bend = _derivative((slope * adjoint).sum(), entering)
+            slope = _derivative(self._module(entering.clone()).sum(), entering, keep=self._twice)
+            bend = _derivative((slope * adjoint).sum(), entering) if self._twice else None
         self.slope = slope.detach()
-        self.bend = bend if bend.any() else None  # piecewise linear ones have none
+        self.bend = bend if bend is not None and bend.any() else None  # piecewise linear ones have none
         return self.slope * adjoint
 
     def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
@@ -263,7 +293,7 @@ class Elementwise(Step):
 class Reshaped(Step):
     """h holds the entries of a in their order."""
 
-    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor, twice: bool) -> None:
         super().__init__(entering, module(entering))
 
     def _back(self, adjoint: Tensor) -> Tensor:
@@ -281,7 +311,7 @@ class Reshaped(Step):
 class General(Step):
     """Any module of one tensor, by ``torch.func``."""
 
-    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor) -> None:
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor, twice: bool) -> None:
         self.names, self._theta = theta.names, {name: theta.values[name] for name in theta.names}
         self._call = lambda own, a: functional_call(module, own, (a,))
         super().__init__(entering, self._call(self._theta, entering))
@@ -331,14 +361,14 @@ class General(Step):
 class Loss:
     """Σ_j ℓ as a function of the chain's output."""
 
-    def __init__(self, objective: Objective, output: Tensor, y: Tree) -> None:
+    def __init__(self, objective: Objective, output: Tensor, y: Tree, twice: bool) -> None:
         with torch.enable_grad():
             self._output = output.detach().requires_grad_()
             total = objective.loss(self._output, y) * len(output)
-            self._adjoint = _derivative(total, self._output, keep=True)
+            self._adjoint = _derivative(total, self._output, keep=twice)
         self.adjoint, size = self._adjoint.detach(), math.prod(output.shape[1:])
         self._matrices: Tensor | None = None
-        if size <= SMALL_OUTPUT:
+        if twice and size <= SMALL_OUTPUT:
             unit = torch.eye(size, dtype=output.dtype, device=output.device)
             seeds = unit[:, None].expand(-1, len(output), -1).reshape(size, *output.shape)
             self._matrices = self._times(seeds).reshape(size, len(output), size).transpose(0, 1).contiguous()
@@ -399,7 +429,7 @@ class _Own:
         }
 
 
-_Maker = Callable[[nn.Module, _Own, Tensor], Step]
+_Maker = Callable[[nn.Module, _Own, Tensor, bool], Step]
 
 _KINDS: dict[type[nn.Module], _Maker] = {
     nn.Linear: Linear,
@@ -430,7 +460,7 @@ _KINDS: dict[type[nn.Module], _Maker] = {
 """Modules by their exact class: a subclass may do anything. (Dropout is the identity in eval mode.)"""
 
 
-def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree) -> Iterator[Step]:
+def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree, twice: bool) -> Iterator[Step]:
     modules = list(_links(objective.module))
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         raise ConfigurationError("the model's input is not one floating tensor with features")
@@ -440,7 +470,7 @@ def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree) -> Iterat
     entering = x
     for module in modules:
         kind: _Maker = General if _hooked(module) else _KINDS.get(type(module), General)
-        step = kind(module, _Own(module, theta, known), entering)
+        step = kind(module, _Own(module, theta, known), entering, twice)
         yield step
         entering = step.output
 

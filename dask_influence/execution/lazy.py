@@ -7,7 +7,10 @@ array brings the scheduler.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,6 +21,7 @@ import optree
 import torch
 from dask import delayed
 from dask.delayed import Delayed
+from dask.highlevelgraph import HighLevelGraph
 
 from dask_influence.core.estimators import System
 from dask_influence.core.objective import leading_size
@@ -25,10 +29,17 @@ from dask_influence.execution import tasks
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
 from dask_influence.execution.local import LocalExecutor
-from dask_influence.execution.plan import Plan
+from dask_influence.execution.memory import score_columns, solved_rows
+from dask_influence.execution.plan import Plan, factors_at_once
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import ArraySource, DaskSource, Source
+
+COLUMNS_AT_ONCE = 512
+"""Training samples that are worth a task of their own."""
+
+STRIP_BYTES = 64 * 2**20
+"""Scores that a task of several training chunks holds at most."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +81,23 @@ def lazy_influences(
 ) -> da.Array:
     """Scores (N, M, *features) of data of which a part is lazy."""
     blocks = Blocks.of(test)
-    factors = lazy_factors(fit, blocks, plan.batch, project=project)
+    factors = [group for group, _ in lazy_factors(fit, blocks, plan, project=project)]
     return lazy_scores(
-        fit,
-        factors,
-        blocks.sizes,
-        Blocks.of(train),
-        plan.batch,
-        plan.work.features,
-        project=project,
-        perturbation=perturbation,
+        fit, factors, blocks.sizes, Blocks.of(train), plan, project=project, perturbation=perturbation
     )
 
 
 def lazy_influence_factors(fit: Fit, test: Source, plan: Plan) -> da.Array:
     """Factors (N, P) of lazy data."""
     blocks = Blocks.of(test)
-    parts = lazy_factors(fit, blocks, plan.batch, project=False)
-    return lazy_rows(fit, parts, blocks.sizes, plan.work.parameters)
+    rows, name = delayed(_stored_rows, pure=False), _name("factors")
+    parts = [
+        rows(group, low, high)
+        for group, sizes in lazy_factors(fit, blocks, plan, project=False)
+        for low, high in pairwise([0, *itertools.accumulate(sizes)])
+    ]
+    layer = {(name, index, 0): part.key for index, part in enumerate(parts)}
+    return _array(name, layer, parts, (blocks.sizes, (plan.work.parameters,)), fit.score_dtype)
 
 
 def lazy_influences_from_factors(
@@ -95,37 +105,56 @@ def lazy_influences_from_factors(
 ) -> da.Array:
     """Scores (N, M, *features) of factors (N, P), where they or the training data are lazy."""
     parts, sizes = row_blocks(factors)
-    return lazy_scores(
-        fit,
-        parts,
-        sizes,
-        Blocks.of(train),
-        plan.batch,
-        plan.work.features,
-        project=False,
-        perturbation=perturbation,
-    )
+    return lazy_scores(fit, parts, sizes, Blocks.of(train), plan, project=False, perturbation=perturbation)
 
 
-def lazy_factors(fit: Fit, test: Blocks, batch: int, *, project: bool) -> list[Delayed]:
-    """Factors (or coefficients) of each test chunk, solved once."""
+def lazy_factors(
+    fit: Fit, test: Blocks, plan: Plan, *, project: bool
+) -> list[tuple[Delayed, tuple[int, ...]]]:
+    """Factors (or coefficients) of the test chunks, each solved once, with the sizes of the chunks that a task solves.
+
+    Small chunks are solved together, where that takes no passes: a triangular solve of few rows costs
+    little less than one of many. Each is differentiated by itself.
+    """
     shared = delayed(_Shared(fit.model, fit.threads), pure=False)
     closed = fit.scorer if project else fit.solver
     solver = delayed(_Iterated.of(fit) if fit.inverse.needs_rounds else closed, pure=False)
-    solve = delayed(_factors, pure=False)
+    solve, starts = delayed(_factors, pure=False), test.starts
+    most = 0 if project or fit.inverse.needs_rounds else factors_at_once(plan.work)
     return [
-        solve(shared, solver, block, start, batch, project)
-        for block, start in zip(test.parts, test.starts, strict=True)
+        (
+            solve(
+                shared,
+                solver,
+                test.parts[group.start : group.stop],
+                starts[group.start],
+                plan.factor_rows,
+                plan.batch,
+                project,
+            ),
+            test.sizes[group.start : group.stop],
+        )
+        for group in _groups(test.sizes, most)
     ]
+
+
+def _groups(sizes: Sequence[int], most: int) -> Iterator[range]:
+    """Places of consecutive chunks of ``most`` rows at most together, or of a single one."""
+    start, rows = 0, 0
+    for place, size in enumerate(sizes):
+        if place > start and rows + size > most:
+            yield range(start, place)
+            start, rows = place, 0
+        rows += size
+    yield range(start, len(sizes))
 
 
 def lazy_scores(
     fit: Fit,
     factors: Sequence[Delayed],
-    sizes: Sequence[int],
+    sizes: tuple[int, ...],
     train: Blocks,
-    batch: int,
-    features: tuple[int, ...],
+    plan: Plan,
     *,
     project: bool,
     perturbation: bool,
@@ -133,29 +162,39 @@ def lazy_scores(
     """Scores (N, M, *features), chunked like test and training data."""
     shared = delayed(_Shared(fit.model, fit.threads), pure=False)
     solver = delayed(fit.scorer if project else None, pure=False)
-    strip, tile = delayed(_strip, pure=False), delayed(_rows, pure=False)
-    gathered = delayed(_concatenated, pure=False)(list(factors))
-    offsets = [0, *np.cumsum(sizes).tolist()]
-    columns = []
-    for block, start, count in zip(train.parts, train.starts, train.sizes, strict=True):
-        scores = strip(shared, solver, gathered, block, start, batch, perturbation)
-        tiles = [
-            da.from_delayed(tile(scores, low, high), (high - low, count, *features), fit.score_dtype)
-            for low, high in pairwise(offsets)
-        ]
-        columns.append(da.concatenate(tiles, axis=0))
-    return da.concatenate(columns, axis=1)
+    gathered, strip = delayed(_concatenated, pure=False)(list(factors)), delayed(_strip, pure=False)
+    name, starts, features = _name("influences"), train.starts, plan.work.features
+    rows = [*pairwise([0, *itertools.accumulate(sizes)])]
+    strips, layer = [], {}
+    for group in _groups(train.sizes, _columns_at_once(plan)):
+        first, blocks = starts[group.start], train.parts[group.start : group.stop]
+        strips.append(strip(shared, solver, gathered, blocks, first, plan.batch, features, perturbation))
+        for column in group:
+            low = starts[column] - first
+            columns = low, low + train.sizes[column]
+            # the tiles are the chunks themselves: a chain of tasks for each would cost more than its scores
+            for row, bounds in enumerate(rows):
+                key = (name, row, column, *(0 for _ in features))
+                layer[key] = (_tile, strips[-1].key, *bounds, *columns)
+    chunks = (sizes, train.sizes, *((size,) for size in features))
+    return _array(name, layer, strips, chunks, fit.score_dtype)
 
 
-def lazy_rows(fit: Fit, factors: Sequence[Delayed], sizes: Sequence[int], parameters: int) -> da.Array:
-    """Factors as a dask array (N, P)."""
-    rows = delayed(tasks.stored, pure=False)
-    return da.concatenate(
-        [
-            da.from_delayed(rows(part), (size, parameters), fit.score_dtype)
-            for part, size in zip(factors, sizes, strict=True)
-        ]
-    )
+def _columns_at_once(plan: Plan) -> int:
+    """Training samples up to which one task takes several chunks."""
+    each = plan.work.tests * math.prod(plan.work.features) * plan.work.itemsize
+    return min(COLUMNS_AT_ONCE, plan.batch, STRIP_BYTES // each)
+
+
+def _name(what: str) -> str:
+    return f"{what}-{uuid.uuid4().hex}"
+
+
+def _array(
+    name: str, layer: dict[Any, Any], parts: list[Any], chunks: tuple[tuple[int, ...], ...], dtype: Any
+) -> da.Array:
+    graph = HighLevelGraph.from_collections(name, layer, dependencies=parts)
+    return da.Array(graph, name, chunks, dtype)
 
 
 def row_blocks(factors: Any) -> tuple[list[Delayed], tuple[int, ...]]:
@@ -217,13 +256,37 @@ def _gather(structure: Any, *leaves: np.ndarray) -> Any:
 
 
 def _factors(
-    shared: _Shared, solver: _Iterated | Solver, block: Any, start: int, batch: int, project: bool
+    shared: _Shared,
+    solver: _Iterated | Solver,
+    blocks: Sequence[Any],
+    start: int,
+    rows: int,
+    batch: int,
+    project: bool,
 ) -> torch.Tensor:
-    job, stop = shared.job(block, start, "test (x, y)"), start + leading_size(block[1])
-    if isinstance(solver, _Iterated):
-        with tasks.computing(shared.model, shared.threads):
-            return solver.factors(tasks.query_gradients(job, start, stop, batch))
-    return tasks.closed_factors(job, solver, start, stop, batch, project=project, certify=False).rows
+    """Factors of the test points of ``blocks``, differentiated block by block and solved ``rows`` at a time."""
+    job, chunks = shared.job(_joined(blocks), start, "test (x, y)"), _places(blocks, start)
+    bounds = chunks[0].start, chunks[-1].stop, batch
+    if project and not isinstance(solver, _Iterated):
+        return tasks.closed_factors(job, solver, *bounds, project=True, certify=False).rows
+    with job.running():
+        parts = [tasks.query_gradients(job, chunk.start, chunk.stop, batch) for chunk in chunks]
+        gradients = torch.cat(parts)
+        if isinstance(solver, _Iterated):
+            return solver.factors(gradients)
+    return solved_rows(job, solver, gradients, rows)
+
+
+def _places(blocks: Sequence[Any], start: int) -> list[range]:
+    """Samples of consecutive blocks, of which the first begins with sample ``start``."""
+    bounds = itertools.accumulate((leading_size(block[1]) for block in blocks), initial=start)
+    return [range(low, high) for low, high in pairwise(bounds)]
+
+
+def _joined(blocks: Sequence[Any]) -> Any:
+    if len(blocks) == 1:
+        return blocks[0]
+    return optree.tree_map(lambda *leaves: np.concatenate(leaves), *blocks)
 
 
 def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -234,20 +297,26 @@ def _strip(
     shared: _Shared,
     solver: Solver | None,
     factors: torch.Tensor,
-    block: Any,
+    blocks: Sequence[Any],
     start: int,
     batch: int,
+    features: tuple[int, ...],
     perturbation: bool,
 ) -> np.ndarray:
-    """Scores of all test points against one training chunk, differentiated once."""
-    job = shared.job(block, start, "x, y")
+    """Scores of all test points against the training samples of ``blocks``, each block differentiated once."""
+    job, chunks = shared.job(_joined(blocks), start, "x, y"), _places(blocks, start)
     inverse = None if solver is None else solver.inverse()
-    with tasks.computing(shared.model, shared.threads):
+    with job.running():
         query = tasks.Query.of(factors, inverse, shared.model.problem())
-        columns = range(start, start + leading_size(block[1]))
-        derivatives = tasks.derivatives_of(job, query, columns, batch, perturbation)
-        return tasks.tile_of(query, derivatives, slice(None))
+    dtype = tasks.stored_dtype(shared.model.problem().objective.dtype)
+    scores = np.empty((len(factors), chunks[-1].stop - start, *features), dtype)
+    score_columns(job, query, chunks, batch, scores, perturbation, first=start)
+    return scores
 
 
-def _rows(scores: np.ndarray, low: int, high: int) -> np.ndarray:
-    return scores[low:high]
+def _stored_rows(part: torch.Tensor, low: int, high: int) -> np.ndarray:
+    return tasks.stored(part[low:high])
+
+
+def _tile(scores: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    return scores[top:bottom, left:right]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
 
@@ -14,12 +14,16 @@ import torch
 from dask_influence.core import directional
 from dask_influence.core.chain import Chain
 from dask_influence.execution import tasks
+from dask_influence.execution.base import Solver
 from dask_influence.execution.drive import iterated_factors
 from dask_influence.execution.lanes import in_lanes, lanes_of, pool
-from dask_influence.execution.plan import FEWEST_FACTORS, Plan, Strip
+from dask_influence.execution.plan import FEWEST_FACTORS, Plan
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import Source
+
+FEWEST_SAMPLES = 256
+"""Samples of a piece: to differentiate fewer at once costs more than another thread saves."""
 
 
 def influences_in_memory(
@@ -72,6 +76,17 @@ def factors_in_memory(
         return tasks.closed_factors(job, solver, *bounds, project=project, certify=False).rows
 
     return torch.cat([*in_lanes([partial(solve, chunk) for chunk in chunks], fit.threads)])
+
+
+def solved_rows(job: tasks.Job, solver: Solver, gradients: torch.Tensor, rows: int) -> torch.Tensor:
+    """Factors of test points with these gradients where that takes no pass over data, ``rows`` of them at a time."""
+    inverse = solver.inverse()
+
+    def solve(part: torch.Tensor) -> torch.Tensor:
+        with job.running():
+            return tasks.solved(inverse, part, project=False, certify=False).rows
+
+    return torch.cat([*in_lanes([partial(solve, part) for part in gradients.split(rows)], job.threads)])
 
 
 class _Shared:
@@ -172,16 +187,41 @@ def scores_in_memory(
     problem = fit.model.problem()
     inverse = fit.scorer.inverse() if project else None
     scores = np.empty((plan.work.tests, plan.work.trains, *plan.work.features), dtype=fit.score_dtype)
-
-    def score(query: tasks.Query, strip: Strip) -> None:
-        rows, columns = (slice(part.start, part.stop) for part in (strip.rows, strip.columns))
-        with tasks.computing(fit.model, fit.threads):
-            derivatives = tasks.derivatives_of(job, query, strip.columns, plan.batch, perturbation)
-            scores[rows, columns] = tasks.tile_of(query, derivatives, slice(None))
-
     for _, strips in itertools.groupby(map(plan.strip, range(plan.strips)), lambda strip: strip.block):
         block = [*strips]  # of the same test points
+        rows = slice(block[0].rows.start, block[0].rows.stop)
         with tasks.computing(fit.model, fit.threads):
-            query = tasks.Query.of(factors[block[0].rows.start : block[0].rows.stop], inverse, problem)
-        deque(in_lanes([partial(score, query, strip) for strip in block], fit.threads), maxlen=0)
+            query = tasks.Query.of(factors[rows], inverse, problem)
+        score_columns(job, query, [strip.columns for strip in block], plan.batch, scores[rows], perturbation)
     return scores
+
+
+def score_columns(
+    job: tasks.Job,
+    query: tasks.Query,
+    strips: Iterable[range],
+    batch: int,
+    scores: np.ndarray,
+    perturbation: bool,
+    first: int = 0,
+) -> None:
+    """Scores of a query and ``strips`` of training samples, into ``scores``, whose columns begin with sample ``first``.
+
+    Strips of tasks of one torch thread are cut in pieces, so that some are multiplied while another is
+    differentiated.
+    """
+
+    def score(columns: range) -> None:
+        place = slice(columns.start - first, columns.stop - first)
+        with job.running():
+            derivatives = tasks.derivatives_of(job, query, columns, batch, perturbation)
+            scores[:, place] = tasks.tile_of(query, derivatives, slice(None))
+
+    pieces = [piece for strip in strips for piece in (_pieces(strip) if job.threads == 1 else [strip])]
+    deque(in_lanes([partial(score, piece) for piece in pieces], job.threads), maxlen=0)
+
+
+def _pieces(columns: range) -> Iterator[range]:
+    """The columns in about four pieces, however many threads will take them."""
+    for piece in Chunks(len(columns), max(FEWEST_SAMPLES, -(-len(columns) // 4))):
+        yield columns[piece.start : piece.stop]

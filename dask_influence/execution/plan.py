@@ -30,6 +30,9 @@ DIRECTION_BYTES = 512 * 2**20
 FACTOR_BYTES, FEWEST_FACTORS = 64 * 2**20, 32
 """Bytes of one factor task, and rows that it takes however large they are, so that solving is matrix products."""
 
+SOLVED_TOGETHER = 48
+"""Rows that triangular solves take in one go: a task of some multiple of them leaves none to be solved slowly."""
+
 LARGEST_TILE = 64 * 2**20
 LARGEST_REDUCED_TILE = (
     8 * 2**20
@@ -632,9 +635,16 @@ def _factor_rows(work: Work, share: int, each: int, spread: bool) -> int:
     return min(work.tests, max(1, rows))
 
 
+def factors_at_once(work: Work) -> int:
+    """Test points that one task may solve without much memory, where it need not leave some to others."""
+    return max(FEWEST_FACTORS, FACTOR_BYTES // _factor_bytes(work))
+
+
 def _spread(factor_rows: int, tests: int) -> int:
     """Rows of a factor task: small enough that a few workers share even a small test set."""
-    return min(factor_rows, max(FEWEST_FACTORS, -(-tests // 4)))
+    quarter = -(-tests // 4)
+    whole = -(-quarter // SOLVED_TOGETHER) * SOLVED_TOGETHER if quarter > SOLVED_TOGETHER else quarter
+    return min(factor_rows, max(FEWEST_FACTORS, whole))
 
 
 def format_bytes(count: float) -> str:

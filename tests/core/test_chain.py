@@ -167,6 +167,20 @@ NO_PRODUCTS = {"hooked", "images", "normalised"}
 
 
 @pytest.mark.parametrize("name", sorted(CHAINS.keys() - NO_PRODUCTS))
+def test_gradients_equal_those_of_autograd(name: str) -> None:
+    specimen = CHAINS[name]
+    objective, (x, y) = specimen.objective(), specimen.samples(7)
+    held = dict(objective.module.named_parameters())
+    leaves = [held[name] for name in objective.names]
+    rows = []
+    for j in range(7):
+        loss = objective.loss(objective.module(x[j : j + 1]), y[j : j + 1])
+        rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, leaves)]))
+    value = Chain(objective, objective.parameters(), x, y, twice=False).gradients()
+    assert oracles.relative_error(value, torch.stack(rows)) <= 1e-13
+
+
+@pytest.mark.parametrize("name", sorted(CHAINS.keys() - NO_PRODUCTS))
 def test_products_equal_those_of_the_dense_hessian(name: str) -> None:
     specimen = CHAINS[name]
     objective, (x, y) = specimen.objective(), specimen.samples(7)

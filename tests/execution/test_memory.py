@@ -74,3 +74,30 @@ def test_a_sample_without_a_finite_derivative_is_named(
     test = tuple(a[:7] for a in CASE.test)
     with pytest.raises(DataError, match="x, y: the gradient of sample 7 is not finite"):
         fitted.influences(*test, *(a[:13] for a in CASE.train), mode="perturbation")
+
+
+# -- scores ----------------------------------------------------------------------------
+def test_scores_of_small_models_are_cut_the_same_whatever_the_threads(
+    fitted: DirectInfluence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of a strip go side by side where there are threads, and each sample is differentiated once."""
+    seen: list[int] = []
+
+    def counted(problem: object, x: torch.Tensor, y: torch.Tensor, **more: object) -> torch.Tensor:
+        seen.append(len(y))
+        return whole(problem, x, y, **more)
+
+    whole = directional.directional_derivatives
+    monkeypatch.setattr(directional, "directional_derivatives", counted)
+    monkeypatch.setattr(memory, "FEWEST_SAMPLES", 5)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(fitted.influences(*CASE.test, *CASE.train).numpy())
+    finally:
+        torch.set_num_threads(before)
+    size = -(-len(CASE.train[1]) // 4)
+    pieces = [size] * 3 + [len(CASE.train[1]) - 3 * size]
+    assert sorted(seen) == sorted(2 * pieces)
+    np.testing.assert_array_equal(*found)
