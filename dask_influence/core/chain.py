@@ -126,12 +126,9 @@ class Chain:
             tangents.append(step.push(along, tangents[-1]))
         moved = tangents.pop()
         adjoint = None if moved is None else self.loss.pull(moved)
-        for step, tangent in zip(reversed(self.steps), reversed(tangents), strict=True):
+        for step, tangent in zip(reversed(self.steps[1:]), reversed(tangents[1:]), strict=True):
             adjoint = step.pull(along, tangent, adjoint)
-        if adjoint is None:
-            result.zero_()
-        else:
-            result.copy_(adjoint)
+        self.steps[0].pull_into(result, along, adjoint)
 
     @cached_property
     def moving(self) -> list[Step]:
@@ -197,6 +194,14 @@ class Step(abc.ABC):
     def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
         """ā̇ of ȧ and h̄̇, whose memory it may take."""
 
+    def pull_into(self, result: Tensor, along: Along, adjoint: Tensor | None) -> None:
+        """ā̇ (D, n, ...) of the first step, into which nothing moves."""
+        moved = self.pull(along, None, adjoint)
+        if moved is None:
+            result.zero_()
+        else:
+            result.copy_(moved)
+
 
 class Linear(Step):
     """h = W a + b."""
@@ -256,6 +261,16 @@ class Linear(Step):
             else:
                 moved.baddbmm_(own.expand(len(weights), *own.shape), weights)
         return None if moved is None else moved.reshape(len(moved), *self.input.shape)
+
+    def pull_into(self, result: Tensor, along: Along, adjoint: Tensor | None) -> None:
+        """The same, in place: the result of all directions is larger than a cache."""
+        weights, own = self.of(along, "weight"), _rows(self.adjoint)
+        if weights is None or adjoint is None or not result.is_contiguous():
+            super().pull_into(result, along, adjoint)
+            return
+        moved = result.view(len(result), len(own), -1)
+        torch.matmul(adjoint.reshape(-1, adjoint.shape[-1]), self.weight, out=_merged(moved))
+        moved.baddbmm_(own.expand(len(weights), *own.shape), weights)
 
     def of(self, along: Along, name: str) -> Tensor | None:
         """The part of ``along`` that belongs to the parameter; None where it is not in θ."""
