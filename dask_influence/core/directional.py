@@ -60,17 +60,21 @@ def directional_derivatives(
 def projections(
     problem: Problem, x: Tree, y: Tree, directions: Tensor | Factored, budget: int = BUDGET
 ) -> Tensor:
-    """The same with products and sums in float64, whatever the model's dtype: what coefficients are made of."""
+    """The same, in float32 at least: what coefficients are made of.
+
+    Not to more than the model's own float32: a score is as near as the training side's, which it multiplies.
+    """
+    dtype = torch.promote_types(problem.objective.dtype, torch.float32)
     if isinstance(directions, Factored) and not problem.pairs(x):
         directions = directions.dense()
     if problem.pairs(x):
-        layers = Pairs(problem, directions, torch.float64)
+        layers = Pairs(problem, directions, dtype)
         saved = (GRADIENT - _CAPTURED) * leading_size(y) * problem.objective.size
         cheaper = saved > _CAPTURE and 2 * layers.size.numbers <= problem.objective.size
         if cheaper or isinstance(directions, Factored):
-            return _by_layers(layers, problem, x, y, torch.float64, budget)
+            return _by_layers(layers, problem, x, y, dtype, budget)
     assert isinstance(directions, Tensor)
-    return _by_gradients(problem, x, y, directions.to(problem.objective.device, torch.float64), budget // 2)
+    return _by_gradients(problem, x, y, directions.to(problem.objective.device, dtype), budget // 2)
 
 
 def mixed_derivatives(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET) -> Tensor:

@@ -91,7 +91,7 @@ class Kronecker(Form):
         return KroneckerPairs(problem, self)
 
     def report(self, problem: Problem) -> dict[str, Any]:
-        """Terms of each layer's expansion, and ε of |score error| ≤ ε √(s_ii s_jj), at the first λ."""
+        """Each layer's expansion, and ε of |score error| ≤ ε √(s_ii s_jj), at the first λ."""
         like = torch.empty(0, dtype=_dtype(problem))
         index = {layer.path: i for i, layer in enumerate(self.layers)}
         paths = [part.layer.path for part in _parts(problem) if isinstance(part, _Rotated)]
@@ -99,6 +99,7 @@ class Kronecker(Form):
         return {
             "score_bound": max((expansion.bound for expansion in found.values()), default=0.0),
             "score_terms": {path: expansion.terms for path, expansion in found.items()},
+            "score_products": {path: expansion.multiplications for path, expansion in found.items()},
         }
 
     def weights(self, index: int, at: int) -> Tensor:

@@ -7,7 +7,7 @@ the write of as many bytes as the scores take. The products of a sum over layers
 * low rank: V a, (R·q × p) by (p × n), for test and training samples; then N × R × M;
 * with the complement: the same, and ⟨g_i, g_j⟩ by layers, N × (q + p) × M;
 * EK-FAC: a and δ turned into the eigenbasis, n × p × p and n × q × q, for test and training samples; then
-  N × (q + p) × M for each term of the expansion at its certified bound;
+  N × C × M for the C multiplications of a pair in the expansion at its certified bound;
 * Direct: H⁻¹ g of the test points in float64, N × P × P; then N × P × M.
 
 Nothing elementwise is counted, no certificate, no start of a task. Ours and the floor are timed in turn.
@@ -62,8 +62,8 @@ class Work:
         """q and p of each layer, p with the bias."""
         return [(q, p + 1) for p, q in itertools.pairwise(problems.SIZES[self.problem])]
 
-    def products(self, terms: Sequence[int]) -> Iterator[tuple[Shape, torch.dtype]]:
-        """What the module's docstring lists; ``terms`` of each layer's expansion."""
+    def products(self, pairs: Sequence[int]) -> Iterator[tuple[Shape, torch.dtype]]:
+        """What the module's docstring lists; ``pairs`` are the multiplications of a pair, layer by layer."""
         n, m = self.tests, self.trains
         if self.estimator == "DirectInfluence":
             size = sum(q * p for q, p in self.layers)
@@ -75,8 +75,7 @@ class Work:
             yield (n, rank, m), torch.float32
         else:
             yield from (((n + m, side, side), torch.float32) for layer in self.layers for side in layer)
-        for layer, count in zip(self.layers, terms, strict=True):
-            yield from (((n, side, m), torch.float32) for side in layer * count)
+        yield from (((n, count, m), torch.float32) for count in pairs)
 
 
 SKETCH = {"rank": 20, "tol": 1e-2, "curvature": "ggn"}
@@ -117,11 +116,11 @@ def product(shape: Shape, dtype: torch.dtype) -> float:
 
 
 def floor(
-    work: Work, setting: problems.Setting, test: tuple[Tensor, ...], terms: Sequence[int], folder: Path
+    work: Work, setting: problems.Setting, test: tuple[Tensor, ...], pairs: Sequence[int], folder: Path
 ) -> dict[str, float]:
     """Seconds of each part of the floor."""
     found = {"passes": seconds_of(lambda: (passes(setting, test), passes(setting, setting.train)))}
-    found["products"] = sum(product(shape, dtype) for shape, dtype in work.products(terms))
+    found["products"] = sum(product(shape, dtype) for shape, dtype in work.products(pairs))
     if work.to_zarr:
         scores = torch.randn(work.tests, work.trains).numpy().tobytes()
         found["write"] = seconds_of(lambda: (folder / "floor").write_bytes(scores))
@@ -142,10 +141,10 @@ def measure(work: Work, folder: Path, repeats: int) -> Result:
         else:
             infl.influences(*test, *setting.train)
 
-    kept = int(work.options.get("complement", False))
-    terms = list(infl.diagnostics.get("score_terms", dict.fromkeys(work.layers, kept)).values())
-    pairs = [(seconds_of(score), floor(work, setting, test, terms, folder)) for _ in range(repeats + 1)][1:]
-    ours, floors = [one for one, _ in pairs], [two for _, two in pairs]
+    kept = [side for layer in work.layers for side in layer] if work.options.get("complement") else []
+    pairs = list(infl.diagnostics.get("score_products", {}).values()) or kept
+    both = [(seconds_of(score), floor(work, setting, test, pairs, folder)) for _ in range(repeats + 1)][1:]
+    ours, floors = [one for one, _ in both], [two for _, two in both]
     parts = ", ".join(f"{part} {median(one[part] for one in floors):.3f}" for part in floors[0])
     sums = [sum(one.values()) for one in floors]
     return Result(f"floor-{work.name}", work.title, "its floor", ours, sums, WITHIN, "within", parts)

@@ -162,7 +162,9 @@ def test_terms_that_pay_are_certified() -> None:
     assert set(report["score_terms"]) == {"0", "2"}
     assert 0 < report["score_bound"] <= expansion.tolerated(90, 151, torch.float32)
     form = infl._fitted.inverse.form
-    assert form.expansion(0, 0, torch.empty(0)).products < expansion._row_by_row(90, 151)
+    found = form.expansion(0, 0, torch.empty(0))
+    assert found.products < expansion.entry_by_entry(90, 151)
+    assert report["score_products"]["0"] == found.multiplications < found.products
     wide = data.Case(
         case.model.double(),
         case.loss,
