@@ -164,7 +164,7 @@ def solve_factors(
     if fit.needs_rounds and plan.work.paired is None:
         solved = _by_rounds(executor, fit, calls, output.artifacts)
     else:
-        solved = surviving(executor, tasks.factor_task, quarantine.isolated_factors, closed)
+        solved = surviving(executor, tasks.factor_task, quarantine.isolated_factors, closed, fit.threads)
     if fit.needs_rounds and plan.work.paired is not None:
         solved = _certified(executor, fit, solved, calls)
     done = len(chunks) - len(missing)
@@ -211,7 +211,7 @@ def _by_rounds(
     """
     answer = fit.answer()
     for start, gradients, missing in surviving(
-        executor, tasks.gradient_task, quarantine.isolated_gradients, calls
+        executor, tasks.gradient_task, quarantine.isolated_gradients, calls, fit.threads
     ):
         # torch's own memory: aligned the same wherever the rows came from, hence the same bits
         rows = gradients.read()["rows"].clone()
@@ -239,11 +239,15 @@ def surviving(
     task: Callable[..., Any],
     isolated: Callable[..., Any],
     calls: Iterable[tuple[Any, ...]],
+    threads: int,
 ) -> Iterator[Any]:
-    """Results of ``task(*call)``; calls that lost their workers are made again by ``isolated``, at the end."""
+    """Results of ``task(*call)``; calls that lost their workers are made again by ``isolated``, at the end.
+
+    Each takes ``threads`` torch threads.
+    """
     suspects: list[tuple[Any, ...]] = []
-    yield from executor.map(task, calls, suspects.append)
-    yield from executor.map(isolated, suspects)
+    yield from executor.map(task, calls, suspects.append, threads)
+    yield from executor.map(isolated, suspects, threads=threads)
 
 
 # -- scores ----------------------------------------------------------------------------
@@ -278,7 +282,7 @@ def score_strips(
     )
     finished = total - len(missing)
     calls = ((job, scoring, index) for index in missing)
-    for bad in surviving(executor, tasks.score_strip, quarantine.isolated_strip, calls):
+    for bad in surviving(executor, tasks.score_strip, quarantine.isolated_strip, calls, fit.threads):
         output.missing.add("train", bad)
         finished += 1
         progress("strips", finished, total)
