@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,14 +263,14 @@ def score_strips(
     perturbation: bool,
     progress: Report,
 ) -> None:
-    """Every strip that the ledger does not list."""
+    """Every strip that the ledger does not list, of samples that workers can read."""
     done = output.ledger.done()
     missing = [index for index in range(plan.strips) if plan.strip(index).name not in done]
     total = plan.strips
     progress("strips", total - len(missing), total)
     if not missing:
         return
-    job = executor.seal(tasks.Job(fit.model, executor.reachable(source, plan.tile[1]), "train", fit.threads))
+    job = executor.seal(tasks.Job(fit.model, source, "train", fit.threads))
     scoring = executor.seal(
         tasks.Scoring(
             plan,
@@ -301,12 +302,13 @@ def write_scores(
     progress: bool | Report | None,
 ) -> None:
     """Factors, strips and metadata into a prepared store; what the ledger lists is not done again."""
-    with reporting(progress) as report:
+    with reporting(progress) as report, ThreadPoolExecutor(1) as beside:
+        reachable = beside.submit(executor.reachable, train, plan.tile[1])
         if isinstance(test, StoredFactors):
             factors = import_factors(test, output, plan.factor_chunks)
         else:
             factors = solve_factors(executor, fit, test, output, plan, project, report)
-        score_strips(executor, fit, train, output, plan, factors, project, perturbation, report)
+        score_strips(executor, fit, reachable.result(), output, plan, factors, project, perturbation, report)
     output.complete()
 
 
