@@ -35,6 +35,8 @@ LARGEST_REDUCED_TILE = (
     8 * 2**20
 )  # never written: as large as the product needs, and near the processor's caches
 SMALLEST_TILE = 2**18
+HELD_BYTES = 32 * 2**20
+"""Bytes of derivatives up to which small tiles share a product: each product reads all directions."""
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
 STRIP_SECONDS = 2.0
@@ -144,6 +146,33 @@ class Plan:
         """Training points of the strip's tiles, one column of tiles after the other."""
         return Chunks(self.work.trains, self.tile[1]).within(strip.columns.start, strip.columns.stop)
 
+    def together(self, strip: Strip) -> Iterator[range]:
+        """Training points of the strip that are differentiated before any of their tiles is written."""
+        first, runs = strip.columns.start, Chunks(len(strip.columns), self.held_columns)
+        return (range(first + run.start, first + run.stop) for run in runs)
+
+    def tiles_of(self, strip: Strip, columns: range) -> Iterator[tuple[range, range]]:
+        """Test and training points of the strip's tiles in these ``columns``."""
+        for own in Chunks(self.work.trains, self.tile[1]).within(columns.start, columns.stop):
+            for rows in self.rows(strip):
+                yield rows, own
+
+    @property
+    def held_columns(self) -> int:
+        """Training points whose derivatives are held at once: whole tiles, several of them where they are small.
+
+        Those of a reduction are taken one tile at a time.
+        """
+        work, columns = self.work, self.tile[1]
+        if work.kept is not None or work.diagonal:
+            return columns
+        each = self.directions * work.width * work.itemsize
+        if work.paired is not None:
+            each = work.paired.numbers * work.paired.itemsize
+        tiles = -(-self.strip_columns // columns)
+        most = max(1, min(self.batch, HELD_BYTES // each) // columns)
+        return columns * balanced(tiles, most).size
+
     def rows(self, strip: Strip) -> Iterator[range]:
         """Test points of the strip's tiles."""
         return Chunks(self.work.tests, self.tile[0]).within(strip.rows.start, strip.rows.stop)
@@ -215,7 +244,8 @@ class Plan:
         work, directions = self.work, self.directions
         if work.diagonal:
             return self.solving_bytes
-        columns, samples = self.tile[1], min(self.batch, self.tile[1])
+        columns = self.held_columns
+        samples = min(self.batch, columns)
         derivatives = columns * directions * work.width * work.itemsize
         of_call = (samples, work.activations, work.parameters, work.itemsize, directions)
         differentiating = 3 * samples * work.sample_bytes + sizes.working_bytes(
@@ -283,15 +313,16 @@ class Plan:
         each = (
             6 * work.activations * work.itemsize + 4 * numbers
         )  # what layers see of a sample, and what is made of it
-        watching = min(sizes.BUDGET, min(self.batch, self.tile[1]) * each)
+        columns = self.held_columns
+        watching = min(sizes.BUDGET, min(self.batch, columns) * each)
         held = work.parameters * (work.itemsize + 2 * 8 * self.directions) + size.held
-        reading = 3 * self.tile[1] * work.sample_bytes
+        reading = 3 * columns * work.sample_bytes
         if work.diagonal:
             return (
                 held + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers) + reading + watching
             )
         # of the test side as they are mapped from the store, and put together
-        rows = 2 * (self.query_rows * work.copies + self.tile[1]) * numbers
+        rows = 2 * (self.query_rows * work.copies + columns) * numbers
         wide = (
             2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
         )  # a part of the product, and their sum

@@ -247,7 +247,7 @@ def surviving(
     Each takes ``threads`` torch threads.
     """
     suspects: list[tuple[Any, ...]] = []
-    yield from executor.map(task, calls, suspects.append, threads)
+    yield from executor.map(task, calls, suspects.append, threads=threads)
     yield from executor.map(isolated, suspects, threads=threads)
 
 

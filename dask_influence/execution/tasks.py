@@ -638,7 +638,7 @@ class Scoring:
 
     def ahead(self, source: Source, strip: Strip) -> Ahead:
         """The strip's training samples, read in the batches in which they are differentiated."""
-        batches = (part for columns in self.plan.columns(strip) for part in pieces(columns, self.plan.batch))
+        batches = (part for held in self.plan.together(strip) for part in pieces(held, self.plan.batch))
         return Ahead(source, batches)
 
     def tile(self, query: Query, derivatives: Tensor, strip: Strip, rows: range) -> np.ndarray:
@@ -674,11 +674,11 @@ def score_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
     missing = Missing()
     with opened.running(), closing(run.ahead(opened.source, strip)) as source, _Writing() as writing:
         query, ahead = run.query(strip.rows, opened.model.problem()), replace(opened, source=source)
-        for columns in run.plan.columns(strip):
-            derivatives = derivatives_of(ahead, query, columns, run.plan.batch, run.perturbation, missing)
-            for rows in run.plan.rows(strip):
-                tile = run.tile(query, derivatives, strip, rows)
-                writing.submit(partial(run.write, tile, rows, columns))
+        for held in run.plan.together(strip):
+            derivatives = derivatives_of(ahead, query, held, run.plan.batch, run.perturbation, missing)
+            for rows, columns in run.plan.tiles_of(strip, held):
+                own = derivatives[columns.start - held.start : columns.stop - held.start]
+                writing.submit(partial(run.write, run.tile(query, own, strip, rows), rows, columns))
     records = itertools.chain.from_iterable(writing.results)
     entry: dict[str, Any] = {
         "rows": [strip.rows.start, strip.rows.stop],
