@@ -346,7 +346,7 @@ class InfluenceFunctionModel:
         """
         fitted = self._require_fit()
         test = as_source((x, y), "test (x, y)")
-        plan = fitted.plan(test, test, InfluenceMode.Up)
+        plan = fitted.plan(test, test, InfluenceMode.Up, project=False)
         if isinstance(test, DaskSource):
             return lazy_influence_factors(
                 fitted.shipped(self._resources, self._resources.executor()), test, plan

@@ -32,7 +32,7 @@ from dask_influence.errors import (
     StoreError,
     StoreMismatchError,
 )
-from dask_influence.execution import plan, reduce_tasks, tasks
+from dask_influence.execution import artifacts, plan, reduce_tasks, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.ledger import Ledger
@@ -149,6 +149,41 @@ def test_factor_residual_is_that_of_the_system_asked_for(tmp_path: Path) -> None
     expected = left.norm(dim=1) / rows.norm(dim=1)
     assert float(expected.min()) > 1e-3
     assert oracles.relative_error(written.factor_residual.values, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("how", ["full", "layer", "sweep"])
+def test_sketches_are_certified_without_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Neither a gradient of the test points nor a factor is formed, and the residuals are theirs."""
+    case = data.mlp_classification()
+    options: dict[str, Any] = {"block_structure": "layer"} if how == "layer" else {}
+    fitted = ArnoldiInfluence(case.model, case.loss, case.regularization, rank=3, tol=1e-3, **options)
+    fitted.fit(case.train)
+    swept: dict[str, Any] = {"hessian_regularization": [0.3, case.regularization]} if how == "sweep" else {}
+    found = fitted.influences_to_zarr(tmp_path / "projected", case.test, case.train, **swept)
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "_projected", lambda *_, **__: None)
+        formed = fitted.influences_to_zarr(tmp_path / "formed", case.test, case.train, **swept)
+    np.testing.assert_allclose(found.factor_residual, formed.factor_residual, rtol=1e-9)
+    np.testing.assert_allclose(found.influence, formed.influence, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(tasks, "query_gradients", None)
+    fitted.influences_to_zarr(tmp_path / "again", case.test, case.train, **swept)
+
+
+def test_a_sketch_that_holds_all_is_certified_by_its_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their residual is rounding, which projections do not show; a few factors at a time."""
+    case = data.logistic_regression()
+    size = sum(parameter.numel() for parameter in case.model.parameters())
+    fitted = ArnoldiInfluence(case.model, case.loss, case.regularization, rank=size - 1, tol=1e-12)
+    fitted.fit(case.train)
+    monkeypatch.setattr(tasks.sizes, "BUDGET", 3 * 64 * size)
+    written = fitted.influences_to_zarr(tmp_path / "run", case.test, case.train)
+    expected = oracles.low_rank_inverse(case.hessian, case.regularization, size - 1, complement=False)
+    assert oracles.relative_error(written.influence.values, case.up(expected)) <= 1e-9
+    assert float(written.factor_residual.max()) <= 1e-9
 
 
 @pytest.mark.parametrize("ids", ["strings", "integers"])
@@ -442,8 +477,8 @@ def test_tasks_that_run_twice_compute_once(
         calls.append(columns)
         return compute(job, query, columns, *rest)
 
-    def twice(self: LocalExecutor, function: Any, calls: Any, lost: Any = None) -> Any:
-        return run(self, lambda *call: (function(*call), function(*call))[1], calls, lost)
+    def twice(self: LocalExecutor, function: Any, calls: Any, lost: Any = None, **how: Any) -> Any:
+        return run(self, lambda *call: (function(*call), function(*call))[1], calls, lost, **how)
 
     def write(store: Path) -> int:
         calls.clear()
@@ -729,6 +764,28 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, small)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_published_file_is_read_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal content is not written twice; whether it is whole is looked at once, and again after a write to it."""
+    reads, mapped = [], artifacts._mapped_file
+
+    def counted(path: Path) -> Any:
+        reads.append(path)
+        return mapped(path)
+
+    monkeypatch.setattr(artifacts, "_mapped_file", counted)
+    home = Artifacts(Location.of(tmp_path))
+    published = [home.publish({"rows": torch.arange(6.0)}) for _ in range(4)]
+    assert len(reads) <= 2  # before there is a file, and when it is found
+    path = tmp_path / published[0].key
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    home.publish({"rows": torch.arange(6.0)})
+    assert torch.equal(published[0].read()["rows"], torch.arange(6.0))
 
 
 def test_an_artifact_is_adopted_where_files_can_have_two_names(

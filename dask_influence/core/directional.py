@@ -10,6 +10,7 @@ tensor never.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from dask_influence.core.sizes import (
     FORWARD_PER_DIRECTION,
     GRADIENT,
     PRODUCT_PER_DIRECTION,
+    Size,
     gradients_are_cheaper,
     gradients_at_once,
 )
@@ -47,11 +49,13 @@ def directional_derivatives(
     if isinstance(directions, Factored):
         if problem.pairs(x):
             factored = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
-            return _by_layers(factored, problem, x, y, problem.objective.dtype, budget)
+            return _by_layers(
+                factored.projections, factored.size, problem, x, y, problem.objective.dtype, budget
+            )
         directions = directions.dense().to(problem.objective.device, problem.objective.dtype)
     layers = _layers_if_cheaper(problem, x, directions)
     if layers is not None:
-        return _by_layers(layers, problem, x, y, directions.dtype, budget)
+        return _by_layers(layers.projections, layers.size, problem, x, y, directions.dtype, budget)
     if gradients_are_cheaper(len(directions)):
         return _by_gradients(problem, x, y, directions, budget)
     return _by_blocks(forms.directional_derivatives, problem, x, y, directions, budget)
@@ -65,16 +69,44 @@ def projections(
     Not to more than the model's own float32: a score is as near as the training side's, which it multiplies.
     """
     dtype = torch.promote_types(problem.objective.dtype, torch.float32)
-    if isinstance(directions, Factored) and not problem.pairs(x):
-        directions = directions.dense()
-    if problem.pairs(x):
-        layers = Pairs(problem, directions, dtype)
-        saved = (GRADIENT - _CAPTURED) * leading_size(y) * problem.objective.size
-        cheaper = saved > _CAPTURE and 2 * layers.size.numbers <= problem.objective.size
-        if cheaper or isinstance(directions, Factored):
-            return _by_layers(layers, problem, x, y, dtype, budget)
-    assert isinstance(directions, Tensor)
-    return _by_gradients(problem, x, y, directions.to(problem.objective.device, dtype), budget // 2)
+    layers = _projecting(problem, x, y, directions, dtype)
+    if layers is not None:
+        return _by_layers(layers.projections, layers.size, problem, x, y, dtype, budget)
+    dense = directions.dense() if isinstance(directions, Factored) else directions
+    return _by_gradients(problem, x, y, dense.to(problem.objective.device, dtype), budget // 2)
+
+
+def witnessed(
+    problem: Problem, x: Tree, y: Tree, directions: Tensor, images: Tensor, budget: int = BUDGET
+) -> Tensor:
+    """⟨v_r, g_j⟩ and ⟨w_r, g_j⟩ for directions and their images (R, P), and ‖g_j‖²: (n, 2R + 1), float64.
+
+    What certifies factors that are combinations of the directions.
+    """
+    layers = _projecting(problem, x, y, directions, torch.float64)
+    if layers is not None:
+        along = partial(layers.witnessed, images=images.to(problem.objective.device, torch.float64))
+        return _by_layers(along, layers.size, problem, x, y, torch.float64, budget)
+    sides = [side.to(problem.objective.device, torch.float64) for side in (directions, images)]
+    parts = []
+    step = gradients_at_once(problem.objective.size, torch.float64.itemsize, budget)
+    for start in range(0, leading_size(y), step):
+        part = slice(start, start + step)
+        rows = gradients(problem, sliced(x, part), sliced(y, part)).to(torch.float64)
+        parts.append(torch.cat([*(rows @ side.mT for side in sides), rows.square().sum(1)[:, None]], dim=1))
+    return torch.cat(parts)
+
+
+def _projecting(
+    problem: Problem, x: Tree, y: Tree, directions: Tensor | Factored, dtype: torch.dtype
+) -> Pairs | None:
+    """θ in layers, in this dtype, where projecting by them is cheaper than forming gradients."""
+    if not problem.pairs(x):
+        return None
+    layers = Pairs(problem, directions, dtype)
+    saved = (GRADIENT - _CAPTURED) * leading_size(y) * problem.objective.size
+    cheaper = saved > _CAPTURE and 2 * layers.size.numbers <= problem.objective.size
+    return layers if cheaper or isinstance(directions, Factored) else None
 
 
 def mixed_derivatives(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET) -> Tensor:
@@ -123,13 +155,20 @@ def _layers_if_cheaper(problem: Problem, x: Tree, directions: Tensor) -> Pairs |
     return layers
 
 
-def _by_layers(layers: Pairs, problem: Problem, x: Tree, y: Tree, dtype: torch.dtype, budget: int) -> Tensor:
+def _by_layers(
+    along: Callable[[Problem, Tree, Tree], Tensor],
+    size: Size,
+    problem: Problem,
+    x: Tree,
+    y: Tree,
+    dtype: torch.dtype,
+    budget: int,
+) -> Tensor:
     """Contract directions with the inputs and output gradients of the layers, a few samples at a time."""
     count = leading_size(y)
-    step = max(1, budget // (2 * layers.size.itemsize * layers.size.numbers))
+    step = max(1, budget // (2 * size.itemsize * size.numbers))
     parts = [slice(start, start + step) for start in range(0, count, step)]
-    found = [layers.projections(problem, sliced(x, part), sliced(y, part)) for part in parts]
-    return torch.cat(found).to(dtype)
+    return torch.cat([along(problem, sliced(x, part), sliced(y, part)) for part in parts]).to(dtype)
 
 
 def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int) -> Tensor:

@@ -196,12 +196,20 @@ def _whole_file(path: Path) -> bool:
 
 
 def _sound_file(path: Path) -> bool:
-    """Whether a file of tensors is there and holds what was written."""
+    """Whether a file of tensors is there and holds what was written; read once, until it is another or is changed."""
     try:
-        _mapped_file(path)
+        found = path.stat()
+        mark = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        if _SOUND.get(path) != mark:
+            _mapped_file(path)
+            _SOUND[path] = mark
     except (OSError, SafetensorError, _ChecksumError):
         return False
     return True
+
+
+_SOUND: dict[Path, tuple[int, ...]] = {}
+"""Files that this process has read and found to be what was written, as they were then."""
 
 
 def damaged_artifact(location: Location, key: str) -> str | None:

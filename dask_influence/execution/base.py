@@ -130,8 +130,10 @@ class Executor(ABC):
         function: Callable[..., Any],
         calls: Iterable[tuple[Any, ...]],
         lost: Callable[[tuple[Any, ...]], None] | None = None,
+        threads: int | None = None,
     ) -> Iterator[Any]:
         """Results of function(*call) as they complete, in any order.
 
-        Calls of which the workers died are handed to ``lost``, where it is given, and the rest goes on.
+        Calls of which the workers died are handed to ``lost``, where it is given, and the rest goes on. A
+        call takes ``threads`` torch threads; None stands for all that there are.
         """

@@ -202,6 +202,7 @@ class DaskExecutor(Executor):
         function: Callable[..., Any],
         calls: Iterable[tuple[Any, ...]],
         lost: Callable[[tuple[Any, ...]], None] | None = None,
+        threads: int | None = None,
     ) -> Iterator[Any]:
         """Submit through a window and release each future as it completes."""
         pending, retries = iter(calls), settings.count("retries", 0)

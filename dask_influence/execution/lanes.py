@@ -8,14 +8,19 @@ the process has beyond those goes to other tasks. Derivatives are taken one at a
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+AHEAD = 3
+"""Calls that are begun for each lane: what waits is taken when a lane is free, and there may be any number."""
 
 
 def lanes_of(threads: int) -> int:
@@ -34,15 +39,20 @@ os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 def in_lanes(calls: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
-    """Results of the calls, in their order; none is left running when one raises."""
+    """Results of the calls, in their order, of which a few are begun ahead; none is left running when one raises."""
     lanes = lanes_of(threads)
     if lanes == 1:
         yield from (call() for call in calls)
         return
-    futures = [pool(lanes).submit(call) for call in calls]
+    coming, futures = iter(calls), deque[Future[T]]()
     try:
-        for future in futures:
-            yield future.result()
+        while True:
+            futures.extend(
+                pool(lanes).submit(call) for call in itertools.islice(coming, AHEAD * lanes - len(futures))
+            )
+            if not futures:
+                return
+            yield futures.popleft().result()
     finally:
         for future in futures:
             future.cancel()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dask_influence.core.estimators import Inverse
@@ -23,7 +24,7 @@ from dask_influence.storage.stores import Location
 
 
 class LocalExecutor(Executor):
-    """Nothing serialised, nothing staged; partial sums side by side, all else one task after the other."""
+    """Nothing serialised, nothing staged; tasks side by side where they leave threads."""
 
     def __init__(self) -> None:
         self._artifacts = Artifacts()
@@ -83,6 +84,8 @@ class LocalExecutor(Executor):
         function: Callable[..., Any],
         calls: Iterable[tuple[Any, ...]],
         lost: Callable[[tuple[Any, ...]], None] | None = None,
+        threads: int | None = None,
     ) -> Iterator[Any]:
-        """Evaluate lazily, in order; what crashes this process is not survived."""
-        return (function(*call) for call in calls)
+        """Evaluate lazily, side by side where threads are left; what crashes this process is not survived."""
+        evaluated = (partial(function, *call) for call in calls)
+        return in_lanes(evaluated, torch.get_num_threads() if threads is None else threads)

@@ -33,7 +33,6 @@ from dask_influence.storage.results import (
     checksum,
     create,
     finish,
-    unfinished,
     write_region,
 )
 from dask_influence.storage.stores import Location
@@ -253,10 +252,7 @@ class Output:
         said: dict[str, Any] = {"state": state, "diagnostics": dict(self.diagnostics())}
         if missing:
             said["missing"] = lacking
-        self.location.put(
-            GROUP_KEY, unfinished(self.location.get(GROUP_KEY))
-        )  # what was missing once may be there
-        finish(self.location, {**self.attributes, **said})
+        finish(self.location, {**self.attributes, **said}, again=True)  # what was missing once may be there
         run = self.ledger.read_run()
         if run is None:
             raise StoreError(f"{self.location.url}: _run/run.json vanished while the run was going on")

@@ -38,6 +38,8 @@ LARGEST_REDUCED_TILE = (
     8 * 2**20
 )  # never written: as large as the product needs, and near the processor's caches
 SMALLEST_TILE = 2**18
+HELD_BYTES = 32 * 2**20
+"""Bytes of derivatives up to which small tiles share a product: each product reads all directions."""
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
 STRIP_SECONDS = 2.0
@@ -147,6 +149,33 @@ class Plan:
         """Training points of the strip's tiles, one column of tiles after the other."""
         return Chunks(self.work.trains, self.tile[1]).within(strip.columns.start, strip.columns.stop)
 
+    def together(self, strip: Strip) -> Iterator[range]:
+        """Training points of the strip that are differentiated before any of their tiles is written."""
+        first, runs = strip.columns.start, Chunks(len(strip.columns), self.held_columns)
+        return (range(first + run.start, first + run.stop) for run in runs)
+
+    def tiles_of(self, strip: Strip, columns: range) -> Iterator[tuple[range, range]]:
+        """Test and training points of the strip's tiles in these ``columns``."""
+        for own in Chunks(self.work.trains, self.tile[1]).within(columns.start, columns.stop):
+            for rows in self.rows(strip):
+                yield rows, own
+
+    @property
+    def held_columns(self) -> int:
+        """Training points whose derivatives are held at once: whole tiles, several of them where they are small.
+
+        Those of a reduction are taken one tile at a time.
+        """
+        work, columns = self.work, self.tile[1]
+        if work.kept is not None or work.diagonal:
+            return columns
+        each = self.directions * work.width * work.itemsize
+        if work.paired is not None:
+            each = work.paired.numbers * work.paired.itemsize
+        tiles = -(-self.strip_columns // columns)
+        most = max(1, min(self.batch, HELD_BYTES // each) // columns)
+        return columns * balanced(tiles, most).size
+
     def rows(self, strip: Strip) -> Iterator[range]:
         """Test points of the strip's tiles."""
         return Chunks(self.work.tests, self.tile[0]).within(strip.rows.start, strip.rows.stop)
@@ -218,17 +247,28 @@ class Plan:
         work, directions = self.work, self.directions
         if work.diagonal:
             return self.solving_bytes
-        columns, samples = self.tile[1], min(self.batch, self.tile[1])
+        columns = self.held_columns
+        samples = min(self.batch, columns)
         derivatives = columns * directions * work.width * work.itemsize
         of_call = (samples, work.activations, work.parameters, work.itemsize, directions)
-        differentiating = 2 * samples * work.sample_bytes + sizes.working_bytes(
+        differentiating = 3 * samples * work.sample_bytes + sizes.working_bytes(
             *of_call, features=work.width if work.features else None
         )
         joining = derivatives if columns > samples else 0
         # the tile, its bytes on their way through the codecs, and the product that made it; of a reduction the
         # tile, its copy in another order, and the product
         writing = 3 * work.copies * self.tile_bytes + 3 * self.part_bytes
-        return derivatives + max(differentiating, joining, writing)
+        return derivatives + max(self._written_behind_bytes + max(differentiating, joining), writing)
+
+    @property
+    def _written_behind_bytes(self) -> int:
+        """The last tile of a column, and its bytes, on their way to the store while the next is differentiated."""
+        columns = min(self.strip_columns, self.work.trains)
+        return (
+            0
+            if self.work.kept is not None or columns <= self.tile[1]
+            else 2 * self.work.copies * self.tile_bytes
+        )
 
     @property
     def peak_bytes(self) -> int:
@@ -276,15 +316,16 @@ class Plan:
         each = (
             6 * work.activations * work.itemsize + 4 * numbers
         )  # what layers see of a sample, and what is made of it
-        watching = min(sizes.BUDGET, min(self.batch, self.tile[1]) * each)
+        columns = self.held_columns
+        watching = min(sizes.BUDGET, min(self.batch, columns) * each)
         held = work.parameters * (work.itemsize + 2 * 8 * self.directions) + size.held
-        reading = 2 * self.tile[1] * work.sample_bytes
+        reading = 3 * columns * work.sample_bytes
         if work.diagonal:
             return (
                 held + max(self.factor_bytes, (2 + work.copies) * self.tile[1] * numbers) + reading + watching
             )
         # of the test side as they are mapped from the store, and put together
-        rows = 2 * (self.query_rows * work.copies + self.tile[1]) * numbers
+        rows = 2 * (self.query_rows * work.copies + columns) * numbers
         wide = (
             2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
         )  # a part of the product, and their sum
@@ -306,8 +347,9 @@ class Plan:
 
     @property
     def solving_bytes(self) -> int:
-        """Bytes of one factor task's own work: gradients, factors, residuals in float64."""
-        return self.factor_rows * _factor_bytes(self.work)
+        """Bytes of one factor task's own work: gradients, factors, residuals in float64, or projections."""
+        own = self.factor_rows * _factor_bytes(self.work)
+        return own + _projecting_bytes(self.work, min(self.batch, self.factor_rows))
 
     @property
     def factor_bytes(self) -> int:
@@ -397,16 +439,23 @@ class Plan:
             return f"tile_bytes={floor.tile_bytes} fits ({format_bytes(floor.peak_bytes)})"
         least = floor.task_bytes
         advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
+        fitting = floor._fitting_rank(memory_limit)
+        return advice if fitting is None else f"{advice}, or rank={fitting} instead of {self.work.rank}"
+
+    def _fitting_rank(self, memory_limit: int) -> int | None:
+        """The rank with which this plan, which takes too much, would fit."""
         work = self.work
-        if work.rank and floor.directions == work.rank:
-            own = max(
-                8 * work.parameters, work.inverse_bytes // work.rank
-            )  # of the inverse, and of the query
-            shares = ((floor.peak_bytes, own + work.parameters * work.itemsize), (floor.factor_bytes, own))
-            fitting = min((memory_limit - total) // each + work.rank for total, each in shares)
-            if fitting > 0:
-                advice += f", or rank={fitting} instead of {work.rank}"
-        return advice
+        if not work.rank or self.directions != work.rank:
+            return None
+        own = max(8 * work.parameters, work.inverse_bytes // work.rank)  # of the inverse, and of the query
+        shares = ((self.peak_bytes, own + work.parameters * work.itemsize), (self.factor_bytes, own))
+        fitting = min((memory_limit - total) // each + work.rank for total, each in shares)
+        if fitting <= 0:
+            return None
+        thinner = replace(work, rank=fitting, inverse_bytes=work.inverse_bytes * fitting // work.rank)
+        found = arrange(thinner, tile_bytes=SMALLEST_TILE, memory_limit=memory_limit)
+        # few directions are pushed forward, which may take more than forming gradients
+        return fitting if found.task_bytes <= memory_limit else found._fitting_rank(memory_limit)
 
     # -- as data and as text ----------------------------------------------------------
     def to_json(self) -> dict[str, Any]:
@@ -601,8 +650,28 @@ def _kept_bytes(work: Work, points: int) -> int:
     return 3 * -(-work.copies * work.kept.nbytes // points)
 
 
+def _projects(work: Work) -> bool:
+    """Whether the test side is coefficients, for which no gradient need be formed."""
+    return work.rank is not None and work.paired is None and not work.diagonal
+
+
+def _projecting_bytes(work: Work, samples: int) -> int:
+    """Projections of so many samples: gradients of some of them at a time, in float64, where layers do not do."""
+    if not _projects(work):
+        return 0
+    each = work.parameters * (8 + 2 * work.itemsize)
+    formed = max(each, min(2 * sizes.BUDGET, samples * each))
+    return formed + samples * (2 * work.sample_bytes + 6 * work.activations * work.itemsize)
+
+
 def _factor_bytes(work: Work) -> int:
-    """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries."""
+    """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries.
+
+    Where there are coefficients in their place: projections on directions and images, and what is made of them.
+    """
+    if _projects(work):
+        assert work.rank is not None
+        return 8 * work.rank * (4 + 4 * work.copies)
     return work.parameters * work.copies * (3 * work.itemsize + 6 * 8)
 
 
@@ -632,6 +701,8 @@ def _factor_rows(work: Work, share: int, each: int, spread: bool) -> int:
     rows = share // each
     if spread:
         rows = min(rows, max(FEWEST_FACTORS, FACTOR_BYTES // each))
+    if _projects(work):  # a call for each batch anyway
+        rows = min(rows, _batch(work))
     return min(work.tests, max(1, rows))
 
 

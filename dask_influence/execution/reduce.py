@@ -262,7 +262,9 @@ class _Run:
         self._tell()
         while self.schedule:  # more than once: the last strips of a map make merges ready
             calls = ((job, reducing, node, parts) for node, parts in self.schedule.ready())
-            for node, part, bad in surviving(self.executor, reduce_node, quarantine.isolated_node, calls):
+            for node, part, bad in surviving(
+                self.executor, reduce_node, quarantine.isolated_node, calls, self.job.threads
+            ):
                 self.missing.add("train", bad)
                 self.schedule.finished(node, part)
                 self._tell()
@@ -276,7 +278,7 @@ class _Run:
             began, strip = time.perf_counter(), plan.strip(plan.tree.strip(node))
             call = (job, strip.columns.start, strip.columns.stop, plan.batch, scratch)
             ((_, gradients, bad),) = surviving(
-                self.executor, tasks.gradient_task, quarantine.isolated_gradients, [call]
+                self.executor, tasks.gradient_task, quarantine.isolated_gradients, [call], self.job.threads
             )
             self.missing.add("train", bad)
             lacking = {"test": (), "train": tuple(bad)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +165,7 @@ def solve_factors(
     if fit.needs_rounds and plan.work.paired is None:
         solved = _by_rounds(executor, fit, calls, output.artifacts)
     else:
-        solved = surviving(executor, tasks.factor_task, quarantine.isolated_factors, closed)
+        solved = surviving(executor, tasks.factor_task, quarantine.isolated_factors, closed, fit.threads)
     if fit.needs_rounds and plan.work.paired is not None:
         solved = _certified(executor, fit, solved, calls)
     done = len(chunks) - len(missing)
@@ -211,7 +212,7 @@ def _by_rounds(
     """
     answer = fit.answer()
     for start, gradients, missing in surviving(
-        executor, tasks.gradient_task, quarantine.isolated_gradients, calls
+        executor, tasks.gradient_task, quarantine.isolated_gradients, calls, fit.threads
     ):
         # torch's own memory: aligned the same wherever the rows came from, hence the same bits
         rows = gradients.read()["rows"].clone()
@@ -239,11 +240,15 @@ def surviving(
     task: Callable[..., Any],
     isolated: Callable[..., Any],
     calls: Iterable[tuple[Any, ...]],
+    threads: int,
 ) -> Iterator[Any]:
-    """Results of ``task(*call)``; calls that lost their workers are made again by ``isolated``, at the end."""
+    """Results of ``task(*call)``; calls that lost their workers are made again by ``isolated``, at the end.
+
+    Each takes ``threads`` torch threads.
+    """
     suspects: list[tuple[Any, ...]] = []
-    yield from executor.map(task, calls, suspects.append)
-    yield from executor.map(isolated, suspects)
+    yield from executor.map(task, calls, suspects.append, threads=threads)
+    yield from executor.map(isolated, suspects, threads=threads)
 
 
 # -- scores ----------------------------------------------------------------------------
@@ -258,14 +263,14 @@ def score_strips(
     perturbation: bool,
     progress: Report,
 ) -> None:
-    """Every strip that the ledger does not list."""
+    """Every strip that the ledger does not list, of samples that workers can read."""
     done = output.ledger.done()
     missing = [index for index in range(plan.strips) if plan.strip(index).name not in done]
     total = plan.strips
     progress("strips", total - len(missing), total)
     if not missing:
         return
-    job = executor.seal(tasks.Job(fit.model, executor.reachable(source, plan.tile[1]), "train", fit.threads))
+    job = executor.seal(tasks.Job(fit.model, source, "train", fit.threads))
     scoring = executor.seal(
         tasks.Scoring(
             plan,
@@ -278,7 +283,7 @@ def score_strips(
     )
     finished = total - len(missing)
     calls = ((job, scoring, index) for index in missing)
-    for bad in surviving(executor, tasks.score_strip, quarantine.isolated_strip, calls):
+    for bad in surviving(executor, tasks.score_strip, quarantine.isolated_strip, calls, fit.threads):
         output.missing.add("train", bad)
         finished += 1
         progress("strips", finished, total)
@@ -297,12 +302,13 @@ def write_scores(
     progress: bool | Report | None,
 ) -> None:
     """Factors, strips and metadata into a prepared store; what the ledger lists is not done again."""
-    with reporting(progress) as report:
+    with reporting(progress) as report, ThreadPoolExecutor(1) as beside:
+        reachable = beside.submit(executor.reachable, train, plan.tile[1])
         if isinstance(test, StoredFactors):
             factors = import_factors(test, output, plan.factor_chunks)
         else:
             factors = solve_factors(executor, fit, test, output, plan, project, report)
-        score_strips(executor, fit, train, output, plan, factors, project, perturbation, report)
+        score_strips(executor, fit, reachable.result(), output, plan, factors, project, perturbation, report)
     output.complete()
 
 

@@ -6,6 +6,7 @@ private copy of the module, write whole tiles, and only then the ledger entry.
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import socket
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ import optree
 import torch
 from torch import Tensor
 
-from dask_influence.core import directional
+from dask_influence.core import directional, sizes
 from dask_influence.core.checks import check_samples
 from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
@@ -40,12 +41,15 @@ from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.blame import INNOCENT, MOST_POISON, to_blame, told
 from dask_influence.execution.ledger import Ledger
 from dask_influence.execution.options import Found, Options
+from dask_influence.execution.overlap import Ahead, Behind
 from dask_influence.execution.plan import Plan, Strip
 from dask_influence.storage.results import ShardRecord, read_index, write_region
 from dask_influence.storage.sources import Source, check_finite, non_finite
 from dask_influence.storage.stores import Location
 
 T = TypeVar("T")
+
+_Writing = Behind[list[ShardRecord]]
 
 Missing = dict[int, str]
 """Samples that have no result, by position, and why."""
@@ -275,6 +279,11 @@ class Factors:
     rows: Tensor
     residual: np.ndarray
 
+    @classmethod
+    def of(cls, rows: Tensor, residual: Tensor | None = None) -> Factors:
+        """With residuals (n,), or none that are known."""
+        return cls(rows, np.full(len(rows), np.nan) if residual is None else residual.numpy())
+
     def without(self, missing: Mapping[int, str], start: int, stop: int) -> Factors:
         """NaN for the ``missing`` ones of test points ``start`` to ``stop``."""
         if not missing:
@@ -332,20 +341,64 @@ def closed_factors(
 ) -> Factors:
     """Factors of test points where the inverse needs no pass over the data; with ``project`` what stands for them."""
     with job.running():
-        solver = inverse.inverse()
+        solver, bounds = inverse.inverse(), (start, stop, batch, missing)
         if project and solver.directions is None:
-            rows = _weighted(job, solver, start, stop, batch, missing)
-            unknown = np.full(len(rows), np.nan)
-            return Factors(rows, unknown).without(missing or {}, start, stop)
-        if project and not certify and solver.directions is not None:
-            along = partial(directional.projections, directions=solver.directions)
-            rows = solver.weighed(query_rows(job, along, start, stop, batch, missing))
-            rows = rows.to(job.model.problem().objective.dtype)
-            factors = Factors(rows, np.full(len(rows), np.nan))
+            rows = _weighted(job, solver, *bounds)
+            factors = Factors.of(rows)
         else:
-            gradients = query_gradients(job, start, stop, batch, missing)
-            factors = solved(solver, gradients, project=project, certify=certify)
+            found = _projected(job, solver, *bounds, certify=certify) if project else None
+            factors = (
+                _formed(job, solver, *bounds, project=project, certify=certify) if found is None else found
+            )
     return factors.without(missing or {}, start, stop)
+
+
+def _projected(
+    job: Job, inverse: Inverse, start: int, stop: int, batch: int, missing: Missing | None, *, certify: bool
+) -> Factors | None:
+    """Coefficients of test points from projections of their gradients, which need not be formed.
+
+    None where ``certify`` takes more than projections tell.
+    """
+    directions, certificate, residual = inverse.directions, inverse.certificate, None
+    assert directions is not None
+    if certify and certificate is None:
+        return None
+    if certify and certificate is not None:
+        along = partial(directional.witnessed, directions=certificate.directions, images=certificate.images)
+    else:
+        along = partial(directional.projections, directions=directions)
+    seen = query_rows(job, along, start, stop, batch, missing)
+    rows = inverse.weighed(seen[:, : len(directions)])
+    if certify and certificate is not None:
+        residual = certificate.residuals(rows, seen)
+        if residual is None:
+            return None
+    return Factors.of(rows.to(job.model.problem().objective.dtype), residual)
+
+
+def _formed(
+    job: Job,
+    inverse: Inverse,
+    start: int,
+    stop: int,
+    batch: int,
+    missing: Missing | None,
+    *,
+    project: bool,
+    certify: bool,
+) -> Factors:
+    """From gradients and, where they are wanted, factors of size P; of coefficients as few as fit at a time."""
+    step = stop - start
+    if project:
+        step = max(1, sizes.BUDGET // (8 * 8 * job.model.problem().objective.size))
+    parts = []
+    for low in range(start, stop, step):
+        gradients = query_gradients(job, low, min(low + step, stop), batch, missing)
+        parts.append(solved(inverse, gradients, project=project, certify=certify))
+    if len(parts) == 1:
+        return parts[0]
+    return Factors(torch.cat([one.rows for one in parts]), np.concatenate([one.residual for one in parts]))
 
 
 def solved(inverse: Inverse, gradients: Tensor, *, project: bool, certify: bool) -> Factors:
@@ -354,8 +407,7 @@ def solved(inverse: Inverse, gradients: Tensor, *, project: bool, certify: bool)
     factors = without_rounds(inverse.solve(wide)) if certify or not project else None
     residual = inverse.residuals(wide, factors) if certify and factors is not None else None
     rows = inverse.coefficients(wide) if project or factors is None else factors
-    measured = torch.full((len(rows),), torch.nan, dtype=torch.float64) if residual is None else residual
-    return Factors(rows.to(gradients.dtype), measured.numpy())
+    return Factors.of(rows.to(gradients.dtype), residual)
 
 
 def _weighted(
@@ -471,8 +523,7 @@ def derivatives_of(
     else:
         along = partial(directional.directional_derivatives, directions=query.directions)
     parts = []
-    for low in range(columns.start, columns.stop, batch):
-        high = min(low + batch, columns.stop)
+    for low, high in pieces(columns, batch):
         derivatives = job.computed(along, low, high, missing)
         refuse_non_finite(derivatives, job.argument, low, missing)
         bad = [sample - low for sample in missing or () if low <= sample < high]
@@ -481,6 +532,11 @@ def derivatives_of(
             derivatives[bad] = torch.nan
         parts.append(derivatives)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def pieces(samples: range, most: int) -> Iterator[tuple[int, int]]:
+    """Bounds of runs of at most so many samples."""
+    return ((low, min(low + most, samples.stop)) for low in range(samples.start, samples.stop, most))
 
 
 def refuse_non_finite(rows: Tensor, argument: str, start: int, missing: Missing | None = None) -> np.ndarray:
@@ -580,16 +636,24 @@ class Scoring:
             bad = np.isin(np.repeat(np.arange(rows.start, rows.stop), copies), self.missing)
         return Query.of(held, inverse, problem, bad)
 
-    def write(
-        self, query: Query, derivatives: Tensor, strip: Strip, rows: range, columns: range
-    ) -> list[ShardRecord]:
-        """The tile of test points ``rows`` and training points ``columns``, one for each of several λ."""
+    def ahead(self, source: Source, strip: Strip) -> Ahead:
+        """The strip's training samples, read in the batches in which they are differentiated."""
+        batches = (part for held in self.plan.together(strip) for part in pieces(held, self.plan.batch))
+        return Ahead(source, batches)
+
+    def tile(self, query: Query, derivatives: Tensor, strip: Strip, rows: range) -> np.ndarray:
+        """Scores of test points ``rows``, (rows, n, *features); at each of several λ where there are some."""
         copies = self.plan.work.copies
         low, high = ((end - strip.rows.start) * copies for end in (rows.start, rows.stop))
         tile = tile_of(query, derivatives, slice(low, high))
-        origin = (rows.start, columns.start, *([0] * (tile.ndim - 2)))
         if self.plan.work.regularizations is not None:
             tile = tile.reshape(len(rows), copies, *tile.shape[1:]).swapaxes(0, 1)
+        return np.ascontiguousarray(tile)  # of its own: the derivatives may go while it is written
+
+    def write(self, tile: np.ndarray, rows: range, columns: range) -> list[ShardRecord]:
+        """The tile of test points ``rows`` and training points ``columns``, one for each of several λ."""
+        origin = (rows.start, columns.start, *([0] * len(self.plan.work.features)))
+        if self.plan.work.regularizations is not None:
             origin = (0, *origin)
         return write_region(self.location, "influence", origin, tile)
 
@@ -607,13 +671,15 @@ def score_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
     written = Ledger(run.location).read(strip.name)
     if written is not None:  # by a worker that was lost before it could say so, or for another client
         return {one["sample"]: one["reason"] for one in written.get("missing", ())}
-    records, missing = [], Missing()
-    with opened.running():
-        query = run.query(strip.rows, opened.model.problem())
-        for columns in run.plan.columns(strip):
-            derivatives = derivatives_of(opened, query, columns, run.plan.batch, run.perturbation, missing)
-            for rows in run.plan.rows(strip):
-                records += run.write(query, derivatives, strip, rows, columns)
+    missing = Missing()
+    with opened.running(), closing(run.ahead(opened.source, strip)) as source, _Writing() as writing:
+        query, ahead = run.query(strip.rows, opened.model.problem()), replace(opened, source=source)
+        for held in run.plan.together(strip):
+            derivatives = derivatives_of(ahead, query, held, run.plan.batch, run.perturbation, missing)
+            for rows, columns in run.plan.tiles_of(strip, held):
+                own = derivatives[columns.start - held.start : columns.stop - held.start]
+                writing.submit(partial(run.write, run.tile(query, own, strip, rows), rows, columns))
+    records = itertools.chain.from_iterable(writing.results)
     entry: dict[str, Any] = {
         "rows": [strip.rows.start, strip.rows.stop],
         "columns": [strip.columns.start, strip.columns.stop],

@@ -42,6 +42,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.array_spec import ArrayConfig
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.metadata import ArrayV3Metadata
+from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 from zarr.storage import StorePath, WrapperStore
 
@@ -218,17 +219,27 @@ def create(
     if labels:
         marks["coordinates"] = " ".join(labels)  # where xarray looks for coordinates that are no index
     with store_errors(location, "create"):
-        group = zarr.create_group(location.zarr(), attributes={**attributes, **marks})
-        for name, ids in indices.items():
-            create_index(group, name, ids)
-        for name, template in arrays.items():
-            create_array(group, name, template)
+        # all at once: zarr's own thread is waited for a single time
+        sync(_create(location.zarr(), arrays, indices, {**attributes, **marks}))
 
 
-def create_array(group: zarr.Group, name: str, template: ArrayTemplate) -> zarr.Array[Any]:
+async def _create(
+    store: Store,
+    arrays: Mapping[str, ArrayTemplate],
+    indices: Mapping[str, np.ndarray[Any, Any]],
+    attributes: Mapping[str, Any],
+) -> None:
+    group = await zarr.AsyncGroup.from_store(StorePath(store), attributes=dict(attributes))
+    for name, ids in indices.items():
+        await create_index(group, name, ids)
+    for name, template in arrays.items():
+        await create_array(group, name, template)
+
+
+async def create_array(group: zarr.AsyncGroup, name: str, template: ArrayTemplate) -> zarr.AsyncArray[Any]:
     """Write the metadata of one tiled array: Blosc lz4 with bit shuffle, then CRC-32C."""
     inner = inner_chunk(template.tile, template.dtype.itemsize)
-    return group.create_array(
+    return await group.create_array(
         name,
         shape=template.shape,
         chunks=inner,
@@ -241,12 +252,14 @@ def create_array(group: zarr.Group, name: str, template: ArrayTemplate) -> zarr.
     )
 
 
-def create_index(group: zarr.Group, name: str, ids: np.ndarray[Any, Any]) -> None:
+async def create_index(group: zarr.AsyncGroup, name: str, ids: np.ndarray[Any, Any]) -> None:
     """Write a 1-D index array whole, in one chunk."""
     # Fixed-length strings have no stable Zarr v3 type; variable-length ones do.
     dtype = "str" if ids.dtype.kind in "UT" else ids.dtype
-    array = group.create_array(name, shape=ids.shape, chunks=ids.shape, dtype=dtype, dimension_names=(name,))
-    array[:] = ids
+    array = await group.create_array(
+        name, shape=ids.shape, chunks=ids.shape, dtype=dtype, dimension_names=(name,)
+    )
+    await array.setitem(slice(None), ids)
 
 
 def inner_chunk(tile: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -400,14 +413,23 @@ def _tiles_covered(
 
 
 # -- act three: finish, and read ----------------------------------------------------------
-def finish(location: Location, attributes: Mapping[str, Any]) -> None:
-    """Add attributes to the group and write its consolidated metadata; done last of all."""
-    with store_errors(location, "finish"), warnings.catch_warnings():
-        # Zarr warns that consolidation is no part of the v3 text, and that _run is no array.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        group = zarr.open_group(location.zarr(), mode="r+", use_consolidated=False)
-        group.update_attributes(dict(attributes))
-        zarr.consolidate_metadata(location.zarr())
+def finish(location: Location, attributes: Mapping[str, Any], *, again: bool = False) -> None:
+    """Add attributes to the group and write its consolidated metadata; done last of all.
+
+    One object is written. ``again`` leaves out what an earlier end has added.
+    """
+    with store_errors(location, "finish"):
+        keys = [f"{folder}/{GROUP_KEY}" for folder in location.folders()]
+        held = sorted(location.get_many(keys).items())  # _run holds none: it is no array
+        found = location.get(GROUP_KEY)
+    group = json.loads(unfinished(found) if again else found)
+    group["attributes"] = {**group.get("attributes", {}), **attributes}
+    group["consolidated_metadata"] = {
+        "kind": "inline",
+        "must_understand": False,
+        "metadata": {key.removesuffix(f"/{GROUP_KEY}"): json.loads(data) for key, data in held},
+    }
+    location.put(GROUP_KEY, json.dumps(group, indent=2).encode())
 
 
 def unfinished(group: bytes) -> bytes:
@@ -486,18 +508,21 @@ def open_influences(store: Any, storage_options: Mapping[str, Any] | None = None
         # another client that finishes the same run may be consolidating at this moment
         warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated", RuntimeWarning)
         how: dict[str, Any] = {"consolidated": None if state in FINAL else False}
-        dataset = xr.open_zarr(location.zarr(), chunks=None, **how)
         # A lazy array in this process's memory must not be computed by a cluster, which finds nothing there.
-        return dataset if location.in_process else _chunked(location, dataset, how)
+        if location.in_process:
+            return xr.open_zarr(location.zarr(), chunks=None, **how)
+        try:
+            return xr.open_zarr(location.zarr(), chunks="auto", **how)
+        except NotImplementedError:  # dask cannot tell how many bytes a string takes
+            return _chunked(location, how)
 
 
-def _chunked(location: Location, dataset: xr.Dataset, how: Mapping[str, Any]) -> xr.Dataset:
-    """The same with dask arrays, of chunks that are multiples of the stored ones."""
-    texts = [name for name, array in dataset.data_vars.items() if array.dtype.hasobject]
+def _chunked(location: Location, how: Mapping[str, Any]) -> xr.Dataset:
+    """With dask arrays, of chunks that are multiples of the stored ones; of texts the stored ones."""
+    whole = xr.open_zarr(location.zarr(), chunks={}, **how)
+    texts = [name for name, array in whole.data_vars.items() if array.dtype.hasobject]
     found = xr.open_zarr(location.zarr(), chunks="auto", drop_variables=texts, **how)
-    if texts:  # dask cannot tell how many bytes a string takes
-        found = found.assign(xr.open_zarr(location.zarr(), chunks={}, **how)[texts].variables)
-    return found
+    return found.assign(whole[texts].variables)
 
 
 def _group_attributes(location: Location) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import optree
@@ -64,6 +64,17 @@ class ZarrSource(Source):
         super().__init__(length, spec, min(length, int(first.chunks[0])), argument)
         staged = group.attrs.get(_DIGEST)
         self._digest = str(staged) if staged is not None else None
+
+    @classmethod
+    def staged(cls, location: Location, source: Source, rows: int) -> Self:
+        """What :func:`stage` wrote of ``source``, in chunks of so many samples; opened when it is read."""
+        self = cls.__new__(cls)
+        Source.__init__(self, len(source), source.spec, rows, source.argument)
+        self.location, self.portable = location, not location.in_process
+        self._arrays, self._digest = None, source.digest()
+        names = ["/".join(("xy"[path[0]], *map(str, path[1:]))) for path in optree.tree_paths(source.spec)]
+        self._names = optree.tree_unflatten(optree.tree_structure(source.spec), names)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}
@@ -135,7 +146,7 @@ def stage(source: Source, location: Location, chunk_size: int) -> ZarrSource:
             )
             source.write(arrays, rows * in_shard)
             group.update_attributes({_DIGEST: source.digest()})
-    return ZarrSource(target, source.argument)
+    return ZarrSource.staged(target, source, rows)
 
 
 def _is_staged(target: Location) -> bool:

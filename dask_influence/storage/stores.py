@@ -68,6 +68,8 @@ _VARIABLES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 
 _OPTIONS_TO_SHOW = {"endpoint", "region", "base_url", "account_name"}
 _FETCH_THREADS = 32
+_WORTH_THREADS = 16
+"""Files from which reading them side by side is faster than starting threads for it."""
 _PIECE_BYTES = 4 * 2**20
 
 _LOCAL = LocalStore()
@@ -208,7 +210,7 @@ class Location:
     def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The bytes of many objects, fetched side by side; names that are missing are left out."""
         keys = list(keys)
-        if len(keys) < 2:
+        if len(keys) < (2 if self.shared else _WORTH_THREADS):
             fetched: Iterable[bytes | None] = [self._get_or_none(key) for key in keys]
         else:
             with ThreadPoolExecutor(min(_FETCH_THREADS, len(keys))) as pool:
@@ -230,6 +232,12 @@ class Location:
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """Name and size in bytes of each object below the folder ``prefix``, in no order; none of them is kept."""
         return ((found["path"], found["size"]) for found in self._found(prefix))
+
+    def folders(self) -> Iterator[str]:
+        """Names of the folders right below this one, in no order; what is in them is not listed."""
+        with store_errors(self, "list"):
+            found = obstore.list_with_delimiter(self._client(), self._key("").rstrip("/") or None)
+        return (path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
 
     def size(self, key: str) -> int | None:
         """Bytes of one object, None where there is none of that name."""

@@ -52,6 +52,13 @@ class StoreContract(ABC):
         assert location.list("b") == location.list("b/") == ["b/a", "b/c/d"]
         assert location.list("nothing") == []
 
+    def test_folders_are_those_right_below(self, location: Location) -> None:
+        assert [*location.folders()] == []
+        for key in ["b/c/d", "b/a", "bc/x", "a"]:
+            location.put(key, b"")
+        assert sorted(location.folders()) == ["b", "bc"]
+        assert [*location.child("b").folders()] == ["c"]
+
     def test_stat_tells_a_new_version(self, location: Location) -> None:
         location.put("k", b"1")
         before = location.stat()["k"]

@@ -194,7 +194,9 @@ def test_directions_contracted_with_layers(name: str, dtype: torch.dtype) -> Non
     contracted = Pairs(held.problem, along, dtype)
     expected = held.gradients(held.train) @ held.form.directions.mT
     for budget in (1, 2**20):
-        found = directional._by_layers(contracted, held.problem, *held.cast_train, along, budget)
+        found = directional._by_layers(
+            contracted.projections, contracted.size, held.problem, *held.cast_train, dtype, budget
+        )
         assert found.dtype == dtype
         assert oracles.relative_error(found.double(), expected) <= (SAME if dtype == torch.float64 else 1e-5)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, replace
 
 import pytest
 
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.forecast import TASKS_PER_SECOND, Cluster, Forecast, Speed
-from dask_influence.execution.plan import PROCESS_BYTES, Plan, arrange
+from dask_influence.execution.plan import HELD_BYTES, PROCESS_BYTES, Plan, arrange
 from dask_influence.execution.work import Kept, Work
 
 LARGE = Work(
@@ -92,6 +93,31 @@ def test_a_sketch_that_fits_no_worker_is_refused_with_the_rank_that_would() -> N
     arrange(replace(work, rank=rank), tile_bytes=2**18, memory_limit=limit).validate(limit)
     with pytest.raises(MemoryLimitError):
         arrange(replace(work, rank=rank + 1), tile_bytes=2**18, memory_limit=limit).validate(limit)
+
+
+@pytest.mark.parametrize("tests", [3, 1437])
+def test_small_tiles_share_a_product(tests: int) -> None:
+    """Strips are cut into runs of whole tiles, each tile once, whose derivatives fit what may be held."""
+    plan = arrange(Work(tests, 1437, (), 2410, None, 4, 42, 264), tile_bytes=2**18)
+    assert plan.held_columns % plan.tile[1] == 0
+    assert plan.held_columns * plan.directions * 4 <= HELD_BYTES
+    assert tests == 3 or plan.held_columns > plan.tile[1]
+    tiles = []
+    for strip in map(plan.strip, range(plan.strips)):
+        runs = [*plan.together(strip)]
+        assert [*itertools.chain(*runs)] == [*strip.columns]
+        assert max(map(len, runs)) <= plan.held_columns
+        tiles += [tile for run in runs for tile in plan.tiles_of(strip, run)]
+    assert len({(rows.start, columns.start) for rows, columns in tiles}) == len(tiles) == plan.tiles
+    assert sum(len(rows) * len(columns) for rows, columns in tiles) == tests * 1437
+
+
+def test_coefficients_are_solved_for_more_test_points_at_a_time_than_factors() -> None:
+    """No gradient of theirs is held, but those of a few samples."""
+    sketch = replace(LARGE, tests=5_000)
+    projecting, forming = arrange(sketch), arrange(replace(sketch, rank=None))
+    assert projecting.factor_rows > 10 * forming.factor_rows
+    assert projecting.solving_bytes < forming.solving_bytes
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import dask_influence as di
-from dask_influence.execution.lanes import in_lanes, lanes_of
+from dask_influence.execution.lanes import AHEAD, in_lanes, lanes_of
+from dask_influence.execution.local import LocalExecutor
 from tests import data
 
 
@@ -30,6 +32,28 @@ def test_calls_run_at_the_same_time_and_come_in_order(two_threads: None) -> None
         return number
 
     assert list(in_lanes([lambda n=n: call(n) for n in range(6)], threads=1)) == [*range(6)]
+
+
+def test_of_any_number_of_calls_few_are_begun_ahead(two_threads: None) -> None:
+    made: list[int] = []
+
+    def calls() -> Iterator[Callable[[], int]]:
+        for number in itertools.count():
+            made.append(number)
+            yield lambda n=number: n
+
+    lanes = in_lanes(calls(), threads=1)
+    assert [next(lanes) for _ in range(5)] == [*range(5)]
+    lanes.close()  # type: ignore[attr-defined] # a generator
+    assert len(made) <= 5 + AHEAD * 2
+
+
+def test_tasks_of_a_run_in_this_process_are_side_by_side(two_threads: None) -> None:
+    """Where each takes fewer threads than there are; one after the other where that is not known."""
+    meet = threading.Barrier(2, timeout=60)
+    assert sorted(LocalExecutor().map(lambda n: (meet.wait(), n)[1], [(1,), (2,)], threads=1)) == [1, 2]
+    own = threading.get_ident()
+    assert [*LocalExecutor().map(threading.get_ident, [(), ()])] == [own, own]
 
 
 def test_an_error_waits_for_what_runs(two_threads: None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import dask
 import dask.array as da
 import numpy as np
+import optree
 import pytest
 import torch
 import zarr
@@ -26,7 +27,7 @@ from torch.utils.data import (
 
 from dask_influence.errors import CorruptStoreError, DataError, DataWarning, StoreError
 from dask_influence.storage import samples
-from dask_influence.storage.sources import ArraySource, DaskSource, as_source, check_finite, stage
+from dask_influence.storage.sources import ArraySource, DaskSource, ZarrSource, as_source, check_finite, stage
 from dask_influence.storage.stores import Location
 
 X, Y = np.arange(22.0, dtype=np.float32).reshape(11, 2), np.arange(11)
@@ -431,6 +432,27 @@ def test_staging_again_writes_nothing(tmp_path: Path) -> None:
     again = stage(as_source((torch.from_numpy(X), Y)), location, 4)
     assert again.location == first.location
     assert location.stat() == before
+
+
+@pytest.mark.parametrize(
+    "x", [X, (X, {"b": X[:, :1], "a": X + 1}), {"z": X, "a": (X, X + 2)}], ids=["array", "tuple", "mapping"]
+)
+def test_what_is_staged_is_what_is_found_there(tmp_path: Path, x: Any) -> None:
+    """It is not opened until it is read, and then it is what a group at that place is."""
+    staged = stage(as_source((x, Y), "train"), Location.of(tmp_path), 4)
+    opened = ZarrSource(staged.location, "train")
+    assert staged._arrays is None
+    assert staged.spec == opened.spec
+    assert (len(staged), staged.chunk_size, staged.digest()) == (
+        len(opened),
+        opened.chunk_size,
+        opened.digest(),
+    )
+    for one in (staged, pickle.loads(pickle.dumps(staged))):
+        for left, right in zip(
+            optree.tree_leaves(one.read(3, 9)), optree.tree_leaves(opened.read(3, 9)), strict=True
+        ):
+            np.testing.assert_array_equal(left, right)
 
 
 def test_other_content_is_staged_beside_it(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dask_influence.core.certificate import Certificate
 from dask_influence.core.checks import SEEDS
 from dask_influence.core.estimators.base import (
     Estimator,
@@ -133,6 +135,11 @@ class LowRankInverse(Inverse):
     def directions(self) -> Tensor | None:
         """V, unless the complement makes factors leave its span."""
         return None if self.complement else self.vectors
+
+    @cached_property
+    def certificate(self) -> Certificate | None:
+        """By HV, unless the complement makes factors leave the span of V."""
+        return None if self.complement else Certificate(self.vectors, self.images, self.values)
 
     @property
     def form(self) -> Spectral | None:

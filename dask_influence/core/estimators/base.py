@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dask_influence.core.certificate import Certificate
 from dask_influence.core.curvature import product_sums
 from dask_influence.core.factored import Factored
 from dask_influence.core.layers import Layout
@@ -179,6 +180,11 @@ class Inverse(ABC):
     def weighed(self, projections: Tensor) -> Tensor:
         """Coefficients (n, R) of gradients whose products with the directions are ``projections`` (n, R)."""
         raise NotImplementedError(f"{type(self).__name__} has no directions of its own")
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What tells residuals of combinations of :attr:`directions` without forming them, where that is known."""
+        return None
 
     def approximated(self, problem: Problem, x: Tree, y: Tree, tolerance: float) -> Inverse:
         """The same with its directions in factors beside them, measured on samples to ``tolerance``."""

@@ -11,13 +11,14 @@ import dataclasses
 import fnmatch
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dask_influence.core.certificate import Certificate
 from dask_influence.core.curvature import product_sums
 from dask_influence.core.estimators.base import (
     INVERSES,
@@ -305,14 +306,26 @@ class BlockInverse(Inverse):
     def _gathered_directions(self) -> Tensor | None:
         found = [part.directions for part in self.parts]
         held = [directions for directions in found if isinstance(directions, Tensor)]
-        if len(held) < len(found):
-            return None
-        rows = torch.zeros(sum(map(len, held)), self.size, dtype=torch.float64)
+        return self._gathered(held) if len(held) == len(found) else None
+
+    def _gathered(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of each block (R_b, P_b), zero outside their own: (ΣR_b, P)."""
+        rows = torch.zeros(sum(map(len, parts)), self.size, dtype=torch.float64)
         start = 0
-        for directions, columns in zip(held, self.columns, strict=True):
-            rows[start : start + len(directions), columns] = directions.to(torch.float64)
-            start += len(directions)
+        for own, columns in zip(parts, self.columns, strict=True):
+            rows[start : start + len(own), columns] = own.to(torch.float64)
+            start += len(own)
         return rows
+
+    @cached_property
+    def certificate(self) -> Certificate | None:
+        """That of all blocks; None where a block has none."""
+        found = [part.certificate for part in self.parts]
+        held = [own for own in found if own is not None]
+        if self._directions is None or len(held) < len(found):
+            return None
+        values = torch.cat([own.values for own in held])
+        return Certificate(self._directions, self._gathered([own.images for own in held]), values)
 
     def coefficients(self, gradients: Tensor) -> Tensor:
         """Those of all blocks side by side, (n, ΣR_b)."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dask_influence.core.certificate import Certificate
 from dask_influence.core.estimators.base import INVERSES, Inverse, Round, System, check_regularization
 from dask_influence.core.estimators.factored import FactoredInverse
 from dask_influence.core.estimators.lockstep import in_step
@@ -134,6 +135,11 @@ class SweepInverse(Inverse):
     def weighed(self, projections: Tensor) -> Tensor:
         """Those of every λ, (n·L, R)."""
         return interleaved([part.weighed(projections) for part in self.parts])
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """That of the fit, which does not depend on λ."""
+        return self.parts[0].certificate
 
     @property
     def approximate(self) -> SweepInverse | None:
