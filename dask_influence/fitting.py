@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -99,7 +99,8 @@ def fit(
         )
     with reporting(progress) as reported:
         rounds = _Counted(kept or answering, reported)
-        inverse = drive(configuration.estimator.fit(known.system), rounds)
+        system = replace(known.system, pass_cost=resources.pass_cost(problem))
+        inverse = drive(configuration.estimator.fit(system), rounds)
         tolerance = configuration.estimator.tolerance
         if tolerance is not None:
             samples = probes(known.problem.objective, source, PROBES)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dask_influence import ArnoldiInfluence, DirectInfluence
-from dask_influence.core.estimators.arnoldi import _Basis
+from dask_influence.core.estimators.arnoldi import _block
+from dask_influence.core.estimators.decomposition import Decomposition
 from tests import data, oracles
 
 RANKS = {
@@ -198,20 +199,65 @@ def test_captured_spectrum_comes_close_to_the_share_of_squares(seed: int) -> Non
     assert 1 - fitted.diagnostics["captured_spectrum"] == pytest.approx(1 - truth, rel=0.6)
 
 
-def test_pairs_that_open_again_are_found_behind_those_looked_at_first() -> None:
-    """Residuals of all pairs are looked at before none is said to be open."""
-    size = 6
-    basis = _Basis(size, size, torch.float64)
-    unit = torch.eye(size, dtype=torch.float64)
-    images = torch.diag(torch.arange(6.0, 0.0, -1, dtype=torch.float64))
-    images[3, 5] += 1.0  # the image of the fourth row leaves the span of the first four
-    basis.append(unit[:4], images[:4])
-    rotation, values = unit[:4, :4], torch.tensor([6.0, 5.0, 4.0, 3.0], dtype=torch.float64)
-    assert torch.equal(basis.open(rotation, values, 0.5, 1), unit[5:])
-    values[0] = 4.0  # now the first pair is open, and the fourth is looked at before it
-    assert torch.equal(basis.open(rotation, values, 0.5, 2), torch.stack([unit[5], 2 * unit[0]]))
-    values[3], images[3, 5] = 3.0, 0.0
-    basis = _Basis(size, size, torch.float64)
-    basis.append(unit[:4], images[:4])
-    values[0] = 6.0
-    assert len(basis.open(rotation, values, 0.5, 2)) == 0
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_eigenvalues_of_larger_multiplicity_than_the_block_are_found(block_size: int) -> None:
+    """Under squared error those of a linear layer have one copy for each of its five outputs."""
+    net = data.seeded(lambda: torch.nn.Linear(6, 5)).double()
+    x, y = 3.0 * data.normal(81, 43, 6), data.normal(82, 43, 5)
+    hessian = oracles.hessian(net, torch.nn.functional.mse_loss, x, y)
+    expected, _ = oracles.leading_eigenpairs(hessian, 15)
+    assert float((expected[:5] - expected[0]).abs().max()) <= 1e-12  # five copies
+    fitted = ArnoldiInfluence(
+        net, torch.nn.functional.mse_loss, 0.1, rank=15, tol=1e-9, block_size=block_size
+    ).fit((x, y))
+    assert fitted.diagnostics["eigenvalues"] == pytest.approx(expected.tolist(), rel=1e-8)
+
+
+def test_small_blocks_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single vectors take the fewest products and blocks the fewest passes; either finds the same pairs."""
+    case, taken = data.digits_mlp(), []
+    advance = Decomposition.advance
+
+    def counting(self: Decomposition, images: Tensor) -> None:
+        taken[-1].append(len(images))
+        advance(self, images)
+
+    monkeypatch.setattr(Decomposition, "advance", counting)
+    values = []
+    for block_size in (1, 4):
+        taken.append([])
+        fitted = ArnoldiInfluence(
+            case.model, case.loss, case.regularization, rank=20, tol=1e-4, block_size=block_size
+        ).fit(case.train)
+        values.append(fitted.diagnostics["eigenvalues"])
+        assert fitted.diagnostics["passes"] == len(taken[-1])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    single, blocks = taken
+    assert sum(single) < 0.85 * sum(blocks)
+    assert len(blocks) < 0.5 * len(single)
+    assert sum(single) <= 5 * 20
+
+
+@pytest.mark.parametrize(
+    ("rank", "pass_cost", "block"), [(20, 0.1, 1), (20, 1.0, 3), (1, 1.0, 1), (100, 1.0, 7), (600, 4.0, 16)]
+)
+def test_blocks_are_as_large_as_passes_cost(rank: int, pass_cost: float, block: int) -> None:
+    assert _block(rank, pass_cost) == block
+
+
+def test_a_large_chain_in_this_process_is_multiplied_by_single_vectors() -> None:
+    """Elsewhere a pass costs as much as a product, and small models are fitted alike everywhere."""
+    x, y = data.normal(83, 9, 300).float(), data.normal(84, 9, 1).float()
+
+    def block_of(hidden: int) -> int:
+        net = data.seeded(
+            lambda: torch.nn.Sequential(
+                torch.nn.Linear(300, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 1)
+            )
+        )
+        fitted = ArnoldiInfluence(net.float(), torch.nn.functional.mse_loss, 30.0, rank=8, tol=1e-2).fit(
+            (x, y)
+        )
+        return int(fitted.diagnostics["block_size"])
+
+    assert [block_of(220), block_of(20)] == [1, 2]

@@ -28,6 +28,9 @@ from dask_influence.storage.stores import Location
 LARGE_MODEL = 2**16
 """Parameters from which one process uses all its torch threads."""
 
+KEPT_PASS = 0.1
+"""Products with one vector that a pass costs beside its own, where all that they share is kept."""
+
 PARAMETERS_PER_SAMPLE, LARGEST_CHUNK = 512, 2048
 """Chunks of data are joined for large models: a sample for so many parameters, up to so many samples."""
 
@@ -121,6 +124,17 @@ class Resources:
         if self.client is not None or problem.objective.size < LARGE_MODEL:
             return 1
         return torch.get_num_threads()
+
+    def pass_cost(self, problem: Problem) -> float:
+        """What a pass costs beside its products, in products with one vector; for estimators that choose a block.
+
+        Next to nothing where chunks keep what products share. Else forward values are made anew in each pass, and
+        workers wait for each other; for small models everywhere, so that their fits are the same bits.
+        """
+        kept = (
+            self.client is None and problem.forms.product == "chain" and problem.objective.size >= LARGE_MODEL
+        )
+        return KEPT_PASS if kept else 1.0
 
     def _samples_at_once(self, problem: Problem, source: Source) -> int:
         if self.chunk_size is not None:

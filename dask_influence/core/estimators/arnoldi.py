@@ -1,11 +1,10 @@
 """Arnoldi: the eigenpairs of largest magnitude, by a thick-restarted block Krylov method.
 
 Products with a block of B vectors cost one pass over the data, so the basis grows by B
-vectors a pass. The curvature is symmetric: Rayleigh-Ritz on the basis Q gives the
-eigenpairs, with residuals known exactly because the images HQ are kept. Full
-reorthogonalisation (twice) keeps Q orthonormal to machine precision. When the basis is
-full, it is restarted from its best Ritz vectors (Wu & Simon 2000); restarting loses
-nothing, because the images of Ritz vectors are combinations of the images held.
+vectors a pass, those in which the residuals of open pairs are longest. Rayleigh-Ritz on the
+basis gives the eigenpairs; their residuals and images are known without a product more
+(:mod:`~dask_influence.core.estimators.decomposition`). When the basis is full, it is
+restarted from its best Ritz vectors (Wu & Simon 2000), which loses nothing.
 
 Influence through a low-rank inverse: Schioppa et al. 2022, section 3. With ``complement``
 the orthogonal complement is kept with eigenvalue λ (the Woodbury identity).
@@ -13,6 +12,7 @@ the orthogonal complement is kept with eigenvalue λ (the Woodbury identity).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from dask_influence.core.estimators.base import (
     check_regularization,
     relative_residuals,
 )
+from dask_influence.core.estimators.decomposition import Decomposition, Ritz
 from dask_influence.core.estimators.factored import (
     FactoredInverse,
     check_accuracy,
@@ -239,7 +240,7 @@ class LowRankInverse(Inverse):
         }
 
 
-CONFIRMATIONS = 3
+CONFIRMATIONS = 4
 """Passes spent after convergence on looking for pairs that were missed.
 
 A Krylov space of B start vectors holds at most B vectors of an eigenspace, so eigenvalues of
@@ -259,18 +260,18 @@ class Arnoldi(Estimator):
     complement : bool
         Keep the orthogonal complement with eigenvalue λ.
     krylov_dimension : int, optional
-        Vectors in the basis before a restart; default max(2R + 2B, 20), at most P. Twice as many where they
+        Vectors in the basis before a restart; default max(4R + 4B, 40), at most P. Twice as many where they
         are held in float32, which is for models in float32 and a ``tol`` of at least 256 times their roundoff.
     tol : float
         ``‖H v − θ v‖ ≤ tol·|θ_max|`` for each kept pair.
     seed : int
         Of the random start block.
     block_size : int, optional
-        B, vectors multiplied in one pass; default about a tenth of the rank, from 2 to 16. Smaller
-        blocks take fewer products in all, in more passes: rank 20 of an MLP of 820,874 parameters
-        (4,096 samples, tol=1e-3) took about 90 products in 43 passes by blocks of 2, 150 in 37 by blocks of 4.
-    maxiter : int
-        Passes after which the best pairs are taken, with a :class:`ConvergenceWarning`.
+        B, vectors multiplied in one pass, from 1 to 16 by default: √(c R / 2), for passes that cost c products beside
+        their own. Smaller blocks take fewer products in all, in more passes.
+    maxiter : int, optional
+        Passes after which the best pairs are taken, with a :class:`ConvergenceWarning`; default 300,
+        or 20 R / B where that is more.
     direction_tol : float, optional
         Relative error of scores that may be made for speed: directions are held layer by layer as thin
         matrices, of ranks chosen by scores of samples of the data fitted, where that is cheaper. Part of what
@@ -284,7 +285,7 @@ class Arnoldi(Estimator):
     tol: float = 1e-6
     seed: int = 0
     block_size: int | None = None
-    maxiter: int = 300
+    maxiter: int | None = None
     direction_tol: float | None = None
 
     @property
@@ -315,10 +316,9 @@ class Arnoldi(Estimator):
                 f"rank must be an integer from 1 to P − 1 = {system.size - 1} (the model has P = {system.size} "
                 f"parameters in θ); got {self.rank!r}"
             )
-        for name in ("krylov_dimension", "block_size"):
+        for name in ("krylov_dimension", "block_size", "maxiter"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name))
-        check_integer("maxiter", self.maxiter)
         check_flag("complement", self.complement)
         check_integer("seed", self.seed, *SEEDS)
         check_number("tol", self.tol)
@@ -337,54 +337,48 @@ class Arnoldi(Estimator):
 
     def fit(self, system: System) -> Generator[Round, Moments, LowRankInverse]:
         """Grow the basis B vectors a pass, restart when it is full, stop when R pairs have converged."""
-        block = min(self.block_size or max(2, min(16, -(-self.rank // 10))), system.size)
-        probe = min(max(block, 4), system.size)  # vectors that look for missed pairs
+        block = min(self.block_size or _block(self.rank, system.pass_cost), system.size)
         tolerance = max(self.tol, 32 * torch.finfo(system.dtype).eps)  # below it products are noise
         held = _precision(system.dtype, tolerance)
-        limit = self.krylov_dimension or max(2 * self.rank + 2 * block, 20) * (8 // held.itemsize)
-        limit = min(max(limit, self.rank + 2 * probe), system.size)
+        limit = self._limit(system.size, block, held)
+        most = self.maxiter or max(300, 20 * self.rank // block)
         generator = torch.Generator().manual_seed(self.seed)
-        start = torch.randn(block, system.size, generator=generator, dtype=torch.float64)
-        basis = _Basis(system.size, limit, held)
-        fresh = basis.orthonormalised(start.to(held), generator)
-        passes = confirmed = 0
-        random = fresh, fresh  # with its images, once they are there
+        basis = Decomposition(system.size, limit + block, held, generator)
+        basis.add_random(block)
+        moments = yield system.products(basis.next(block))
+        basis.advance(moments.mean("products"))
+        random, passes, confirmed = _Start.of(basis), 1, 0
         while True:
-            moments = yield system.products(fresh)
-            passes += 1
-            if passes == 1:
-                random = fresh, moments.mean("products")
-            basis.append(fresh, moments.mean("products"))
-            values, rotation = basis.ritz()
-            wanted = min(
-                self.rank + (probe if confirmed else 0), basis.length
-            )  # more of them where they are looked for
-            kept = slice(min(self.rank, wanted))
-            scale = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny).item()
-            # The residuals of the pairs still open span what a Lanczos step would add next.
-            candidates = basis.open(rotation[:, kept], values[kept], tolerance * scale, block)
-            complete = basis.length == system.size
-            converged = basis.length >= self.rank and len(candidates) == 0
-            if complete or passes >= self.maxiter or (converged and confirmed == CONFIRMATIONS):
+            ritz = basis.ritz()
+            scale = ritz.values[0].abs().clamp_min(torch.finfo(torch.float64).tiny).item()
+            complete = basis.multiplied == system.size
+            converged = basis.multiplied >= self.rank and not self._open(ritz, tolerance * scale).any()
+            if complete or passes >= most or (converged and confirmed == CONFIRMATIONS):
                 break
-            if len(candidates):
-                confirmed = 0
-            else:
-                others = torch.arange(self.rank if confirmed else wanted, wanted)
-                candidates = basis.residuals(rotation[:, others], values[others])
-                if len(candidates) == 0:  # zeros are replaced by random vectors: look elsewhere
-                    candidates = torch.zeros(probe, system.size, dtype=held)
-            confirmed += converged
-            if basis.length + len(candidates) > limit:
-                basis.restart(rotation[:, : min(max(self.rank, limit - 2 * probe), basis.length)])
-            fresh = basis.orthonormalised(candidates[: system.size - basis.length], generator)
-        vectors, values, images = basis.pairs(rotation[:, : self.rank])
-        worst = ((images - values[:, None] * vectors).norm(dim=1).max() / scale).item()
+            confirmed = confirmed + 1 if converged else 0
+            wanted = block * (CONFIRMATIONS if confirmed == 1 else 1)
+            if basis.multiplied + wanted > limit < system.size:
+                kept = ritz.rotation[:, : min((limit + self.rank) // 2, limit - wanted)]
+                basis.restart(kept)
+                random, ritz = random.turned(kept), basis.ritz()
+            count = block
+            if confirmed == 1 or basis.pending == 0:
+                basis.add_random(block)
+            elif confirmed:
+                basis.newest_first(block)
+            elif basis.multiplied >= self.rank:
+                is_open = self._open(ritz, tolerance * scale)
+                count = min(block, basis.favour(ritz.outside[:, : self.rank][:, is_open], tolerance * scale))
+            moments = yield system.products(basis.next(count))
+            basis.advance(moments.mean("products"))
+            passes += 1
+        vectors, values, images, residuals = basis.pairs(ritz.rotation[:, : self.rank])
+        worst = (residuals.max() / scale).item()
         if worst > tolerance and not complete:
             warnings.warn(
                 ConvergenceWarning(
                     f"after {passes} passes the worst of {self.rank} eigenpairs has relative residual "
-                    f"{worst:.2g} > tol={self.tol:g}; raise maxiter={self.maxiter} or krylov_dimension={limit}"
+                    f"{worst:.2g} > tol={self.tol:g}; raise maxiter={most} or krylov_dimension={limit}"
                 ),
                 stacklevel=2,
             )
@@ -393,18 +387,60 @@ class Arnoldi(Estimator):
             "block_size": block,
             "eigenpair_residual": worst,
             "krylov_dimension": limit,
-            "captured_spectrum": _captured(vectors, values, *random),
+            "captured_spectrum": random.captured(ritz.rotation[:, : self.rank], values, system.size),
         }
         return LowRankInverse.checked(vectors, values, images, system.regularization, self.complement, report)
 
+    def _open(self, ritz: Ritz, allowed: float) -> Tensor:
+        """Which of the R pairs have not converged."""
+        return ritz.residuals[: self.rank] > allowed
 
-def _captured(vectors: Tensor, values: Tensor, rows: Tensor, images: Tensor) -> float:
-    """Σ θ² of the pairs kept over ‖C‖²_F: random rows, and their images, estimate what the complement adds to it."""
-    rows = rows.to(torch.float64)
-    rest = images - ((rows @ vectors.mT) * values) @ vectors
-    kept, lengths = values.square().sum().item(), rows.square().sum(1)
-    others = vectors.shape[1] * (rest.square().sum(1) / lengths).mean().item()
-    return kept / max(kept + others, torch.finfo(torch.float64).tiny)
+    def _limit(self, size: int, block: int, held: torch.dtype) -> int:
+        """Rows of the basis before a restart."""
+        limit = self.krylov_dimension or max(4 * (self.rank + block), 40) * (8 // held.itemsize)
+        return min(max(limit, self.rank + CONFIRMATIONS * block), size)
+
+
+def _block(rank: int, pass_cost: float) -> int:
+    """Vectors multiplied at once that make the fit cheapest.
+
+    About 4.5 R + 9 B products are taken in all, by measurement, so the passes' own cost c, in products,
+    is worth that of larger blocks: (4.5 R + 9 B)(1 + c/B) is least at B = √(c R / 2).
+    """
+    return max(1, min(16, round(math.sqrt(pass_cost * rank / 2))))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Random rows r, and how long C makes them.
+
+    Attributes
+    ----------
+    coordinates : Tensor
+        Of the rows in Q (K, b), as far as they lie in it.
+    squares : Tensor
+        ‖C r‖² (b,).
+    """
+
+    coordinates: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, basis: Decomposition) -> _Start:
+        """The rows that Q begins with."""
+        count = basis.multiplied
+        return cls(torch.eye(count, dtype=torch.float64), basis.coefficients.square().sum(0))
+
+    def turned(self, rotation: Tensor) -> _Start:
+        """In a basis of the Ritz vectors of ``rotation`` (K, k)."""
+        return _Start(rotation[: len(self.coordinates)].mT @ self.coordinates, self.squares)
+
+    def captured(self, rotation: Tensor, values: Tensor, size: int) -> float:
+        """Σ θ² of pairs over ‖C‖²_F: what C makes of random rows, less the pairs' share of it, estimates the rest."""
+        inside = values[:, None] * (rotation[: len(self.coordinates)].mT @ self.coordinates)
+        kept = values.square().sum().item()
+        others = size * (self.squares - inside.square().sum(0)).mean().clamp_min(0).item()
+        return kept / max(kept + others, torch.finfo(torch.float64).tiny)
 
 
 COARSE = 256.0
@@ -415,111 +451,3 @@ def _precision(dtype: torch.dtype, tolerance: float) -> torch.dtype:
     """What the basis is held in: half the memory, and half the time beside the products, where it does no harm."""
     coarse = dtype == torch.float32 and tolerance >= COARSE * torch.finfo(dtype).eps
     return torch.float32 if coarse else torch.float64
-
-
-CLEAR = 0.1
-"""Of the length of rows: what may be subtracted, and has to be left, for one orthogonalisation to do."""
-
-VANISHED = 4096.0
-"""Roundoffs of a row's length below which what is left of it is rounding."""
-
-
-class _Basis:
-    """Orthonormal rows Q (K, P) with their images HQ, preallocated."""
-
-    def __init__(self, size: int, limit: int, dtype: torch.dtype) -> None:
-        self._rows = torch.empty(limit, size, dtype=dtype)
-        self._images = torch.empty(limit, size, dtype=dtype)
-        self._projected = torch.empty(limit, limit, dtype=torch.float64)  # Q (H Q)ᵀ, symmetric to rounding
-        self.length = self._first = 0
-
-    def append(self, rows: Tensor, images: Tensor) -> None:
-        start, self.length = self.length, self.length + len(rows)
-        new, held = slice(start, self.length), slice(self.length)
-        self._rows[new], self._images[new] = rows, images
-        projected = self._rows[held] @ self._images[new].mT  # (K, B)
-        self._projected[held, new] = projected.to(torch.float64)
-        self._projected[new, :start] = self._projected[:start, new].mT
-
-    def ritz(self) -> tuple[Tensor, Tensor]:
-        """Ritz values by falling magnitude, and the rotation (K, K) of the basis to their vectors, float64."""
-        projected = self._projected[: self.length, : self.length]
-        values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
-        order = values.abs().argsort(descending=True, stable=True)
-        return values[order], rotation[:, order]
-
-    def open(self, rotation: Tensor, values: Tensor, allowed: float, count: int) -> Tensor:
-        """``count`` residuals, of the Ritz pairs of ``rotation``, that are longer than ``allowed``, or all there are.
-
-        Pairs that were open before are looked at first: one that has converged seldom opens again.
-        """
-        order = [*range(self._first, len(values)), *range(min(self._first, len(values)))]
-        found: list[Tensor] = []
-        for part in torch.tensor(order).split(count):
-            residuals = self.residuals(rotation[:, part], values[part])
-            longer = residuals.norm(dim=1) > allowed
-            if not found and longer.any():
-                self._first = int(part[longer][0])
-            found.extend(residuals[longer])
-            if len(found) >= count:
-                break  # no need to look at the others
-        return torch.stack(found[:count]) if found else self._rows[:0]
-
-    def residuals(self, rotation: Tensor, values: Tensor) -> Tensor:
-        """H v − θ v for the Ritz pairs of ``rotation``, as rows."""
-        held, turned = slice(self.length), rotation.mT.to(self._rows.dtype)
-        scaled = (values * rotation).mT.to(self._rows.dtype)
-        return (turned @ self._images[held]).addmm_(scaled, self._rows[held], alpha=-1)
-
-    def restart(self, rotation: Tensor) -> None:
-        """Replace the basis by the Ritz vectors of ``rotation``."""
-        held = slice(self.length)
-        projected = rotation.mT @ self._projected[held, held] @ rotation
-        vectors, images = self.rotated(rotation)
-        held = slice(len(vectors))
-        self.length = len(vectors)
-        self._rows[held], self._images[held] = vectors, images
-        self._projected[held, held] = projected
-
-    def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows rotationᵀ Q and their images."""
-        turned = rotation.mT.to(self._rows.dtype)
-        return turned @ self._rows[: self.length], turned @ self._images[: self.length]
-
-    def pairs(self, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """V (R, P), Λ (R,) by falling magnitude and H V of the span of ``rotation``, V orthonormal in float64."""
-        vectors, images = (part.to(torch.float64) for part in self.rotated(rotation))
-        whitening = torch.linalg.inv(torch.linalg.cholesky(vectors @ vectors.mT))  # of nearly the identity
-        projected = whitening @ (vectors @ images.mT) @ whitening.mT
-        values, turned = torch.linalg.eigh((projected + projected.mT) / 2)
-        order = values.abs().argsort(descending=True, stable=True)
-        turned = turned[:, order].mT @ whitening
-        return turned @ vectors, values[order], turned @ images
-
-    def orthonormalised(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """``rows`` made orthonormal to the basis and to each other.
-
-        Rows that vanish (the Krylov space is exhausted) are replaced by random ones, so
-        that an invariant subspace never stops the search.
-        """
-        held = self._rows[: self.length]
-        least = torch.finfo(rows.dtype)
-        rows = rows.clone()
-        for _ in range(2):
-            norms = rows.norm(dim=1, keepdim=True)
-            rows = torch.where(norms > 0, rows / norms.clamp_min(least.tiny), rows)
-            overlap = rows @ held.mT
-            rows = rows - overlap @ held
-            orthonormal, triangle = torch.linalg.qr(rows.mT)
-            remaining = triangle.diagonal().abs()
-            vanished = remaining < VANISHED * least.eps
-            if vanished.any():
-                shape = int(vanished.sum()), rows.shape[1]
-                random = torch.randn(shape, generator=generator, dtype=torch.float64).to(rows.dtype)
-                rows = orthonormal.mT.clone()
-                rows[vanished] = random / random.norm(dim=1, keepdim=True)
-                return self.orthonormalised(rows, generator)
-            rows = orthonormal.mT
-            if remaining.min() > CLEAR and (overlap.abs() < CLEAR).all():
-                break  # little was subtracted, and rounding is all that is left of it
-        return rows.contiguous()

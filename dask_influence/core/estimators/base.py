@@ -77,6 +77,8 @@ class System:
         The model's floating dtype.
     layout : Layout, optional
         θ in layers, for estimators that are built from layers; known where the model is at hand.
+    pass_cost : float
+        What a pass over the data costs beside its products with single vectors, in such products.
     """
 
     names: tuple[str, ...]
@@ -86,6 +88,7 @@ class System:
     samples: int
     dtype: torch.dtype
     layout: Layout | None = None
+    pass_cost: float = 1.0
 
     @property
     def size(self) -> int:
@@ -112,7 +115,7 @@ class System:
     def to_json(self) -> dict[str, Any]:
         """Values for :meth:`from_json`: an inverse that asks for rounds later has to keep its system."""
         values = asdict(replace(self, layout=None)) | {"dtype": str(self.dtype).removeprefix("torch.")}
-        del values["layout"]
+        del values["layout"], values["pass_cost"]  # of one fit, on one machine
         return values
 
     @classmethod

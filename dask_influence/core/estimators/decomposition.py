@@ -1,0 +1,254 @@
+"""A block Krylov decomposition C Q = [Q F] M, grown by products, with full reorthogonalisation.
+
+Q holds the rows that have been multiplied by the symmetric C, F those that are pending: what
+products left outside of Q, or random rows. All are orthonormal. M knows the rest, so that no
+image is held: a Ritz pair (θ, Qy) has the residual F S y, S the last rows of M, of length ‖S y‖,
+and its image is [Q F] M y. What an image has in common with Q is known from earlier products by
+symmetry, and subtracted from the few rows that it concerns (Lanczos 1950); a second subtraction
+from all rows takes what rounding left. Restarts keep Ritz vectors, which lose nothing: the
+decomposition stays one (Stewart 2001; Wu & Simon 2000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CLEAR = 0.1
+"""Of the length rows keep: where more is subtracted, or one keeps less beside others, it is done again."""
+
+VANISHED = 32.0
+"""Roundoffs of the longest image of a block below which what is left of one is rounding."""
+
+ATTEMPTS = 4
+"""Times that rows are orthogonalised at most; twice is enough but for the worst of luck."""
+
+PANEL = 2**15
+"""Columns at a time where rows are turned: no copy of all is made."""
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz values by falling magnitude, the rotation (K, K) of Q to their vectors, and residuals.
+
+    Attributes
+    ----------
+    values : Tensor
+        θ (K,).
+    rotation : Tensor
+        y as columns (K, K).
+    outside : Tensor
+        S y (p, K): coordinates of the residuals in the pending rows.
+    """
+
+    values: Tensor
+    rotation: Tensor
+    outside: Tensor
+
+    @property
+    def residuals(self) -> Tensor:
+        """‖C v − θ v‖ (K,)."""
+        return self.outside.norm(dim=0)
+
+
+class Decomposition:
+    """C Q = [Q F] M with K rows in Q and p in F.
+
+    Parameters
+    ----------
+    size : int
+        P.
+    rows : int
+        Rows for which there is memory at first; more is taken where it is needed.
+    dtype : torch.dtype
+        In which rows are held; M is float64.
+    generator : torch.Generator
+        Of random rows.
+    """
+
+    def __init__(self, size: int, rows: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+        self._rows = torch.empty(min(rows, size), size, dtype=dtype)
+        self._coefficients = torch.zeros(len(self._rows), len(self._rows), dtype=torch.float64)
+        self._generator = generator
+        self.multiplied = self.pending = 0
+        """K and p."""
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self._rows.shape[1]
+
+    @property
+    def coefficients(self) -> Tensor:
+        """M (K + p, K)."""
+        return self._coefficients[: self._length, : self.multiplied]
+
+    @property
+    def _length(self) -> int:
+        return self.multiplied + self.pending
+
+    # -- what is multiplied next -------------------------------------------------------
+    def next(self, count: int) -> Tensor:
+        """The first ``count`` pending rows, or all there are: what :meth:`advance` wants the products of."""
+        return self._rows[self.multiplied : self.multiplied + min(count, self.pending)]
+
+    def add_random(self, count: int) -> None:
+        """Put ``count`` random rows before the pending ones, where there are as many dimensions left."""
+        count = min(count, self.size - self._length)
+        if count == 0:
+            return
+        random = torch.randn(count, self.size, generator=self._generator, dtype=torch.float64)
+        nothing = torch.zeros(self._length, count, dtype=torch.float64)
+        fresh, _ = self._outside(random.to(self._rows.dtype), nothing)
+        self._append(fresh)
+        self.newest_first(len(fresh))
+
+    def newest_first(self, count: int) -> None:
+        """Put the ``count`` rows that came last before the other pending ones."""
+        order = torch.arange(self.pending).roll(min(count, self.pending))
+        self._turn_pending(torch.eye(self.pending, dtype=torch.float64)[order])
+
+    def favour(self, outside: Tensor, least: float) -> int:
+        """Turn the pending rows so that those come first along which residuals ``outside`` (p, k) are longest.
+
+        Returns along how many they are longer than ``least``, one at the least.
+        """
+        turn, lengths, _ = torch.linalg.svd(outside)
+        if self.pending > 1:
+            self._turn_pending(turn.mT)
+        return max(1, int((lengths > least).sum()))
+
+    def _turn_pending(self, turn: Tensor) -> None:
+        """F replaced by turn F, for an orthogonal ``turn``."""
+        own = slice(self.multiplied, self._length)
+        self._rows[own] = turn.to(self._rows.dtype) @ self._rows[own]
+        self._coefficients[own] = turn @ self._coefficients[own]
+
+    # -- growth ------------------------------------------------------------------------
+    def advance(self, images: Tensor) -> None:
+        """Take the products (b, P) of the first b pending rows, which move from F to Q."""
+        start, count = self.multiplied, len(images)
+        rows = images.to(self._rows.dtype, copy=True)
+        known = torch.zeros(self._length, count, dtype=torch.float64)
+        known[:start] = self._coefficients[start : start + count, :start].mT  # C is symmetric
+        concerned = known.any(dim=1).nonzero()
+        self._subtract(rows, known, slice(int(concerned[0]) if len(concerned) else start, start))
+        own = slice(start, self._length)
+        known[own] = (self._rows[own] @ rows.mT).to(torch.float64)
+        self._subtract(rows, known, own)
+        fresh, coordinates = self._outside(rows, known)
+        self.multiplied, self.pending = start + count, self.pending - count
+        self._append(fresh)
+        self._coefficients[: self._length, start : start + count] = torch.cat([known, coordinates])
+
+    def _subtract(self, rows: Tensor, overlap: Tensor, held: slice) -> None:
+        """Take ``overlap`` (K + p, b) with the rows ``held`` from ``rows`` (b, P)."""
+        rows.addmm_(overlap[held].mT.to(rows.dtype), self._rows[held], alpha=-1)
+
+    def _outside(self, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """An orthonormal basis (b', P) of what ``rows`` (b, P) have outside of [Q F], and their coordinates (b', b).
+
+        What they have inside is taken from them, and added to ``known`` (K + p, b), what has been taken before.
+        """
+        held, coordinates = slice(self._length), torch.eye(len(rows), dtype=torch.float64)
+        squares = rows.square().sum(1, dtype=torch.float64) + known.square().sum(0)
+        noise = VANISHED * torch.finfo(rows.dtype).eps * squares.max().sqrt()
+        for _ in range(ATTEMPTS):
+            overlap = (self._rows[held] @ rows.mT).to(torch.float64)
+            self._subtract(rows, overlap, held)
+            known += overlap @ coordinates
+            rows, own = _orthonormal(rows)
+            left, lengths, right = torch.linalg.svd(own @ coordinates)
+            clear = lengths > noise
+            clear[self.size - self._length :] = False  # P dimensions have no room for more
+            rows = left[:, : len(lengths)][:, clear].mT.to(rows.dtype) @ rows
+            coordinates = (lengths[:, None] * right[: len(lengths)])[clear]
+            remained = torch.linalg.svdvals(own)[: len(rows)]
+            if len(rows) == 0 or CLEAR * remained[-1] >= max(overlap.norm(), CLEAR**2 * remained[0]):
+                break
+        return rows, coordinates
+
+    def _append(self, fresh: Tensor) -> None:
+        """More pending rows."""
+        length = self._length + len(fresh)
+        held = len(self._rows)
+        if length > held:
+            more = self._rows.new_empty(min(max(length, 5 * held // 4), self.size) - held, self.size)
+            self._rows = torch.cat([self._rows, more])
+            self._coefficients = torch.nn.functional.pad(self._coefficients, (0, len(more), 0, len(more)))
+        self._rows[self._length : length] = fresh
+        self.pending += len(fresh)
+
+    # -- what is known ------------------------------------------------------------------
+    def ritz(self) -> Ritz:
+        """Of the space of Q."""
+        coefficients = self.coefficients
+        projected = coefficients[: self.multiplied]
+        values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
+        order = values.abs().argsort(descending=True, stable=True)
+        rotation = rotation[:, order]
+        return Ritz(values[order], rotation, coefficients[self.multiplied :] @ rotation)
+
+    def restart(self, rotation: Tensor) -> None:
+        """Keep the Ritz vectors of ``rotation`` (K, k), and the pending rows that their residuals lie in."""
+        coefficients, count = self.coefficients, rotation.shape[1]
+        projected = rotation.mT @ coefficients[: self.multiplied] @ rotation
+        turn, lengths, _ = torch.linalg.svd(coefficients[self.multiplied :] @ rotation)
+        noise = torch.finfo(self._rows.dtype).eps * projected.abs().max()
+        turn = turn[:, : int((lengths > noise).sum())]
+        outside = turn.mT @ coefficients[self.multiplied :] @ rotation
+        whole = torch.block_diag(rotation, turn).mT.to(self._rows.dtype)
+        for part in self._panels():
+            self._rows[: len(whole), part] = whole @ self._rows[: self._length, part]
+        self.multiplied, self.pending = count, len(outside)
+        self._coefficients.zero_()
+        self._coefficients[: self._length, :count] = torch.cat([projected, outside])
+
+    def pairs(self, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """V (R, P), θ (R,) by falling magnitude, C V and ‖C v − θ v‖ (R,), of the span of ``rotation`` (K, R).
+
+        V is orthonormal in float64, whatever Q is.
+        """
+        turned = rotation.mT.to(self._rows.dtype)
+        pictured = (self.coefficients @ rotation).mT.to(self._rows.dtype)
+        vectors = torch.empty(len(turned), self.size, dtype=torch.float64)
+        images = torch.empty_like(vectors)
+        gram, projected = torch.zeros(2, len(turned), len(turned), dtype=torch.float64)
+        for part in self._panels():
+            vectors[:, part] = turned @ self._rows[: self.multiplied, part]
+            images[:, part] = pictured @ self._rows[: self._length, part]
+            gram += vectors[:, part] @ vectors[:, part].mT
+            projected += vectors[:, part] @ images[:, part].mT
+        whitening = torch.linalg.inv(torch.linalg.cholesky(gram))  # of nearly the identity
+        projected = whitening @ projected @ whitening.mT
+        values, turn = torch.linalg.eigh((projected + projected.mT) / 2)
+        order = values.abs().argsort(descending=True, stable=True)
+        values, turn = values[order], turn[:, order].mT @ whitening
+        squares = torch.zeros_like(values)
+        for part in self._panels():
+            vectors[:, part], images[:, part] = turn @ vectors[:, part], turn @ images[:, part]
+            squares += (images[:, part] - values[:, None] * vectors[:, part]).square().sum(1)
+        return vectors, values, images, squares.sqrt()
+
+    def _panels(self) -> Iterator[slice]:
+        return (slice(start, start + PANEL) for start in range(0, self.size, PANEL))
+
+
+def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """U, an orthonormal basis of the ``rows`` (b, P), and A with Aᵀ U = rows, from inner products.
+
+    Those resolve half of the digits, so that rows which are nearly dependent take more than one turn.
+    (Stathopoulos & Wu 2002.)
+    """
+    coordinates, eps = torch.eye(len(rows), dtype=torch.float64), torch.finfo(rows.dtype).eps
+    for _ in range(ATTEMPTS):
+        squares, turn = torch.linalg.eigh((rows @ rows.mT).to(torch.float64))
+        lengths = squares.clamp_min(eps * squares[-1]).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        rows = (turn / lengths).mT.to(rows.dtype) @ rows
+        coordinates = lengths[:, None] * turn.mT @ coordinates
+        if lengths[0] > CLEAR * lengths[-1]:
+            break
+    return rows, coordinates

@@ -1,0 +1,155 @@
+"""The Krylov decomposition: C Q = [Q F] M after anything that is done to it, and what follows from that."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dask_influence.core.estimators.decomposition import Decomposition
+from tests import data
+
+SIZE = 41
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-5}
+
+
+def symmetric(seed: int = 5, size: int = SIZE) -> Tensor:
+    """Eigenvalues of both signs, from 1 down to 1e-3."""
+    vectors, _ = torch.linalg.qr(data.normal(seed, size, size))
+    values = torch.logspace(0, -3, size, dtype=torch.float64)
+    values[1::3] *= -1
+    return (vectors * values) @ vectors.mT
+
+
+def begun(dtype: torch.dtype = torch.float64, rows: int = SIZE, size: int = SIZE) -> Decomposition:
+    return Decomposition(size, rows, dtype, torch.Generator().manual_seed(3))
+
+
+def grow(basis: Decomposition, matrix: Tensor, count: int, passes: int = 1) -> None:
+    for _ in range(passes):
+        basis.advance(basis.next(count).to(torch.float64) @ matrix)
+
+
+def check(basis: Decomposition, matrix: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    """The rows are orthonormal, and the decomposition is one of ``matrix``."""
+    rows = basis._rows[: basis.multiplied + basis.pending].to(torch.float64)
+    unit = torch.eye(len(rows), dtype=torch.float64)
+    assert (rows @ rows.mT - unit).abs().max() <= TOLERANCES[dtype]
+    images = rows[: basis.multiplied] @ matrix
+    assert (basis.coefficients.mT @ rows - images).abs().max() <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_it_stays_a_decomposition_whatever_is_done(block: int, dtype: torch.dtype) -> None:
+    matrix, basis = symmetric(), begun(dtype)
+    basis.add_random(block)
+    grow(basis, matrix, block, 4)
+    check(basis, matrix, dtype)
+    basis.add_random(2)  # beside what is pending
+    grow(basis, matrix, 1)
+    basis.newest_first(1)
+    grow(basis, matrix, 2, 2)
+    check(basis, matrix, dtype)
+    before = basis.ritz()
+    assert basis.favour(before.outside[:, :3], 1e-6) >= 1
+    check(basis, matrix, dtype)
+    assert basis.ritz().residuals == pytest.approx(before.residuals, rel=1e-3, abs=1e-6)
+    basis.restart(before.rotation[:, :5])
+    assert basis.multiplied == 5
+    check(basis, matrix, dtype)
+    assert basis.ritz().values == pytest.approx(before.values[:5], rel=1e-5)
+    grow(basis, matrix, block, 3)
+    check(basis, matrix, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_residuals_and_images_are_those_of_the_pairs(dtype: torch.dtype) -> None:
+    matrix, basis = symmetric(), begun(dtype)
+    basis.add_random(2)
+    grow(basis, matrix, 2, 8)
+    ritz = basis.ritz()
+    vectors, values, images, residuals = basis.pairs(ritz.rotation[:, :6])
+    truth = (vectors @ matrix - values[:, None] * vectors).norm(dim=1)
+    assert truth.max() > 1e-3  # they are far from converged
+    assert residuals == pytest.approx(truth, rel=1e-4, abs=1e-7)
+    assert ritz.residuals[:6] == pytest.approx(truth, rel=1e-4, abs=1e-7)
+    assert (images - vectors @ matrix).abs().max() <= TOLERANCES[dtype]
+    assert (vectors @ vectors.mT - torch.eye(6, dtype=torch.float64)).abs().max() <= 1e-14
+
+
+def test_rows_favoured_are_those_along_which_residuals_are_longest() -> None:
+    matrix, basis = symmetric(), begun()
+    basis.add_random(3)
+    grow(basis, matrix, 3, 4)
+    ritz = basis.ritz()
+    one = ritz.outside[:, 2:3]
+    assert basis.favour(one, 1e-9) == 1  # one residual is one direction
+    turned = basis.ritz().outside[:, 2]
+    assert float(turned[0].abs()) == pytest.approx(float(one.norm()))
+    assert float(turned[1:].abs().max()) <= 1e-14
+
+
+def test_a_space_that_is_exhausted_has_nothing_pending() -> None:
+    """Two of four start rows are enough for a matrix of rank 2 with a block of 4, and nothing of rounding is kept."""
+    left = torch.linalg.qr(data.normal(4, SIZE, 2))[0]
+    matrix, basis = left @ torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)) @ left.mT, begun()
+    basis.add_random(4)
+    grow(basis, matrix, 4)
+    assert basis.pending == 2
+    check(basis, matrix)
+    grow(basis, matrix, 4)
+    assert basis.pending == 0
+    assert basis.multiplied == 6
+    assert basis.ritz().values[:3] == pytest.approx([3.0, 1.0, 0.0], abs=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_it_ends_with_all_dimensions(dtype: torch.dtype) -> None:
+    size = 7
+    matrix, basis = symmetric(6, size), begun(dtype, size=size)
+    basis.add_random(3)
+    while basis.pending:
+        grow(basis, matrix, 2)
+    assert basis.multiplied == size
+    basis.add_random(2)  # there is no room
+    assert basis.pending == 0
+    expected = torch.linalg.eigvalsh(matrix)
+    assert basis.ritz().values.sort().values == pytest.approx(expected, abs=TOLERANCES[dtype])
+
+
+def test_nearly_dependent_images_lose_nothing() -> None:
+    """Of a block whose images differ in the seventh digit, in float32, by which inner products tell nothing."""
+    matrix, basis = symmetric(), begun(torch.float32)
+    basis.add_random(2)
+    first = basis.next(2).to(torch.float64)
+    images = first @ matrix
+    images[1] = images[0] + 3e-5 * images[1]
+    basis.advance(images)
+    rows = basis._rows[: basis.multiplied + basis.pending].to(torch.float64)
+    assert (rows @ rows.mT - torch.eye(len(rows), dtype=torch.float64)).abs().max() <= 1e-6
+    assert (basis.coefficients.mT @ rows - images).abs().max() <= 1e-6
+
+
+def test_memory_is_taken_where_more_rows_come() -> None:
+    matrix, basis = symmetric(), begun(rows=4)
+    basis.add_random(2)
+    grow(basis, matrix, 2, 5)
+    assert basis.multiplied + basis.pending == 12
+    check(basis, matrix)
+
+
+def test_panels_cover_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, basis = symmetric(), begun()
+    basis.add_random(2)
+    grow(basis, matrix, 2, 5)
+    rotation = basis.ritz().rotation[:, :4]
+    whole = basis.pairs(rotation)
+    monkeypatch.setattr("dask_influence.core.estimators.decomposition.PANEL", 7)
+    assert math.gcd(7, SIZE) == 1
+    for got, expected in zip(basis.pairs(rotation), whole, strict=True):
+        assert got.abs().numpy() == pytest.approx(expected.abs().numpy(), abs=1e-13)  # vectors of either sign
+    basis.restart(rotation)
+    check(basis, matrix)
