@@ -10,6 +10,7 @@ tensor never.
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ _CAPTURE = 1e7  # of a call: the model is traced, and watched
 _WRITTEN = 2.0  # of a number that a contraction writes and reads again
 
 
+class Way(Enum):
+    """How E is computed."""
+
+    FORWARD = "directions pushed forward"
+    GRADIENTS = "gradients formed, then multiplied"
+    LAYERS = "contracted with what layers see"
+
+
 def directional_derivatives(
     problem: Problem, x: Tree, y: Tree, directions: Tensor | Factored, budget: int = BUDGET
 ) -> Tensor:
@@ -49,10 +58,16 @@ def directional_derivatives(
             factored = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
             return _by_layers(factored, problem, x, y, problem.objective.dtype, budget)
         directions = directions.dense().to(problem.objective.device, problem.objective.dtype)
-    layers = _layers_if_cheaper(problem, x, directions)
-    if layers is not None:
-        return _by_layers(layers, problem, x, y, directions.dtype, budget)
-    if gradients_are_cheaper(len(directions)):
+    return derivatives_by(chosen(problem, x, directions), problem, x, y, directions, budget)
+
+
+def derivatives_by(
+    way: Way, problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET
+) -> Tensor:
+    """:func:`directional_derivatives` by the ``way`` given; that by layers needs a problem that pairs them."""
+    if way is Way.LAYERS:
+        return _by_layers(_layers(problem, directions), problem, x, y, directions.dtype, budget)
+    if way is Way.GRADIENTS:
         return _by_gradients(problem, x, y, directions, budget)
     return _by_blocks(forms.directional_derivatives, problem, x, y, directions, budget)
 
@@ -110,17 +125,22 @@ def _by_blocks(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _layers_if_cheaper(problem: Problem, x: Tree, directions: Tensor) -> Pairs | None:
-    """θ in layers, where they hold less of a sample than a gradient and contracting is the cheapest."""
+def chosen(problem: Problem, x: Tree, directions: Tensor) -> Way:
+    """The cheapest way, as far as costs can tell; by layers only where they hold less of a sample than a gradient."""
     count, parameters, samples = len(directions), problem.objective.size, leading_size(x)
+    general = Way.GRADIENTS if gradients_are_cheaper(count) else Way.FORWARD
     others = min(FORWARD_PER_DIRECTION * count, GRADIENT + PRODUCT_PER_DIRECTION * count)
     saved = others - _CAPTURED - PRODUCT_PER_DIRECTION * count
     if not problem.pairs(x) or saved * samples * parameters <= _CAPTURE:
-        return None
-    layers = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
+        return general
+    layers = _layers(problem, directions)
     if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved * parameters:
-        return None
-    return layers
+        return general
+    return Way.LAYERS
+
+
+def _layers(problem: Problem, directions: Tensor) -> Pairs:
+    return Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
 
 
 def _by_layers(layers: Pairs, problem: Problem, x: Tree, y: Tree, dtype: torch.dtype, budget: int) -> Tensor:
