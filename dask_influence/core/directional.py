@@ -23,15 +23,16 @@ from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem
 from dask_influence.core.sizes import (
     BUDGET,
-    FORWARD_PER_DIRECTION,
     GRADIENT,
+    PASSES_PER_ACTIVATION,
     PRODUCT_PER_DIRECTION,
-    gradients_are_cheaper,
+    forward_cost,
+    gradient_cost,
     gradients_at_once,
 )
 
 # Further costs, in the unit of those of ``sizes``.
-_CAPTURED = 1.0  # the backward pass of a gradient, of which only what layers see is written
+_CAPTURED = 0.25  # the backward pass of a gradient, of which only what layers see is written
 _CAPTURE = 1e7  # of a call: the model is traced, and watched
 _WRITTEN = 2.0  # of a number that a contraction writes and reads again
 
@@ -127,14 +128,17 @@ def _by_blocks(
 
 def chosen(problem: Problem, x: Tree, directions: Tensor) -> Way:
     """The cheapest way, as far as costs can tell; by layers only where they hold less of a sample than a gradient."""
-    count, parameters, samples = len(directions), problem.objective.size, leading_size(x)
-    general = Way.GRADIENTS if gradients_are_cheaper(count) else Way.FORWARD
-    others = min(FORWARD_PER_DIRECTION * count, GRADIENT + PRODUCT_PER_DIRECTION * count)
-    saved = others - _CAPTURED - PRODUCT_PER_DIRECTION * count
-    if not problem.pairs(x) or saved * samples * parameters <= _CAPTURE:
+    count, parameters, activations = len(directions), problem.objective.size, problem.activations
+    forward, formed = (cost(count, parameters, activations) for cost in (forward_cost, gradient_cost))
+    general = Way.GRADIENTS if forward > formed else Way.FORWARD
+    contracted = (
+        _CAPTURED + PRODUCT_PER_DIRECTION * count
+    ) * parameters + PASSES_PER_ACTIVATION * activations
+    saved = min(forward, formed) - contracted
+    if not problem.pairs(x) or saved * leading_size(x) <= _CAPTURE:
         return general
     layers = _layers(problem, directions)
-    if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved * parameters:
+    if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved:
         return general
     return Way.LAYERS
 
