@@ -10,6 +10,7 @@ tensor never.
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 
 import torch
@@ -23,18 +24,27 @@ from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem
 from dask_influence.core.sizes import (
     BUDGET,
-    FORWARD_PER_DIRECTION,
     GRADIENT,
+    PASSES_PER_ACTIVATION,
     PRODUCT_PER_DIRECTION,
     Size,
-    gradients_are_cheaper,
+    forward_cost,
+    gradient_cost,
     gradients_at_once,
 )
 
 # Further costs, in the unit of those of ``sizes``.
-_CAPTURED = 1.0  # the backward pass of a gradient, of which only what layers see is written
+_CAPTURED = 0.25  # the backward pass of a gradient, of which only what layers see is written
 _CAPTURE = 1e7  # of a call: the model is traced, and watched
 _WRITTEN = 2.0  # of a number that a contraction writes and reads again
+
+
+class Way(Enum):
+    """How E is computed."""
+
+    FORWARD = "directions pushed forward"
+    GRADIENTS = "gradients formed, then multiplied"
+    LAYERS = "contracted with what layers see"
 
 
 def directional_derivatives(
@@ -53,10 +63,17 @@ def directional_derivatives(
                 factored.projections, factored.size, problem, x, y, problem.objective.dtype, budget
             )
         directions = directions.dense().to(problem.objective.device, problem.objective.dtype)
-    layers = _layers_if_cheaper(problem, x, directions)
-    if layers is not None:
+    return derivatives_by(chosen(problem, x, directions), problem, x, y, directions, budget)
+
+
+def derivatives_by(
+    way: Way, problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET
+) -> Tensor:
+    """:func:`directional_derivatives` by the ``way`` given; that by layers needs a problem that pairs them."""
+    if way is Way.LAYERS:
+        layers = _layers(problem, directions)
         return _by_layers(layers.projections, layers.size, problem, x, y, directions.dtype, budget)
-    if gradients_are_cheaper(len(directions)):
+    if way is Way.GRADIENTS:
         return _by_gradients(problem, x, y, directions, budget)
     return _by_blocks(forms.directional_derivatives, problem, x, y, directions, budget)
 
@@ -142,17 +159,25 @@ def _by_blocks(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _layers_if_cheaper(problem: Problem, x: Tree, directions: Tensor) -> Pairs | None:
-    """θ in layers, where they hold less of a sample than a gradient and contracting is the cheapest."""
-    count, parameters, samples = len(directions), problem.objective.size, leading_size(x)
-    others = min(FORWARD_PER_DIRECTION * count, GRADIENT + PRODUCT_PER_DIRECTION * count)
-    saved = others - _CAPTURED - PRODUCT_PER_DIRECTION * count
-    if not problem.pairs(x) or saved * samples * parameters <= _CAPTURE:
-        return None
-    layers = Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
-    if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved * parameters:
-        return None
-    return layers
+def chosen(problem: Problem, x: Tree, directions: Tensor) -> Way:
+    """The cheapest way, as far as costs can tell; by layers only where they hold less of a sample than a gradient."""
+    count, parameters, activations = len(directions), problem.objective.size, problem.activations
+    forward, formed = (cost(count, parameters, activations) for cost in (forward_cost, gradient_cost))
+    general = Way.GRADIENTS if forward > formed else Way.FORWARD
+    contracted = (
+        _CAPTURED + PRODUCT_PER_DIRECTION * count
+    ) * parameters + PASSES_PER_ACTIVATION * activations
+    saved = min(forward, formed) - contracted
+    if not problem.pairs(x) or saved * leading_size(x) <= _CAPTURE:
+        return general
+    layers = _layers(problem, directions)
+    if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved:
+        return general
+    return Way.LAYERS
+
+
+def _layers(problem: Problem, directions: Tensor) -> Pairs:
+    return Pairs(problem, directions, torch.promote_types(directions.dtype, torch.float32))
 
 
 def _by_layers(

@@ -9,8 +9,11 @@ BUDGET = 128 * 2**20
 
 # Costs in nanoseconds per (sample × parameter), measured on one core; only their ratio
 # matters. A direction pushed forward costs two products with the weights; a gradient
-# costs its backward pass and, above all, being written and read again.
+# costs its backward pass and, above all, being written and read again. Those per activation are by
+# (sample × element that a layer puts out), of which models that share weights have many.
 FORWARD_PER_DIRECTION = 0.12
+FORWARD_PER_ACTIVATION = 5.0
+PASSES_PER_ACTIVATION = 10.0
 GRADIENT = 2.5
 PRODUCT_PER_DIRECTION = 0.04
 
@@ -69,7 +72,7 @@ def working_bytes(
     >>> few, many
     (2577600, 43417600)
     """
-    if features is None and gradients_are_cheaper(directions):
+    if features is None and gradients_are_cheaper(directions, parameters, activations):
         rows = min(samples, gradients_at_once(parameters, itemsize, budget))
         return itemsize * rows * (2 * parameters + 6 * activations)
     each = bytes_of_a_vector(samples, activations, parameters, itemsize)
@@ -83,7 +86,18 @@ def gradients_at_once(parameters: int, itemsize: int, budget: int) -> int:
     return max(1, int(budget // (2 * itemsize * parameters)))
 
 
-def gradients_are_cheaper(directions: int) -> bool:
+def forward_cost(directions: int, parameters: int, activations: int) -> float:
+    """Of pushing so many directions forward, per sample."""
+    return directions * (FORWARD_PER_DIRECTION * parameters + FORWARD_PER_ACTIVATION * activations)
+
+
+def gradient_cost(directions: int, parameters: int, activations: int) -> float:
+    """Of forming a gradient and multiplying it with so many directions."""
+    product = GRADIENT + PRODUCT_PER_DIRECTION * directions
+    return product * parameters + PASSES_PER_ACTIVATION * activations
+
+
+def gradients_are_cheaper(directions: int, parameters: int, activations: int) -> bool:
     """Whether forming gradients and multiplying takes less time than pushing so many directions forward."""
-    forward = directions * FORWARD_PER_DIRECTION
-    return forward > GRADIENT + directions * PRODUCT_PER_DIRECTION
+    given = directions, parameters, activations
+    return forward_cost(*given) > gradient_cost(*given)
