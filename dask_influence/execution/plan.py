@@ -713,8 +713,8 @@ def factors_at_once(work: Work) -> int:
 
 def _spread(factor_rows: int, tests: int) -> int:
     """Rows of a factor task: small enough that a few workers share even a small test set."""
-    quarter = -(-tests // 4)
-    whole = -(-quarter // SOLVED_TOGETHER) * SOLVED_TOGETHER if quarter > SOLVED_TOGETHER else quarter
+    half = -(-tests // 2)
+    whole = -(-half // SOLVED_TOGETHER) * SOLVED_TOGETHER if half > SOLVED_TOGETHER else half
     return min(factor_rows, max(FEWEST_FACTORS, whole))
 
 
