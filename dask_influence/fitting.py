@@ -184,7 +184,7 @@ def _fitted(
         counts,
         known.behaviour,
         known.content,
-        known.speed(inverse),
+        partial(known.speed, inverse),
     )
 
 
