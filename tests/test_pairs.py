@@ -196,7 +196,7 @@ def test_the_plan_counts_what_is_held_and_says_so(kind: str) -> None:
     more = dataclasses.replace(
         plan.work, paired=dataclasses.replace(plan.work.paired, numbers=numbers + 1000)
     )
-    held = dataclasses.replace(plan, work=more).peak_bytes - plan.peak_bytes
+    held = dataclasses.replace(plan, work=more).scoring_bytes - plan.scoring_bytes
     batch = min(plan.batch, plan.tile[1])
     # the test side mapped and put together; four of the training side while they are made
     assert held == 8 * 1000 * (2 * plan.query_rows + 2 * plan.tile[1] + 4 * batch)

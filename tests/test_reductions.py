@@ -703,18 +703,18 @@ def test_bytes_of_a_task_do_not_grow_with_the_data() -> None:
     def peak(trains: int) -> int:
         kept = Kept("TopK(10)", "test", 1000 * 10 * 2 * 12, False)
         work = Work(1000, trains, (), 2410, None, 4, 42, 264, kept=kept)
-        return plan.arrange(work).peak_bytes
+        return plan.arrange(work).scoring_bytes
 
     assert peak(16 * 10**6) <= peak(10**6)
     lists = Kept("TopK(1000)", "test", 10**6 * 1000 * 2 * 12, False)
     work = Work(10**6, 10**6, (), 2410, 50, 4, 42, 264, kept=lists)
-    assert plan.arrange(work, memory_limit=2**30).peak_bytes < 2**30
+    assert plan.arrange(work, memory_limit=2**30).scoring_bytes < 2**30
 
 
 def test_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     """Both sides of the limit that the plan itself gives."""
     case, model = data.mlp_classification(), fitted()
-    least = model.plan(case.test, case.train, reduce=TopK(3), memory_limit=2**20).peak_bytes
+    least = model.plan(case.test, case.train, reduce=TopK(3), memory_limit=2**20).scoring_bytes
     with pytest.raises(MemoryLimitError, match=r"memory_limit"):
         reduced(model, tmp_path / "run", TopK(3), memory_limit=least // 2)
     assert not (tmp_path / "run").exists()

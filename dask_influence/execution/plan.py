@@ -271,7 +271,7 @@ class Plan:
         )
 
     @property
-    def peak_bytes(self) -> int:
+    def scoring_bytes(self) -> int:
         """Bytes that one strip holds at once, beside the interpreter and its libraries."""
         if self.work.paired is not None:
             return self._paired_bytes(self.work.paired)
@@ -285,9 +285,9 @@ class Plan:
         return self.factor_rows * work.copies * width * work.itemsize
 
     @property
-    def task_bytes(self) -> int:
+    def peak_bytes(self) -> int:
         """Bytes that one task holds at once, of a strip or of factors."""
-        return max(self.peak_bytes, self.factor_bytes)
+        return max(self.scoring_bytes, self.factor_bytes)
 
     def worker_bytes(self, threads: int = 1) -> int:
         """Peak resident bytes of a worker that runs ``threads`` tasks at once, its interpreter and libraries included.
@@ -295,7 +295,7 @@ class Plan:
         Interpreter and libraries are taken as ``PROCESS_BYTES``.
         """
         if self.work.paired is not None:
-            return PROCESS_BYTES + threads * self.task_bytes
+            return PROCESS_BYTES + threads * self.peak_bytes
         strips = self.query_bytes + threads * self.strip_bytes
         return PROCESS_BYTES + self.resident_bytes + max(strips, threads * self.solving_bytes)
 
@@ -425,7 +425,7 @@ class Plan:
         """
         if memory_limit is not None:
             memory_limit = _bytes("memory_limit", memory_limit)
-        needed = self.task_bytes
+        needed = self.peak_bytes
         if memory_limit is not None and needed > memory_limit:
             raise MemoryLimitError(
                 f"a task needs {format_bytes(needed)} ({needed} bytes) but memory_limit allows "
@@ -435,9 +435,9 @@ class Plan:
 
     def _nearest(self, memory_limit: int) -> str:
         floor = arrange(self.work, tile_bytes=SMALLEST_TILE, memory_limit=memory_limit)
-        if floor.task_bytes <= memory_limit:
+        if floor.peak_bytes <= memory_limit:
             return f"tile_bytes={floor.tile_bytes} fits ({format_bytes(floor.peak_bytes)})"
-        least = floor.task_bytes
+        least = floor.peak_bytes
         advice = f"no tile fits: the least is memory_limit={least} ({format_bytes(least)})"
         fitting = floor._fitting_rank(memory_limit)
         return advice if fitting is None else f"{advice}, or rank={fitting} instead of {self.work.rank}"
@@ -448,14 +448,14 @@ class Plan:
         if not work.rank or self.directions != work.rank:
             return None
         own = max(8 * work.parameters, work.inverse_bytes // work.rank)  # of the inverse, and of the query
-        shares = ((self.peak_bytes, own + work.parameters * work.itemsize), (self.factor_bytes, own))
+        shares = ((self.scoring_bytes, own + work.parameters * work.itemsize), (self.factor_bytes, own))
         fitting = min((memory_limit - total) // each + work.rank for total, each in shares)
         if fitting <= 0:
             return None
         thinner = replace(work, rank=fitting, inverse_bytes=work.inverse_bytes * fitting // work.rank)
         found = arrange(thinner, tile_bytes=SMALLEST_TILE, memory_limit=memory_limit)
         # few directions are pushed forward, which may take more than forming gradients
-        return fitting if found.task_bytes <= memory_limit else found._fitting_rank(memory_limit)
+        return fitting if found.peak_bytes <= memory_limit else found._fitting_rank(memory_limit)
 
     # -- as data and as text ----------------------------------------------------------
     def to_json(self) -> dict[str, Any]:
@@ -487,7 +487,7 @@ class Plan:
             ),
             *self._factors_text(),
             ("passes over training data", f"{self.passes:,}"),
-            ("peak bytes per task", format_bytes(self.task_bytes)),
+            ("peak bytes per task", format_bytes(self.peak_bytes)),
             ("estimated time", f"{format_seconds(self.seconds)} on one core"),
         ]
 
