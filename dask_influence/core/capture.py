@@ -137,7 +137,7 @@ class _Tracer:
 
     def __init__(self, problem: Problem, layout: Layout) -> None:
         self.objective, self.layout = problem.objective, layout
-        self.batched = problem.forms.gradient == "vmap"
+        self.batched = problem.forms.gradient != "loop"
         self.reverses = problem.forms.product in ("chain", "reverse_over_reverse")
         self.theta = self.objective.parameters()
         wanted = {layer.key[0] for layer in layout.layers}
