@@ -23,10 +23,7 @@ MOST_GROUPS = 64
 """Tasks of one round; each adds up a run of chunks, so that few partial sums are in flight."""
 
 MOST_JOINED = 1024
-"""Samples up to which chunks are joined where sums take more than samples."""
-
-GONE_THROUGH = 4
-"""Times that the sums of a chunk are: made, written in float64, looked at, and added up."""
+"""Samples up to which chunks are joined where their sums are larger than all that the samples take."""
 
 SMALL = 2**20
 """Numbers of a block of vectors below which torch's threads cost an algorithm more than they save."""
@@ -107,8 +104,7 @@ class Passes:
         """The chunks; runs of them where adding up sums of this size would cost as much as making them."""
         if self.sample_bytes is None:
             return self.chunks
-        worth = GONE_THROUGH * result_bytes // self.sample_bytes
-        most = min(MOST_JOINED, worth, -(-self.chunks.total // 2))
+        most = min(MOST_JOINED, result_bytes // self.sample_bytes, -(-self.chunks.total // 2))
         wide = balanced(self.chunks.total, max(most, self.chunks.size)).size
         return Chunks(self.chunks.total, self.chunks.size * max(1, -(-wide // self.chunks.size)))
 

@@ -49,7 +49,7 @@ def test_sums_that_no_task_can_hold_are_refused(result_bytes: int, fits: bool) -
     [
         (256, 10**9, [768, 669]),  # two at least, of nearly as many chunks
         (8, 10**9, [720, 717]),
-        (8, 125 * 64, [480, 480, 477]),  # as many samples as take what going through the sums does
+        (8, 500 * 64, [480, 480, 477]),  # as many samples as take what the sums do
         (256, 100, [256] * 5 + [157]),
         (1437, 10**9, [1437]),
     ],
