@@ -248,16 +248,27 @@ def test_options_are_saved_with_a_fit(tmp_path: Path) -> None:
 
 
 # -- compile -------------------------------------------------------------------------------
+class Within(nn.Module):
+    """A chain inside of a module of one's own, whose gradients are no chain's."""
+
+    def __init__(self, chain: nn.Module) -> None:
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x)
+
+
 @pytest.mark.usefixtures("_traced")
 @pytest.mark.parametrize("kind", [DirectInfluence, ArnoldiInfluence, CgInfluence, GradientDotInfluence])
 def test_compiled_scores_are_those_of_the_oracle(kind: Any, tmp_path: Path) -> None:
-    case = data.mlp_classification()
-    own = {"rank": 50} if kind is ArnoldiInfluence else {}
-    fitted = kind(case.model, case.loss, case.regularization, compile=True, **own).fit(case.train)
+    case, own = data.mlp_classification(), {"rank": 50} if kind is ArnoldiInfluence else {}
+    model = Within(case.model)
+    fitted = kind(model, case.loss, case.regularization, compile=True, **own).fit(case.train)
     errors = fitted.diagnostics["compiled_error"]
     assert {"gradient", "directional"} <= set(errors)
     assert max(errors.values()) <= 1e-12
-    plain = kind(case.model, case.loss, case.regularization, **own).fit(case.train)
+    plain = kind(model, case.loss, case.regularization, **own).fit(case.train)
     assert "compiled_error" not in plain.diagnostics
     found = fitted.influences(*case.test, *case.train)
     assert oracles.relative_error(found, plain.influences(*case.test, *case.train)) <= 1e-9

@@ -71,7 +71,7 @@ def compiled_errors(problem: Problem, x: Tree, y: Tree) -> Compiled:
     >>> from dask_influence.core.problem import prepare
     >>> x, y = torch.ones(5, 2), torch.zeros(5, 1)
     >>> problem, _ = prepare(Objective.of(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss), x, y)
-    >>> compiled_errors(problem, x, y).skipped["gradient"]
+    >>> compiled_errors(problem, x, y).skipped["directional"]
     '5 samples are too few: the smallest program takes 16'
     """
     kinds, errors = list[str](), dict[str, float]()
