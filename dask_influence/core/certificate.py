@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-6
-"""Squares of relative residuals below which differences of squares are too few digits of them."""
+"""Squares of residuals below which differences of squares are too few digits of them, relative to those squares."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,7 @@ class Certificate:
         found = (
             (coefficients @ self._gram * coefficients).sum(1) - 2 * (coefficients * across).sum(1) + outside
         )
-        if (found < ROUNDING * squares).any():
+        terms = (coefficients * self.values).square().sum(1)  # far larger than g where some θ + λ nearly cancels
+        if (found < ROUNDING * torch.maximum(squares, terms)).any():
             return None
         return (found / torch.where(squares > 0, squares, 1.0)).sqrt()

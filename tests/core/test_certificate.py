@@ -68,6 +68,16 @@ def test_nothing_is_claimed_of_what_rounding_has() -> None:
     assert certificate.residuals(*solved(certificate, data.normal(3, 7, SIZE))) is None
 
 
+def test_nothing_is_claimed_where_a_sum_nearly_cancels() -> None:
+    """Where λ is the negative of an eigenvalue but for its ninth digit: factors are 10⁹ times as large as gradients."""
+    _, certificate = sketch(RANK, 1e-9)
+    gradients = data.normal(3, 7, SIZE)
+    _, seen = solved(certificate, gradients)
+    shifted = certificate.values - certificate.values[0] * (1 - 1e-9)
+    coefficients = gradients @ certificate.directions.mT / shifted
+    assert certificate.residuals(coefficients, seen) is None
+
+
 @pytest.mark.parametrize("pairs", [True, False], ids=["layers", "gradients"])
 def test_what_is_seen_of_gradients(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Projections on directions and images, and squares, from layers and from gradients a few at a time."""

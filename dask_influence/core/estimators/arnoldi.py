@@ -248,6 +248,9 @@ larger multiplicity (those of a linear layer under squared error, one for each o
 found once too few. A fresh random block finds the others.
 """
 
+PROBES = 2
+"""Vectors that such a block has at the least: a single one may happen to miss what is looked for."""
+
 
 @dataclass(frozen=True)
 class Arnoldi(Estimator):
@@ -340,7 +343,7 @@ class Arnoldi(Estimator):
         block = min(self.block_size or _block(self.rank, system.pass_cost), system.size)
         tolerance = max(self.tol, 32 * torch.finfo(system.dtype).eps)  # below it products are noise
         held = _precision(system.dtype, tolerance)
-        limit = self._limit(system.size, block, held)
+        probes, limit = max(PROBES, block), self._limit(system.size, block, held)
         most = self.maxiter or max(300, 20 * self.rank // block)
         generator = torch.Generator().manual_seed(self.seed)
         basis = Decomposition(system.size, limit + block, held, generator)
@@ -356,16 +359,16 @@ class Arnoldi(Estimator):
             if complete or passes >= most or (converged and confirmed == CONFIRMATIONS):
                 break
             confirmed = confirmed + 1 if converged else 0
-            wanted = block * (CONFIRMATIONS if confirmed == 1 else 1)
+            wanted = probes * CONFIRMATIONS if confirmed == 1 else block
             if basis.multiplied + wanted > limit < system.size:
                 kept = ritz.rotation[:, : min((limit + self.rank) // 2, limit - wanted)]
                 basis.restart(kept)
                 random, ritz = random.turned(kept), basis.ritz()
-            count = block
+            count = probes if confirmed else block
             if confirmed == 1 or basis.pending == 0:
-                basis.add_random(block)
+                basis.add_random(count)
             elif confirmed:
-                basis.newest_first(block)
+                basis.newest_first(count)
             elif basis.multiplied >= self.rank:
                 is_open = self._open(ritz, tolerance * scale)
                 count = min(block, basis.favour(ritz.outside[:, : self.rank][:, is_open], tolerance * scale))
@@ -398,7 +401,7 @@ class Arnoldi(Estimator):
     def _limit(self, size: int, block: int, held: torch.dtype) -> int:
         """Rows of the basis before a restart."""
         limit = self.krylov_dimension or max(4 * (self.rank + block), 40) * (8 // held.itemsize)
-        return min(max(limit, self.rank + CONFIRMATIONS * block), size)
+        return min(max(limit, self.rank + CONFIRMATIONS * max(PROBES, block)), size)
 
 
 def _block(rank: int, pass_cost: float) -> int:

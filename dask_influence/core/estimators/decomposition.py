@@ -11,6 +11,7 @@ decomposition stays one (Stewart 2001; Wu & Simon 2000).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,7 +97,10 @@ class Decomposition:
         return self._rows[self.multiplied : self.multiplied + min(count, self.pending)]
 
     def add_random(self, count: int) -> None:
-        """Put ``count`` random rows before the pending ones, where there are as many dimensions left."""
+        """Add ``count`` random rows, where there are as many dimensions left, and mix the pending ones with them.
+
+        Mixed, because pending rows may hold what is looked for, which rows orthogonal to them would not see.
+        """
         count = min(count, self.size - self._length)
         if count == 0:
             return
@@ -104,7 +108,8 @@ class Decomposition:
         nothing = torch.zeros(self._length, count, dtype=torch.float64)
         fresh, _ = self._outside(random.to(self._rows.dtype), nothing)
         self._append(fresh)
-        self.newest_first(len(fresh))
+        mixing = torch.randn(self.pending, self.pending, generator=self._generator, dtype=torch.float64)
+        self._turn_pending(torch.linalg.qr(mixing).Q)
 
     def newest_first(self, count: int) -> None:
         """Put the ``count`` rows that came last before the other pending ones."""
@@ -129,11 +134,15 @@ class Decomposition:
 
     # -- growth ------------------------------------------------------------------------
     def advance(self, images: Tensor) -> None:
-        """Take the products (b, P) of the first b pending rows, which move from F to Q."""
+        """Take the products (b, P) of the first b pending rows, which move from F to Q.
+
+        They are of any size, zero too: what is squared is scaled to 1 by a power of two.
+        """
         start, count = self.multiplied, len(images)
-        rows = images.to(self._rows.dtype, copy=True)
+        unit = 2.0 ** (math.frexp(float(images.abs().max()))[1] - 1)
+        rows = images.to(self._rows.dtype, copy=True).div_(unit)
         known = torch.zeros(self._length, count, dtype=torch.float64)
-        known[:start] = self._coefficients[start : start + count, :start].mT  # C is symmetric
+        known[:start] = self._coefficients[start : start + count, :start].mT / unit  # C is symmetric
         concerned = known.any(dim=1).nonzero()
         self._subtract(rows, known, slice(int(concerned[0]) if len(concerned) else start, start))
         own = slice(start, self._length)
@@ -142,7 +151,7 @@ class Decomposition:
         fresh, coordinates = self._outside(rows, known)
         self.multiplied, self.pending = start + count, self.pending - count
         self._append(fresh)
-        self._coefficients[: self._length, start : start + count] = torch.cat([known, coordinates])
+        self._coefficients[: self._length, start : start + count] = unit * torch.cat([known, coordinates])
 
     def _subtract(self, rows: Tensor, overlap: Tensor, held: slice) -> None:
         """Take ``overlap`` (K + p, b) with the rows ``held`` from ``rows`` (b, P)."""
@@ -153,6 +162,8 @@ class Decomposition:
 
         What they have inside is taken from them, and added to ``known`` (K + p, b), what has been taken before.
         """
+        if not rows.any():
+            return rows[:0], torch.zeros(0, len(rows), dtype=torch.float64)
         held, coordinates = slice(self._length), torch.eye(len(rows), dtype=torch.float64)
         squares = rows.square().sum(1, dtype=torch.float64) + known.square().sum(0)
         noise = VANISHED * torch.finfo(rows.dtype).eps * squares.max().sqrt()

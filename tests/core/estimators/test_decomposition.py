@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dask_influence.core.estimators.arnoldi import Arnoldi, LowRankInverse
+from dask_influence.core.estimators.base import System
 from dask_influence.core.estimators.decomposition import Decomposition
+from dask_influence.core.moments import Moments
 from tests import data
 
 SIZE = 41
@@ -153,3 +156,71 @@ def test_panels_cover_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert got.abs().numpy() == pytest.approx(expected.abs().numpy(), abs=1e-13)  # vectors of either sign
     basis.restart(rotation)
     check(basis, matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_of_zero_nothing_is_pending(dtype: torch.dtype) -> None:
+    matrix, basis = torch.zeros(SIZE, SIZE, dtype=torch.float64), begun(dtype)
+    for _ in range(3):
+        basis.add_random(2)
+        grow(basis, matrix, 2)
+        assert basis.pending == 0
+    assert basis.multiplied == 6
+    check(basis, matrix, dtype)
+    assert not basis.ritz().values.any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_images_may_be_of_any_size(scale: float) -> None:
+    """In float32, where their squares are zero or infinite."""
+    matrix, basis = symmetric(), begun(torch.float32)
+    basis.add_random(2)
+    grow(basis, scale * matrix, 2, 6)
+    rows = basis._rows[: basis.multiplied + basis.pending].to(torch.float64)
+    assert (rows @ rows.mT - torch.eye(len(rows), dtype=torch.float64)).abs().max() <= 2e-5
+    assert (basis.coefficients.mT / scale @ rows - rows[:12] @ matrix).abs().max() <= 2e-5
+
+
+def test_random_rows_see_what_is_pending() -> None:
+    """What is pending may be what is looked for: here an eigenvector that nothing in Q is coupled with."""
+    basis = begun()
+    basis.add_random(1)
+    basis.advance(torch.zeros(1, SIZE, dtype=torch.float64))
+    basis.add_random(3)
+    pending = basis.next(3).clone()
+    basis.add_random(2)
+    assert (basis.next(2) @ pending.mT).norm(dim=0).min() > 0.1
+
+
+# -- the fit --------------------------------------------------------------------------------------
+def fitted(matrix: Tensor, rank: int, dtype: torch.dtype, **how: float) -> LowRankInverse:
+    """What passes over nothing but ``matrix`` find, where they cost no more than their products."""
+    system = System(("w",), ((len(matrix),),), 1e-3, "hessian", 1, dtype, pass_cost=0.0)
+    rounds = Arnoldi(rank=rank, **how).fit(system)
+    wanted = next(rounds)
+    while True:
+        products = wanted.operand["vectors"].to(torch.float64) @ matrix
+        try:
+            wanted = rounds.send(Moments({"products": products}, 1))
+        except StopIteration as end:
+            found: LowRankInverse = end.value
+            return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_zero_has_as_many_eigenpairs_as_are_asked_for(dtype: torch.dtype) -> None:
+    found = fitted(torch.zeros(SIZE, SIZE, dtype=torch.float64), 5, dtype, tol=1e-3)
+    assert not found.values.any()
+    assert not found.images.any()
+    unit = torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(found.vectors @ found.vectors.mT, unit, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [8, 10, 11, 15])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-6), (torch.float32, 1e-3)], ids=str)
+def test_every_copy_of_a_multiple_eigenvalue_is_found(seed: int, dtype: torch.dtype, tol: float) -> None:
+    """As of a linear layer under squared error, with vectors one by one, each of which holds one copy of each."""
+    values = (1 / torch.arange(1, 101, dtype=torch.float64)).repeat_interleave(4)
+    found = fitted(values.diag(), 16, dtype, tol=tol, seed=seed)
+    assert found.report["block_size"] == 1
+    assert found.values == pytest.approx(values[:16], abs=tol)
