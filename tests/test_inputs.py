@@ -204,6 +204,20 @@ def test_small_chunks_of_a_dask_graph_share_a_solve_and_tiles_are_its_last_tasks
     assert sorted(solved) == [13, 13, 18, 18]
 
 
+@pytest.mark.parametrize("sizes", [(0, 700, 0), (5, 0, 695), (600, 0, 100)], ids=str)
+def test_dask_chunks_may_be_empty(sizes: tuple[int, ...]) -> None:
+    """As those of an array from which a mask has taken all samples of a chunk."""
+    x, y = np.random.default_rng(0).normal(size=(2, 700, 2))
+    net = torch.nn.Linear(2, 2).double()
+    model = DirectInfluence(net, torch.nn.functional.mse_loss, 1.0).fit((x, y))
+    lazy = [da.from_array(array, chunks=(sizes, 2)) for array in (x, y)]
+    found = model.influences(*lazy, *lazy)
+    assert found.chunks == (sizes, sizes)
+    np.testing.assert_allclose(
+        found.compute(scheduler="sync"), model.influences(x, y, x, y), rtol=1e-9, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_dask_result_composes_with_dask(scheduler: str) -> None:
     case = data.mlp_regression()

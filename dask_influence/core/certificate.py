@@ -67,7 +67,9 @@ class Certificate:
         found = (
             (coefficients @ self._gram * coefficients).sum(1) - 2 * (coefficients * across).sum(1) + outside
         )
-        terms = (coefficients * self.values).square().sum(1)  # far larger than g where some θ + λ nearly cancels
+        terms = (
+            (coefficients * self.values).square().sum(1)
+        )  # far larger than g where some θ + λ nearly cancels
         if (found < ROUNDING * torch.maximum(squares, terms)).any():
             return None
         return (found / torch.where(squares > 0, squares, 1.0)).sqrt()

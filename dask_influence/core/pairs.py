@@ -47,6 +47,9 @@ BUDGET = 64 * 2**20
 CHECKED = 2
 """Samples on which a layer's pair is compared with its gradient."""
 
+NOISE = 16
+"""Roundoffs of a whole gradient by which that of a layer may be off."""
+
 _GRADIENT = Expectation("empirical_fisher")
 """Columns whose pullback is the gradient at the targets given."""
 
@@ -668,17 +671,15 @@ def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]
     except Exception as error:  # noqa: BLE001 - the user's own code runs in here
         return problem, {"layers": [], "reason": f"{type(error).__name__}: {error}"[:200]}
     true = sample_gradients(objective, x, y, problem.forms).to(torch.float64)
-    tolerance = torch.finfo(objective.dtype).eps ** 0.5 * true.norm()
     spans = _spans(objective)
     agreeing: list[tuple[str, int]] = []
     differing: list[tuple[str, int]] = []
     for layer, seen in zip(layout.layers, captured, strict=True):
         if seen is None:  # never called: its gradient is zero by the general way
             continue
-        part = _Matrix(layer, *_whole(layer, spans))
-        expected = _gathered(true[: len(seen.inputs)], part)
-        agrees = (formed(layer, seen, true) - expected).norm() <= tolerance
-        (agreeing if agrees else differing).append((layer.path, seen.inputs.shape[1]))
+        positions = seen.inputs.shape[1]
+        agrees = _agrees(_part(layer, positions, spans), seen, true[: len(seen.inputs)], objective.dtype)
+        (agreeing if agrees else differing).append((layer.path, positions))
     if differing:
         names = ", ".join(path for path, _ in differing)
         warnings.warn(
@@ -695,9 +696,25 @@ def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]
     return replace(problem, pairing=Pairing(tuple(agreeing), shapes)), report
 
 
-def _whole(layer: Layer, spans: dict[str, Span]) -> tuple[Span | None, Span | None]:
-    part = _part(layer, 1, spans)
-    return part.weight, part.bias
+def _agrees(part: _LayerPart, seen: Captured, true: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the layer's G, its inner products and its projections are those of gradients ``true`` (n, P)."""
+    expected, held = _gathered(true, part), part.held(seen, true)
+    allowed = rounding(expected, true, dtype)
+    products = expected @ expected.mT
+    ways = [(part.inner(held, held), products), (part.along(held, true), products)]
+    ways.append((part.alone(held), products.diagonal()))
+    return bool((formed(part.layer, seen, true) - expected).norm() <= allowed) and all(
+        (found - known).norm() <= 2 * allowed * expected.norm() for found, known in ways
+    )
+
+
+def rounding(own: Tensor, whole: Tensor, dtype: torch.dtype) -> float:
+    """How far the gradients of a layer may be from ``own``, a part of ``whole``: half of their digits.
+
+    However small they are beside the others, but for what those leave of them in rounding.
+    """
+    digits = float(torch.finfo(dtype).eps) ** 0.5
+    return digits * min(float(whole.norm()), float(own.norm()) + NOISE * digits * float(whole.norm()))
 
 
 def _gathered(gradients: Tensor, part: _LayerPart) -> Tensor:

@@ -139,10 +139,10 @@ def lazy_factors(
 
 
 def _groups(sizes: Sequence[int], most: int) -> Iterator[range]:
-    """Places of consecutive chunks of ``most`` rows at most together, or of a single one."""
+    """Places of consecutive chunks of ``most`` rows at most together, or of a single one, and empty ones beside it."""
     start, rows = 0, 0
     for place, size in enumerate(sizes):
-        if place > start and rows + size > most:
+        if rows and size and rows + size > most:
             yield range(start, place)
             start, rows = place, 0
         rows += size
@@ -278,9 +278,9 @@ def _factors(
 
 
 def _places(blocks: Sequence[Any], start: int) -> list[range]:
-    """Samples of consecutive blocks, of which the first begins with sample ``start``."""
+    """Samples of consecutive blocks, of which the first begins with sample ``start``; there may be empty ones."""
     bounds = itertools.accumulate((leading_size(block[1]) for block in blocks), initial=start)
-    return [range(low, high) for low, high in pairwise(bounds)]
+    return [range(low, high) for low, high in pairwise(bounds) if high > low]
 
 
 def _joined(blocks: Sequence[Any]) -> Any:

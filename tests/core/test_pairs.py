@@ -295,3 +295,32 @@ def test_models_that_cannot_be_watched_have_no_pairing() -> None:
     assert found.pairing is None
     assert "no transforms" in report["reason"]
     assert problem.pairing is None
+
+
+@pytest.mark.parametrize("way", ["call", "inner", "along", "alone"])
+def test_a_formula_that_is_slightly_wrong_is_not_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By three thousandths in float32, also in a layer of which the gradient is a hundredth of the whole."""
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[3].weight.mul_(1e-2)
+    objective = Objective.of(net, functional.mse_loss)
+    x, y = torch.randn(7, 6), torch.randn(7, 3)
+    gradients = torch.func.vmap(torch.func.grad(objective.sample_loss), in_dims=(None, 0, 0))
+    found = gradients(objective.parameters(), x, y)
+    small, large = (found[f"{i}.weight"][:2].norm() for i in (0, 3))
+    assert small < 0.05 * large
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, report = paired(Problem(objective, Forms()), x, y)
+    assert report["layers"] == ["0", "2", "3"]
+    if way == "call":
+        own = layers.CALLS[nn.functional.linear]
+        wrong = dataclasses.replace(own, outputs=lambda groups, out: own.outputs(groups, out) * (1 + 3e-3))
+        monkeypatch.setitem(layers.CALLS, nn.functional.linear, wrong)
+    else:
+        right = getattr(module.Product, way)
+        monkeypatch.setattr(module.Product, way, lambda *given: right(*given) * (1 + 3e-3))
+    with pytest.warns(InfluenceWarning, match=r"0, 2, 3 is not the product"):
+        _, report = paired(Problem(objective, Forms()), x, y)
+    assert report["layers"] == []

@@ -47,6 +47,7 @@ from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree, leading_size
 from dask_influence.core.outputs import Outputs
+from dask_influence.core.pairs import rounding
 from dask_influence.core.predictive import EXPECTATIONS, Expectation
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError, DataError, DerivativeError, SingularCurvatureError
@@ -437,7 +438,6 @@ class Ekfac(Estimator):
             self._expectation(system.curvature).check(Outputs.of(problem.objective, x, y))
         layout = self._layout(system)
         true = directional.gradients(problem, x, y).to(torch.float64)
-        tolerance = torch.finfo(problem.objective.dtype).eps ** 0.5 * true.norm()
         offset = 0
         for captured in capture(problem, x, y, layout, Expectation("empirical_fisher").columns):
             count = max(len(seen.inputs) for seen in captured if seen is not None)
@@ -446,7 +446,7 @@ class Ekfac(Estimator):
             for layer, seen in zip(layout.layers, captured, strict=True):
                 expected = Block.of(layer, system).gather(rows)
                 found = torch.zeros_like(expected) if seen is None else _gradients(layer, seen)
-                if not (found - expected).norm() <= tolerance:
+                if not (found - expected).norm() <= rounding(expected, true, problem.objective.dtype):
                     raise DerivativeError(
                         f"the gradient of layer {layer.path} is not the sum of products of its inputs and output "
                         "gradients: its parameters are used in another way too. Leave them out with parameters=, "
