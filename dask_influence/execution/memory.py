@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def solved_rows(job: tasks.Job, solver: Solver, gradients: torch.Tensor, rows: i
 
 
 class _Shared:
-    """Calls that this thread and ``others`` take from one queue, in order."""
+    """Calls that this thread and ``others`` take from one queue, in order; none goes on after the ``with`` block."""
 
     def __init__(self, others: int) -> None:
         self._others, self._queue = others, deque[Callable[[], None]]()
@@ -103,14 +104,17 @@ class _Shared:
 
     def finish(self) -> None:
         """Take part until all is done."""
-        try:
-            self._take()
-            for other in self._busy:
-                other.result()
-        finally:
-            self._queue.clear()
-            wait(self._busy)
-            self._busy.clear()
+        self._take()
+        for other in self._busy:
+            other.result()
+        self._busy.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.clear()
+        wait(self._busy)
 
     def _take(self) -> None:
         while True:
@@ -129,7 +133,7 @@ def _perturbations_by_chain(
     This thread is one of the lanes, and differentiates, which only one can do at a time, while the others
     multiply: first the gradients of the test points, then what the training samples of a batch need.
     """
-    problem, work, lanes = fit.model.problem(), plan.work, _Shared(lanes_of(fit.threads) - 1)
+    problem, work = fit.model.problem(), plan.work
     scores = np.empty((work.tests, work.trains, *work.features), dtype=fit.score_dtype)
     queries, inverse = _job(fit, test), fit.solver.inverse()
 
@@ -150,7 +154,7 @@ def _perturbations_by_chain(
             derivatives = chain.mixed_derivatives(solved.result(), out=part)
         tasks.refuse_non_finite(derivatives, train.argument, columns.start)
 
-    with tasks.computing(fit.model, fit.threads):
+    with _Shared(lanes_of(fit.threads) - 1) as lanes, tasks.computing(fit.model, fit.threads):
         solving: list[tuple[Future[torch.Tensor], slice]] = []
         for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
             gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)

@@ -83,7 +83,8 @@ class Ahead(Source):
         begun = self._next is not None and self._next[0] == (start, stop)
         if begun:
             assert self._next is not None
-            batch, self._next = self._next[1].result(), None
+            (_, reading), self._next = self._next, None  # one that failed is not asked again
+            batch = reading.result()
         else:
             batch = self._source.read(start, stop)
         coming = next(self._coming, None) if self._next is None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -74,6 +75,30 @@ def test_a_sample_without_a_finite_derivative_is_named(
     test = tuple(a[:7] for a in CASE.test)
     with pytest.raises(DataError, match="x, y: the gradient of sample 7 is not finite"):
         fitted.influences(*test, *(a[:13] for a in CASE.train), mode="perturbation")
+
+
+@pytest.mark.usefixtures("in_small_parts")
+def test_no_lane_goes_on_after_an_error(fitted: DirectInfluence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training data are refused while other lanes solve."""
+    running: list[str] = []
+
+    def slow(*arguments: object, **how: object) -> object:
+        running.append("begun")
+        time.sleep(0.05)
+        found = solved(*arguments, **how)
+        running.append("done")
+        return found
+
+    solved, (x, y), test = tasks.solved, (a[:13] for a in CASE.train), [a[:7] for a in CASE.test]
+    monkeypatch.setattr(tasks, "solved", slow)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(DataError, match="x, y"):
+            fitted.influences(*test, x[:, :2], y, mode="perturbation")
+        assert running.count("begun") == running.count("done")
+    finally:
+        torch.set_num_threads(before)
 
 
 # -- scores ----------------------------------------------------------------------------
