@@ -368,7 +368,8 @@ class Arnoldi(Estimator):
             if confirmed == 1 or basis.pending == 0:
                 basis.add_random(count)
             elif confirmed:
-                basis.newest_first(count)
+                # a missed pair is, so far, one of those next to the ones kept
+                basis.favour(ritz.outside[:, self.rank : self.rank + count], 0.0)
             elif basis.multiplied >= self.rank:
                 is_open = self._open(ritz, tolerance * scale)
                 count = min(block, basis.favour(ritz.outside[:, : self.rank][:, is_open], tolerance * scale))

@@ -224,3 +224,16 @@ def test_every_copy_of_a_multiple_eigenvalue_is_found(seed: int, dtype: torch.dt
     found = fitted(values.diag(), 16, dtype, tol=tol, seed=seed)
     assert found.report["block_size"] == 1
     assert found.values == pytest.approx(values[:16], abs=tol)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_copies_at_the_edge_of_the_rank_are_found(seed: int) -> None:
+    """The last of three copies is taken for the next value, a twentieth smaller, unless it is looked for."""
+    largest, rest = (
+        torch.linspace(2.0, 1.1, 9, dtype=torch.float64),
+        torch.arange(1, 289, dtype=torch.float64),
+    )
+    values = torch.cat([largest, torch.ones(3, dtype=torch.float64), 0.95 / rest**0.7])
+    found = fitted(values.diag(), 12, torch.float64, seed=seed)
+    assert found.report["block_size"] == 1
+    assert found.values == pytest.approx(values[:12], abs=1e-5)
