@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
@@ -75,13 +75,10 @@ class Learned:
         The problem with its input gradient checked too.
     specs : set of str
         Shapes and dtypes of queries that went well.
-    speed : Speed or None
-        Of this machine at the problem.
     """
 
     mixed: Problem | None = None
     specs: set[str] = dataclasses.field(default_factory=set)
-    speed: Speed | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +101,10 @@ class Fitted:
         Losses and gradient norms of the first samples, to be told from other fits.
     content : Content
         What model and loss compute, to be told from others of their names.
-    timing : callable
-        Times this machine at this problem, for forecasts; by default it guesses.
-    learned : Learned
-        What has been found out since the fit.
+    speed : Speed
+        Of this machine at this problem, for forecasts; a guess where nothing was timed.
+    mixed : Mixed
+        The problem of perturbation mode, once it is known.
     """
 
     configuration: Configuration
@@ -119,7 +116,7 @@ class Fitted:
     counts: dict[str, Any]
     behaviour: list[str]
     content: Content
-    timing: Callable[[], Speed] = dataclasses.field(default=Speed, repr=False)
+    speed: Speed = dataclasses.field(default_factory=Speed, repr=False)
     learned: Learned = dataclasses.field(default_factory=Learned, repr=False)
 
     # -- λ ----------------------------------------------------------------------------
@@ -166,13 +163,6 @@ class Fitted:
         inverse = self.inverse.parts[0] if isinstance(self.inverse, SweepInverse) else self.inverse
         known = {name: value for name, value in self.counts.items() if name not in ("passes", "restored")}
         return _six_digits({**known, **inverse.recorded()})
-
-    @property
-    def speed(self) -> Speed:
-        """Of one core of this machine, timed when it is first asked for: a fit goes without."""
-        if self.learned.speed is None:
-            self.learned.speed = self.timing()
-        return self.learned.speed
 
     # -- names ------------------------------------------------------------------------
     @cached_property

@@ -184,7 +184,7 @@ def _fitted(
         counts,
         known.behaviour,
         known.content,
-        partial(known.speed, inverse),
+        known.speed(inverse),
     )
 
 

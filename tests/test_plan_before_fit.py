@@ -14,7 +14,6 @@ from dask_influence import (
     InverseHarmonicMeanInfluence,
     LissaInfluence,
     NystroemSketchInfluence,
-    fitting,
 )
 from dask_influence.errors import ConfigurationError, MemoryLimitError, NotFittedError
 from tests import data
@@ -45,25 +44,6 @@ def test_a_plan_before_the_fit_is_that_after_it(name: str) -> None:
     for field in ("work", "query_rows", "tile", "strip_columns", "batch", "factor_rows"):
         assert getattr(before, field) == getattr(after, field), field
     assert (before.speed.factor is None) == (after.speed.factor is None)
-
-
-def test_the_first_plan_times_this_machine_and_a_fit_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[object] = []
-
-    def counted(problem: object, *more: object) -> object:
-        timed.append(problem)
-        return calibrate(problem, *more)
-
-    calibrate = fitting.calibrate
-    monkeypatch.setattr(fitting, "calibrate", counted)
-    x, y = data.normal(1, 23, 4).float(), data.normal(2, 23, 2).float()
-    model = ESTIMATORS["direct"]().fit((x, y))
-    assert timed == []
-    first = model.plan((x[:5], y[:5]), (x, y))
-    assert first.speed.factor is not None
-    again = model.with_regularization(0.2).plan((x[:5], y[:5]), (x, y))
-    assert again.speed == first.speed
-    assert len(timed) == 1
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ TASKS_PER_SECOND = 350.0
 """What one scheduler hands out: measured with empty tasks on a two-core machine."""
 
 CALIBRATION_SAMPLES, CALIBRATION_DIRECTIONS = 32, 8
-"""What is timed for the first plan of a fit."""
+"""What is timed after a fit."""
 
 
 SLOW = 0.1
