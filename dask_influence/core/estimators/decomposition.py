@@ -111,11 +111,6 @@ class Decomposition:
         mixing = torch.randn(self.pending, self.pending, generator=self._generator, dtype=torch.float64)
         self._turn_pending(torch.linalg.qr(mixing).Q)
 
-    def newest_first(self, count: int) -> None:
-        """Put the ``count`` rows that came last before the other pending ones."""
-        order = torch.arange(self.pending).roll(min(count, self.pending))
-        self._turn_pending(torch.eye(self.pending, dtype=torch.float64)[order])
-
     def favour(self, outside: Tensor, least: float) -> int:
         """Turn the pending rows so that those come first along which residuals ``outside`` (p, k) are longest.
 
