@@ -26,9 +26,9 @@ from dask_influence.core.estimators.base import (
     Round,
     System,
     check_regularization,
-    relative_residuals,
 )
 from dask_influence.core.moments import Moments
+from dask_influence.core.probes import Probes
 from dask_influence.errors import IndefiniteCurvatureWarning, SingularCurvatureError
 
 LARGEST_LOOKED_AT = 2048
@@ -49,6 +49,8 @@ class DirectInverse(Inverse):
         below it (relative to the largest) is indistinguishable from zero.
     factor, pivots : Tensor, optional
         A factorisation made before; ``pivots`` marks the indefinite one.
+    probes : Probes, optional
+        What residuals are told by, made before.
     """
 
     kind: ClassVar[str] = "direct"
@@ -60,6 +62,7 @@ class DirectInverse(Inverse):
         precision: float,
         factor: Tensor | None = None,
         pivots: Tensor | None = None,
+        probes: Probes | None = None,
     ) -> None:
         self.matrix = matrix
         self.regularization = regularization
@@ -68,6 +71,8 @@ class DirectInverse(Inverse):
             factor, pivots = self._factorise()
         # LAPACK returns columns, a file holds rows: one layout, so that solves give the same bits
         self._factor, self._pivots = factor.contiguous(), pivots
+        if probes is not None:
+            self._probes = probes
 
     def _shifted(self) -> Tensor:
         shifted = self.matrix.clone()
@@ -123,18 +128,21 @@ class DirectInverse(Inverse):
         return torch.linalg.ldl_solve(self._factor, self._pivots, rows.mT.contiguous()).mT
 
     def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
-        """‖(H + λI) s − g‖ / ‖g‖, from H itself and not from its factorisation."""
-        return relative_residuals(
-            factors @ self.matrix, self.regularization, gradients.to(torch.float64), factors
-        )
+        """‖(H + λI) s − g‖ / ‖g‖, or a bound of it, from H itself and not from its factorisation."""
+        return self._probes.residuals(gradients.to(torch.float64), factors)
+
+    @cached_property
+    def _probes(self) -> Probes:
+        return Probes.of(self.matrix, self.regularization)
 
     def with_regularization(self, regularization: float) -> DirectInverse:
         """Factorise the same H at another λ."""
         return DirectInverse(self.matrix, check_regularization(regularization), self.precision)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """H and its factorisation."""
+        """H, its factorisation, and what tells residuals."""
         tensors = {"matrix": self.matrix, "factor": self._factor}
+        tensors |= {"probes": self._probes.vectors, "probed": self._probes.images}
         if self._pivots is not None:
             tensors["pivots"] = self._pivots
         return tensors, {"regularization": self.regularization, "precision": self.precision}
@@ -142,12 +150,14 @@ class DirectInverse(Inverse):
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> DirectInverse:
         """Take the arrays as they are: nothing is factorised again."""
+        probes = Probes(tensors["probes"], tensors["probed"]) if "probes" in tensors else None
         return cls(
             tensors["matrix"],
             values["regularization"],
             values["precision"],
             tensors["factor"],
             tensors.get("pivots"),
+            probes,
         )
 
     def diagnostics(self) -> dict[str, Any]:
