@@ -137,6 +137,7 @@ class Artifacts:
         if self.location is None and not self.riding:
             return Artifact(digest=f"held-{next(_SERIAL)}", nbytes=nbytes, tensors=tensors)
         held = {name: owned(value) for name, value in tensors.items()}
+        data: bytes | None = None
         if self.location is None or digest is None:
             data = safetensors.torch.save(held, _signature(held))
             digest = digest or hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -148,9 +149,9 @@ class Artifacts:
             if not _sound_file(folder / artifact.key):
                 doing = f"write {artifact.key!r} to"
                 with store_errors(self.location, doing), _written(folder, artifact.key) as path:
-                    _save_file(held, path)
+                    _save_file(held, path) if data is None else path.write_bytes(data)
         elif not self.location.exists(artifact.key):
-            self.location.put(artifact.key, safetensors.torch.save(held, _signature(held)))
+            self.location.put(artifact.key, data or safetensors.torch.save(held, _signature(held)))
         return artifact
 
     def adopt(self, artifact: Artifact) -> Artifact | None:

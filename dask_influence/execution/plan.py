@@ -38,11 +38,15 @@ LARGEST_REDUCED_TILE = (
     8 * 2**20
 )  # never written: as large as the product needs, and near the processor's caches
 SMALLEST_TILE = 2**18
+MODEST_TILE = 2**21
+"""Tiles of a short run are as large as its strips up to here, where writing one more object costs little."""
 HELD_BYTES = 32 * 2**20
 """Bytes of derivatives up to which small tiles share a product: each product reads all directions."""
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
 STRIP_SECONDS = 2.0
+FEW_STRIPS, SHORTEST_SECONDS = 8, 0.025
+"""Strips that even a short run has, so that workers share it, and what none should fall below: starting costs as much."""
 PROCESS_BYTES = 480 * 2**20
 """What a worker takes before it has done anything: interpreter, torch, Dask, Zarr (CPU build of torch 2.13, Linux)."""
 
@@ -570,7 +574,7 @@ def arrange(
     work : Work
         Sizes of the run.
     tile_bytes : int, optional
-        Bytes of one tile; by default a 64th of the output, from 256 KiB to 64 MiB.
+        Bytes of one tile; by default a 64th of the output, from 256 KiB to 64 MiB, and of short runs a strip.
     memory_limit : int, optional
         Bytes one task may hold; a quarter of it goes to directions.
     spread : bool
@@ -599,11 +603,9 @@ def arrange(
     if work.kept is not None and work.kept.axis == "test":  # lists of a query block are held at once
         per_row = max(per_row, _kept_bytes(work, work.tests))
     query_rows = min(work.tests, max(1, share // per_row))
-    output = work.copies * work.tests * work.trains * score_bytes
     if alone:
         tile_bytes = LARGEST_TILE
-    largest, share_of_output = (LARGEST_TILE, 64) if work.kept is None else (LARGEST_REDUCED_TILE, 16)
-    target = tile_bytes or min(largest, max(SMALLEST_TILE, output // share_of_output))
+    target = tile_bytes or _tile_bytes(work, query_rows)
     per_tile = max(1, target // score_bytes)  # scores of one tile
     columns = min(work.trains, FEWEST_COLUMNS)
     rows = min(query_rows, max(math.isqrt(per_tile), per_tile // work.trains, 1))
@@ -688,11 +690,27 @@ def _batch(work: Work) -> int:
     return int(min(1024, max(16, sizes.BUDGET // (24 * work.activations * work.itemsize))))
 
 
+def _tile_bytes(work: Work, query_rows: int) -> int:
+    """Bytes of one tile where none are asked for."""
+    column = work.width * work.itemsize * query_rows
+    output = work.copies * work.tests * work.trains * work.width * work.itemsize
+    if work.kept is not None:
+        return min(LARGEST_REDUCED_TILE, max(SMALLEST_TILE, output // 16))
+    whole = Plan(work, query_rows, (query_rows, work.trains), work.trains, _batch(work), work.tests)
+    few = min(_strips_wanted(whole), 2 * math.ceil(whole.seconds / (2 * SHORTEST_SECONDS)))
+    strip = min(MODEST_TILE, column * -(-work.trains // few))
+    return min(LARGEST_TILE, max(SMALLEST_TILE, strip, output // 64))
+
+
+def _strips_wanted(plan: Plan) -> int:
+    """Strips of about two seconds of work, and a few of less work."""
+    return max(FEW_STRIPS, math.ceil(plan.seconds / STRIP_SECONDS))
+
+
 def _strip_columns(plan: Plan) -> int:
-    """Columns of one strip: about two seconds of work, at least eight strips where there are tiles for them."""
+    """Columns of one strip, as many of them as are wanted where there are tiles for them."""
     columns = -(-plan.work.trains // plan.tile[1])
-    wanted = max(8, math.ceil(plan.seconds / STRIP_SECONDS))
-    runs = min(columns, -(-wanted // plan.passes), max(1, MOST_STRIPS // plan.passes))
+    runs = min(columns, -(-_strips_wanted(plan) // plan.passes), max(1, MOST_STRIPS // plan.passes))
     return plan.tile[1] * -(-columns // runs)
 
 
