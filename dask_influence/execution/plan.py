@@ -46,7 +46,7 @@ FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
 STRIP_SECONDS = 2.0
 FEW_STRIPS, SHORTEST_SECONDS = 8, 0.025
-"""Strips that even a short run has, so that workers share it, and what none should fall below: starting costs as much."""
+"""Strips that even a short run has, so that workers share it, unless each is shorter than what starting it costs."""
 PROCESS_BYTES = 480 * 2**20
 """What a worker takes before it has done anything: interpreter, torch, Dask, Zarr (CPU build of torch 2.13, Linux)."""
 
