@@ -8,7 +8,7 @@ the write of as many bytes as the scores take. The products of a sum over layers
 * with the complement: the same, and ⟨g_i, g_j⟩ by layers, N × (q + p) × M;
 * EK-FAC: a and δ turned into the eigenbasis, n × p × p and n × q × q, for test and training samples; then
   N × C × M for the C multiplications of a pair in the expansion at its certified bound;
-* Direct: H⁻¹ g of the test points in float64, N × P × P; then N × P × M.
+* Direct: H⁻¹ g of the test points, N × P × P; then N × P × M, both in the arithmetic that is used, float32.
 
 Nothing elementwise is counted, no certificate, no start of a task. Ours and the floor are timed in turn.
 """
@@ -67,7 +67,7 @@ class Work:
         n, m = self.tests, self.trains
         if self.estimator == "DirectInfluence":
             size = sum(q * p for q, p in self.layers)
-            yield (n, size, size), torch.float64
+            yield (n, size, size), torch.float32
             yield (n, size, m), torch.float32
             return
         if rank := self.options.get("rank"):

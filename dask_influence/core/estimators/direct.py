@@ -18,6 +18,7 @@ import scipy.linalg.lapack
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.curvature import matrix_sums
 from dask_influence.core.estimators.base import (
@@ -28,8 +29,12 @@ from dask_influence.core.estimators.base import (
     check_regularization,
 )
 from dask_influence.core.moments import Moments
-from dask_influence.core.probes import Probes
+from dask_influence.core.probes import SMALL, Probes
 from dask_influence.errors import IndefiniteCurvatureWarning, SingularCurvatureError
+
+NARROW = torch.finfo(torch.float32).eps
+NARROW_RESIDUAL = 32 * NARROW
+"""Bound of residuals of float32 solves that are taken: norms are a third of it, as rounding of gradients makes them."""
 
 LARGEST_LOOKED_AT = 2048
 """P up to which a run looks at the extreme eigenvalues for its record: a fraction of a second."""
@@ -73,6 +78,7 @@ class DirectInverse(Inverse):
         self._factor, self._pivots = factor.contiguous(), pivots
         if probes is not None:
             self._probes = probes
+        self._residuals = WeakTensorKeyDictionary()  # of factors that were looked at when they were solved
 
     def _shifted(self) -> Tensor:
         shifted = self.matrix.clone()
@@ -117,19 +123,38 @@ class DirectInverse(Inverse):
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """Factors of all rows at once: two triangular solves."""
-        return self._solve_rows(gradients.to(torch.float64))
+        rows = gradients.to(torch.float64)
+        if self._narrow is None:
+            return self._solve_rows(rows)
+        factors = _two_solves(self._narrow, rows.to(torch.float32)).to(torch.float64)
+        residuals = self._probes.residuals(rows, factors)
+        lost = residuals > NARROW_RESIDUAL
+        if lost.any():
+            factors[lost] = self._solve_rows(rows[lost])
+            residuals[lost] = self._probes.residuals(rows[lost], factors[lost])
+        self._residuals[factors] = residuals
+        return factors
         yield  # no round is needed, but the contract is a generator
 
     def _solve_rows(self, rows: Tensor) -> Tensor:
         if self._pivots is None:
-            # twice as fast as cholesky_solve for few rows
-            half = torch.linalg.solve_triangular(self._factor, rows.mT, upper=False)
-            return torch.linalg.solve_triangular(self._factor.mT, half, upper=True).mT
+            return _two_solves(self._factor, rows)
         return torch.linalg.ldl_solve(self._factor, self._pivots, rows.mT.contiguous()).mT
+
+    @cached_property
+    def _narrow(self) -> Tensor | None:
+        """The factorisation in float32, where that is for gradients of fewer digits and a matrix that allows it."""
+        if self._pivots is not None or self.precision < NARROW or len(self.matrix) <= SMALL:
+            return None
+        factor, rows = self._factor.to(torch.float32), self._probes.images.mT
+        tried = _two_solves(factor, rows.to(torch.float32)).to(torch.float64)
+        lost = self._probes.residuals(rows, tried) > NARROW_RESIDUAL
+        return None if lost.any() else factor
 
     def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
         """‖(H + λI) s − g‖ / ‖g‖, or a bound of it, from H itself and not from its factorisation."""
-        return self._probes.residuals(gradients.to(torch.float64), factors)
+        known = self._residuals.get(factors)
+        return self._probes.residuals(gradients.to(torch.float64), factors) if known is None else known
 
     @cached_property
     def _probes(self) -> Probes:
@@ -211,13 +236,19 @@ class DirectInverse(Inverse):
         return float(smallest), float(largest)
 
 
+def _two_solves(factor: Tensor, rows: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ of rows; twice as fast as ``cholesky_solve`` for few of them."""
+    half = torch.linalg.solve_triangular(factor, rows.mT, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
+
+
 @dataclass(frozen=True)
 class Direct(Estimator):
     """Exact Hessian: one pass over the data, P² float64 sums."""
 
     def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
-        """H and a factorisation for each λ, float64."""
-        return 8 * (1 + regularizations) * system.size**2
+        """H and a factorisation for each λ, float64, and that in float32."""
+        return (8 + 12 * regularizations) * system.size**2
 
     def fit(self, system: System) -> Generator[Round, Moments, DirectInverse]:
         """One round: the matrix of the mean loss."""

@@ -1,0 +1,93 @@
+"""Float32's digits are solved in float32 where nothing is lost by it, and every row that would lose in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dask_influence.core import probes
+from dask_influence.core.estimators import direct
+from dask_influence.core.estimators.base import without_rounds
+from dask_influence.core.estimators.direct import DirectInverse
+from tests import data
+
+SIZE = 2 * probes.SMALL
+SINGLE, DOUBLE = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+DAMPING = 1e-2
+
+
+def curvature(smallest: float) -> tuple[Tensor, Tensor]:
+    """A matrix with eigenvalues from 1 down to ``smallest`` − λ, the least only once, and its eigenvectors as rows."""
+    vectors = torch.linalg.qr(data.normal(1, SIZE, SIZE)).Q
+    values = torch.linspace(1.0, 0.1, SIZE, dtype=torch.float64)
+    values[-1] = smallest - DAMPING
+    return vectors @ values.diag() @ vectors.mT, vectors.mT
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each solve in float64."""
+    counted: list[int] = []
+    original = DirectInverse._solve_rows
+
+    def solve(self: DirectInverse, rows: Tensor) -> Tensor:
+        counted.append(len(rows))
+        return original(self, rows)
+
+    monkeypatch.setattr(DirectInverse, "_solve_rows", solve)
+    return counted
+
+
+def exact(matrix: Tensor, rows: Tensor) -> Tensor:
+    return torch.linalg.solve(matrix + DAMPING * torch.eye(SIZE, dtype=torch.float64), rows.mT).mT
+
+
+def test_what_is_known_to_float32_is_solved_in_it(wide: list[int]) -> None:
+    matrix, _ = curvature(1e-1)
+    inverse, rows = DirectInverse(matrix, DAMPING, SINGLE), data.normal(2, 7, SIZE).float()
+    factors = without_rounds(inverse.solve(rows))
+    assert wide == []
+    assert factors.dtype == torch.float64
+    off = (factors - exact(matrix, rows.double())).norm(dim=1) / factors.norm(dim=1)
+    assert 1e-9 < float(off.max()) < 2e-6
+    reported = inverse.residuals(rows, factors)
+    assert float(reported.max()) <= direct.NARROW_RESIDUAL
+    # the same that a look at factors from elsewhere finds
+    torch.testing.assert_close(inverse.residuals(rows, factors.clone()), reported, rtol=1e-3, atol=0)
+
+
+def test_a_row_that_loses_more_is_solved_in_float64(wide: list[int]) -> None:
+    """Along the one small eigenvalue, 10⁵ times smaller than the largest."""
+    matrix, vectors = curvature(1e-5)
+    rows = data.normal(2, 7, SIZE).float()
+    rows -= (rows @ vectors[-1:].mT.float()) * vectors[-1:].float()
+    rows[3] = vectors[-1].float()
+    inverse = DirectInverse(matrix, DAMPING, SINGLE)
+    factors = without_rounds(inverse.solve(rows))
+    assert wide == [1]
+    torch.testing.assert_close(factors[3], exact(matrix, rows[3:4].double())[0], rtol=1e-8, atol=1e-8)
+    assert float(inverse.residuals(rows, factors)[3]) <= 1e-9
+    assert float(inverse.residuals(rows, factors).max()) <= direct.NARROW_RESIDUAL
+
+
+@pytest.mark.parametrize("why", ["digits", "size", "condition"])
+def test_float64_where_float32_would_not_do(wide: list[int], why: str) -> None:
+    matrix, _ = curvature(1e-9 if why == "condition" else 1e-1)
+    if why == "condition":
+        matrix = matrix * 1e-3 + torch.ones(SIZE, SIZE, dtype=torch.float64)
+    if why == "size":
+        matrix = matrix[: probes.SMALL, : probes.SMALL]
+    inverse = DirectInverse(matrix, DAMPING, DOUBLE if why == "digits" else SINGLE)
+    rows = data.normal(2, 7, len(matrix)).float()
+    factors = without_rounds(inverse.solve(rows))
+    assert wide == [7]
+    assert float(inverse.residuals(rows, factors).max()) <= 1e-8
+
+
+def test_gradients_of_zero_have_factors_of_zero() -> None:
+    matrix, _ = curvature(1e-1)
+    inverse, rows = DirectInverse(matrix, DAMPING, SINGLE), torch.zeros(3, SIZE)
+    factors = without_rounds(inverse.solve(rows))
+    assert not factors.any()
+    assert not inverse.residuals(rows, factors).any()
