@@ -35,6 +35,7 @@ from dask_influence.errors import (
 from dask_influence.execution import artifacts, plan, reduce_tasks, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.dask import DaskExecutor
+from dask_influence.execution.lanes import lanes_of
 from dask_influence.execution.ledger import Ledger
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.output import Output
@@ -662,7 +663,7 @@ def test_an_interrupted_run_is_marked_and_resumed(tmp_path: Path) -> None:
     with pytest.raises(Exception):  # noqa: B017 - how a failing strip is reported is another test's matter
         fitted.influences_to_zarr(store, case.test, case.train, tile_bytes=TILE)
     assert json.loads((store / "_run" / "run.json").read_text())["state"] != "complete"
-    assert len(ledger(store)) == 3
+    assert 3 <= len(ledger(store)) <= 2 + lanes_of(1)  # what ran beside the one that stopped was finished
     kept = {name: path.stat().st_mtime_ns for name, path in ledger(store).items()}
     Interrupted.forward = lambda self, x: self.inner(x)
     fitted = DirectInfluence(model, case.loss, case.regularization).fit(case.train)
