@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from dask_influence.core.estimators import Inverse
 from dask_influence.core.kept import Kept
 from dask_influence.core.moments import Moments, merge
 from dask_influence.core.problem import Problem
+from dask_influence.execution import tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor, Sealed
 from dask_influence.execution.lanes import in_lanes
@@ -21,6 +23,9 @@ from dask_influence.execution.options import Options
 from dask_influence.execution.shipping import Held
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
+
+SMALL = 2**20
+"""Numbers of sums up to which more threads do not pay: they spin for milliseconds where the next tasks are to run."""
 
 
 class LocalExecutor(Executor):
@@ -77,7 +82,8 @@ class LocalExecutor(Executor):
             parts.append(part)
             if report is not None:
                 report(len(parts), len(calls))
-        return merge(parts)
+        with tasks.torch_threads(1) if _small(parts) else nullcontext():
+            return merge(parts)
 
     def map(
         self,
@@ -89,3 +95,7 @@ class LocalExecutor(Executor):
         """Evaluate lazily, side by side where threads are left; what crashes this process is not survived."""
         evaluated = (partial(function, *call) for call in calls)
         return in_lanes(evaluated, torch.get_num_threads() if threads is None else threads)
+
+
+def _small(parts: Sequence[Moments]) -> bool:
+    return sum(value.numel() for value in parts[0].total.values()) <= SMALL
