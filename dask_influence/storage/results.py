@@ -53,6 +53,7 @@ from dask_influence.errors import (
     MissingObjectError,
     StoreError,
 )
+from dask_influence.storage.encoding import Layout
 from dask_influence.storage.stores import Location, store_errors
 
 FORMAT = "dask_influence"
@@ -360,9 +361,15 @@ def write_region(
     StoreError
         Where the array is missing or the store cannot be written; names the tile.
     """
-    metadata = _array_metadata(location.get(f"{array}/zarr.json"))
+    metadata, layout = _array_metadata(location.get(f"{array}/zarr.json"))
     block = np.ascontiguousarray(block)
     tiles = _tiles_covered(metadata, array, start, block)
+    if layout is not None:
+        records = []
+        for below, data in layout.objects(start, block):
+            location.put(f"{array}/{below}", data)
+            records.append(ShardRecord(f"{array}/{below}", len(data), checksum(data)))
+        return sorted(records, key=lambda record: record.key)
     recorder = _Recorder(location.zarr())
     target = zarr.Array(zarr.AsyncArray(metadata, StorePath(recorder, array), config=_ZARR_CONFIG))
     region = tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))
@@ -383,9 +390,10 @@ def read_index(location: Location, name: str, positions: Iterable[int]) -> dict[
 
 
 @lru_cache(maxsize=64)
-def _array_metadata(stored: bytes) -> ArrayV3Metadata:
+def _array_metadata(stored: bytes) -> tuple[ArrayV3Metadata, Layout | None]:
     # Cached by content, not by URL: a store may be deleted and made anew with another layout.
-    return ArrayV3Metadata.from_dict(json.loads(stored))
+    metadata = ArrayV3Metadata.from_dict(json.loads(stored))
+    return metadata, Layout.of(metadata)
 
 
 def _tiles_covered(
