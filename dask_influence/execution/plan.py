@@ -42,7 +42,8 @@ HELD_BYTES = 32 * 2**20
 """Bytes of derivatives up to which small tiles share a product: each product reads all directions."""
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
-STRIP_SECONDS = 2.0
+STRIP_SECONDS, FEWEST_STRIPS = 2.0, 16
+"""What a strip takes at most, and strips of work that takes less: the last one is what other workers wait for."""
 PROCESS_BYTES = 480 * 2**20
 """What a worker takes before it has done anything: interpreter, torch, Dask, Zarr (CPU build of torch 2.13, Linux)."""
 
@@ -689,9 +690,9 @@ def _batch(work: Work) -> int:
 
 
 def _strip_columns(plan: Plan) -> int:
-    """Columns of one strip: about two seconds of work, at least eight strips where there are tiles for them."""
+    """Columns of one strip: about two seconds of work, and enough strips to share where there are tiles for them."""
     columns = -(-plan.work.trains // plan.tile[1])
-    wanted = max(8, math.ceil(plan.seconds / STRIP_SECONDS))
+    wanted = max(FEWEST_STRIPS, math.ceil(plan.seconds / STRIP_SECONDS))
     runs = min(columns, -(-wanted // plan.passes), max(1, MOST_STRIPS // plan.passes))
     return plan.tile[1] * -(-columns // runs)
 

@@ -22,7 +22,6 @@ from torch.utils.data import (
     TensorDataset,
     default_collate,
 )
-from zarr.storage import MemoryStore
 
 from dask_influence.errors import DataError, DataWarning
 from dask_influence.storage.samples import (
@@ -184,11 +183,11 @@ class DaskSource(Source):
         digests = [digest(piece.start, *block) for piece, *block in zip(pieces, *blocks, strict=True)]
         return self._combined_digest(dask.compute(*digests))
 
-    def write(self, arrays: Pair, rows: int) -> None:
-        """Let dask store ``rows`` samples at a time, wherever it computes them."""
+    def write(self, arrays: Pair, rows: int, reached: Callable[[int], None]) -> None:
+        """Let dask store ``rows`` samples at a time, wherever it computes them; all are there at the end."""
         targets = optree.tree_leaves(arrays)
-        if not all(_reachable(target) for target in targets):
-            super().write(arrays, rows)
+        if any(target.location.in_process for target in targets):
+            super().write(arrays, rows, reached)
             return
         cut = [leaf.rechunk({0: rows}) for leaf in optree.tree_leaves(self.data)]
         da.store(cut, targets, lock=False, compute=True)
@@ -340,8 +339,3 @@ def _warn_rechunk(argument: str, name: str, what: str, call: str) -> None:
     warnings.warn(
         f"{argument}: {name} {what} and is rechunked; pass {call} to avoid this", DataWarning, stacklevel=6
     )
-
-
-def _reachable(target: Any) -> bool:
-    """Whether another process that unpickles this Zarr array writes to the same store."""
-    return not isinstance(target.store, MemoryStore)

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +23,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from dask_influence.errors import CorruptStoreError, DataError, StoreError
+from dask_influence.storage.encoding import Layout
 from dask_influence.storage.samples import ArraySpec, Pair, Source, Tree, leaf_name, native, spec_of
 from dask_influence.storage.stores import Location, store_errors
 
@@ -63,6 +70,7 @@ class ZarrSource(Source):
         first = optree.tree_leaves(self._arrays)[0]
         super().__init__(length, spec, min(length, int(first.chunks[0])), argument)
         staged = group.attrs.get(_DIGEST)
+        self._arriving: _Arriving | None = None
         self._digest = str(staged) if staged is not None else None
 
     @classmethod
@@ -71,13 +79,18 @@ class ZarrSource(Source):
         self = cls.__new__(cls)
         Source.__init__(self, len(source), source.spec, rows, source.argument)
         self.location, self.portable = location, not location.in_process
-        self._arrays, self._digest = None, source.digest()
+        self._arrays, self._digest, self._arriving = None, source.digest(), None
         names = ["/".join(("xy"[path[0]], *map(str, path[1:]))) for path in optree.tree_paths(source.spec)]
         self._names = optree.tree_unflatten(optree.tree_structure(source.spec), names)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": None}
+        return {**self.__dict__, "_arrays": None, "_arriving": None}
+
+    def wait(self, stop: int) -> None:
+        """Return when samples before ``stop`` are there; raises what kept them from being staged."""
+        if self._arriving is not None:
+            self._arriving.wait(stop)
 
     def _read(self, start: int, stop: int) -> Pair:
         with store_errors(self.location, f"read samples {start} to {stop} of"):
@@ -85,12 +98,20 @@ class ZarrSource(Source):
                 group = _open_group(self.location, self.argument)
                 self._arrays = optree.tree_map(lambda name: group[name], self._names)
             try:
-                return optree.tree_map(lambda array: native(np.asarray(array[start:stop])), self._arrays)
+                return optree.tree_map(lambda array: self._samples(array, start, stop), self._arrays)
             except (ValueError, RuntimeError) as error:
                 raise CorruptStoreError(
                     f"{self.argument}: samples {start} to {stop} of {self.location.url} cannot be decoded: "
                     f"{error}"
                 ) from error
+
+    def _samples(self, array: zarr.Array[Any], start: int, stop: int) -> np.ndarray[Any, Any]:
+        # zarr waits for many objects of a bucket at once; of files there is nothing to wait for
+        folder = self.location.local_path
+        layout = None if folder is None else Layout.of(array.metadata)
+        if folder is None or layout is None:
+            return native(np.asarray(array[start:stop]))
+        return layout.read(folder / array.path, start, stop)
 
     def _content_digest(self) -> str:
         listing = {key: mark for name in "xy" for key, mark in self.location.stat(name).items()}
@@ -101,7 +122,65 @@ class ZarrSource(Source):
         return hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
 
 
-def stage(source: Source, location: Location, chunk_size: int) -> ZarrSource:
+class _Arriving:
+    """How far a staging is that goes on in another thread."""
+
+    def __init__(self) -> None:
+        self._moved = threading.Condition()
+        self._there = 0
+        self._failure: BaseException | None = None
+
+    def reached(self, stop: int) -> None:
+        """Samples before ``stop`` are there."""
+        with self._moved:
+            self._there = stop
+            self._moved.notify_all()
+
+    def wait(self, stop: int) -> None:
+        """Return when samples before ``stop`` are there; raises what ended the staging before."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._there >= stop or self._failure is not None)
+            if self._there < stop and self._failure is not None:
+                raise self._failure
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Let whoever waits know of what is raised."""
+        try:
+            yield
+        except BaseException as error:
+            with self._moved:
+                self._failure = error
+                self._moved.notify_all()
+            raise
+
+
+class StagedArray:
+    """An array of staged samples as it is written, in this process or another one: whole objects at a time.
+
+    Parameters
+    ----------
+    location : Location
+        The group.
+    array : zarr.Array
+        With a layout that is known here, and features in one piece.
+    """
+
+    def __init__(self, location: Location, array: zarr.Array[Any]) -> None:
+        self.location, self._path, self._metadata = location, array.path, array.metadata
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __setitem__(self, where: slice | tuple[slice, ...], samples: np.ndarray[Any, Any]) -> None:
+        rows = where[0] if isinstance(where, tuple) else where
+        layout = Layout.of(self._metadata)
+        assert layout is not None
+        for key, data in layout.objects((rows.start, *(0 for _ in self.shape[1:])), np.asarray(samples)):
+            self.location.put(f"{self._path}/{key}", data)
+
+
+def stage(
+    source: Source, location: Location, chunk_size: int, beside: ThreadPoolExecutor | None = None
+) -> ZarrSource:
     """Write the samples once as a Zarr group below ``location``, from where any process reads them.
 
     The group is named by content and layout, and marked when it is whole: staging the same
@@ -117,6 +196,8 @@ def stage(source: Source, location: Location, chunk_size: int) -> ZarrSource:
         A folder that may hold other staged data.
     chunk_size : int
         Samples that will be read at once; the chunks of the arrays.
+    beside : ThreadPoolExecutor, optional
+        Writes them while the caller goes on; :meth:`ZarrSource.wait` says what is there.
 
     Raises
     ------
@@ -135,18 +216,31 @@ def stage(source: Source, location: Location, chunk_size: int) -> ZarrSource:
     """
     rows = min(max(1, chunk_size), len(source))
     target = location.child(f"{source.digest()}-{rows}")
-    if not _is_staged(target):
-        _check_names(source)
-        in_shard = min(max(1, STAGED_SHARD // (rows * source.nbytes_per_sample)), -(-len(source) // rows))
-        with store_errors(target, "stage samples in"):
-            group = _group(target)
-            arrays = tuple(
-                _created(group, name, tree, len(source), rows, in_shard)
-                for name, tree in zip("xy", source.spec, strict=True)
-            )
-            source.write(arrays, rows * in_shard)
-            group.update_attributes({_DIGEST: source.digest()})
-    return ZarrSource.staged(target, source, rows)
+    staged = ZarrSource.staged(target, source, rows)
+    if _is_staged(target):
+        return staged
+    _check_names(source)
+    if beside is None:
+        _write(source, target, rows, _Arriving())
+    else:
+        staged._arriving = _Arriving()
+        # the client of a cluster that computes dask arrays is part of the context
+        beside.submit(copy_context().run, _write, source, target, rows, staged._arriving)
+    return staged
+
+
+def _write(source: Source, target: Location, rows: int, arriving: _Arriving) -> None:
+    in_shard = min(max(1, STAGED_SHARD // (rows * source.nbytes_per_sample)), -(-len(source) // rows))
+    with arriving.told(), store_errors(target, "stage samples in"):
+        group = _group(target)
+        created = [
+            _created(group, name, tree, len(source), rows, in_shard)
+            for name, tree in zip("xy", source.spec, strict=True)
+        ]
+        arrays = optree.tree_map(partial(StagedArray, target), tuple(created))
+        source.write(arrays, rows * in_shard, arriving.reached)
+        group.update_attributes({_DIGEST: source.digest()})
+        arriving.reached(len(source))
 
 
 def _is_staged(target: Location) -> bool:
