@@ -30,6 +30,9 @@ from dask_influence.storage.stores import Location, store_errors
 STAGED_SHARD = 16 * 2**20
 """Bytes aimed at for one stored object of staged samples."""
 
+MOST_CHUNKS, MOST_EXCESS = 16, 2
+"""Chunks that are read for what one could hold, and times that a chunk may be larger, before data are staged anew."""
+
 _CONTAINER = "dask_influence_container"
 _DIGEST = "dask_influence_digest"
 
@@ -184,9 +187,9 @@ def stage(
     """Write the samples once as a Zarr group below ``location``, from where any process reads them.
 
     The group is named by content and layout, and marked when it is whole: staging the same
-    content again returns at once, a staging that was killed is done again, and two at the same time write
-    the same bytes. At most about 16 MiB (or one chunk of ``chunk_size`` samples) is held; dask arrays are
-    computed and stored chunk by chunk by dask.
+    content again returns at once, also for chunks that those already there serve; a staging that was killed
+    is done again, and two at the same time write the same bytes. At most about 16 MiB (or one chunk of
+    ``chunk_size`` samples) is held; dask arrays are computed and stored chunk by chunk by dask.
 
     Parameters
     ----------
@@ -215,10 +218,10 @@ def stage(
     (array([1, 2]), 2, True)
     """
     rows = min(max(1, chunk_size), len(source))
+    for held in _held(location, source.digest(), rows):
+        return ZarrSource.staged(location.child(f"{source.digest()}-{held}"), source, held)
     target = location.child(f"{source.digest()}-{rows}")
     staged = ZarrSource.staged(target, source, rows)
-    if _is_staged(target):
-        return staged
     _check_names(source)
     if beside is None:
         _write(source, target, rows, _Arriving())
@@ -241,6 +244,16 @@ def _write(source: Source, target: Location, rows: int, arriving: _Arriving) -> 
         source.write(arrays, rows * in_shard, arriving.reached)
         group.update_attributes({_DIGEST: source.digest()})
         arriving.reached(len(source))
+
+
+def _held(location: Location, digest: str, rows: int) -> Iterator[int]:
+    """Chunks, fit to be read ``rows`` samples at a time, in which the content is staged whole; the best first."""
+    names = (name.rpartition("-") for name in location.folders())
+    sizes = [int(size) for held, _, size in names if held == digest]
+    for size in sorted(sizes, key=lambda size: abs(size - rows)):
+        fits = rows <= MOST_CHUNKS * size and size <= MOST_EXCESS * rows
+        if fits and _is_staged(location.child(f"{digest}-{size}")):
+            yield size
 
 
 def _is_staged(target: Location) -> bool:

@@ -444,6 +444,22 @@ def test_staging_again_writes_nothing(tmp_path: Path) -> None:
     assert location.stat() == before
 
 
+def test_what_is_staged_serves_other_chunks(tmp_path: Path) -> None:
+    location, source = Location.of(tmp_path), as_source((X, Y))
+    first = stage(source, location, 4)
+    before = location.stat()
+    for rows in (2, 3, 11):
+        again = stage(source, location, rows)
+        assert (again.location, again.chunk_size) == (first.location, 4)
+        np.testing.assert_array_equal(again.read(3, 9)[0], X[3:9])
+    assert location.stat() == before
+    assert stage(source, location, 1).chunk_size == 1  # four times as much would be read
+    assert stage(source, location, 2).chunk_size in (1, 4)
+    location.delete(f"{source.digest()}-4/zarr.json")  # as of a staging that was killed
+    location.delete(f"{source.digest()}-1/zarr.json")
+    assert stage(source, location, 3).chunk_size == 3
+
+
 @pytest.mark.parametrize(
     "x", [X, (X, {"b": X[:, :1], "a": X + 1}), {"z": X, "a": (X, X + 2)}], ids=["array", "tuple", "mapping"]
 )
