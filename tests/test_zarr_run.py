@@ -20,7 +20,7 @@ import xarray as xr
 import zarr
 from distributed import Client, LocalCluster, wait
 from distributed.client import _get_global_client
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from dask_influence import ArnoldiInfluence, DirectInfluence, TopK, open_influences
 from dask_influence.arguments import id_digests
@@ -404,6 +404,38 @@ def test_an_adaptive_cluster_of_no_workers_starts_some(tmp_path: Path) -> None:
         direct(case, client).influences_to_zarr(tmp_path / "run", case.test, case.train, tile_bytes=700)
     direct(case).influences_to_zarr(tmp_path / "own", case.test, case.train, tile_bytes=700)
     assert shards(tmp_path / "run") == shards(tmp_path / "own")
+
+
+class Late(Dataset[Any]):
+    """Samples that are read for a digest; the last one is read again when there is an entry of the first strip."""
+
+    def __init__(self, pair: tuple[Any, Any], store: Path) -> None:
+        self._pair, self._store, self.again = pair, store, 0
+
+    def __len__(self) -> int:
+        return len(self._pair[1])
+
+    def __getitem__(self, index: int) -> Any:
+        if index == len(self) - 1:
+            self.again += 1
+        if self.again > 1:
+            ledger, began = Ledger(Location.of(self._store)), time.monotonic()
+            while not ledger.done("strip"):
+                assert time.monotonic() < began + 20, "no strip was begun before all samples were staged"
+                time.sleep(0.01)
+        return tuple(part[index] for part in self._pair)
+
+
+def test_strips_are_begun_while_samples_are_staged(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dask_influence.storage.staging.STAGED_SHARD", 1)
+    case, fitted = data.mlp_regression(), direct(data.mlp_regression(), client)
+    late = Late(case.train, tmp_path / "run")
+    fitted.influences_to_zarr(tmp_path / "run", case.test, late, tile_bytes=700)
+    assert late.again == 2
+    fitted.influences_to_zarr(tmp_path / "whole", case.test, case.train, tile_bytes=700)
+    assert shards(tmp_path / "run") == shards(tmp_path / "whole")
 
 
 def test_a_call_whose_workers_are_gone_ends_and_is_resumed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,8 +108,12 @@ class Executor(ABC):
         """Make an inverse curvature available to every task; its digest is made where it is needed."""
 
     @abstractmethod
-    def reachable(self, source: Source, chunk_size: int) -> Source:
-        """``source`` in a form that every task can read, staged once where need be."""
+    def reachable(self, source: Source, chunk_size: int, beside: ThreadPoolExecutor | None = None) -> Source:
+        """``source`` in a form that every task can read, staged once where need be.
+
+        With ``beside`` that goes on there while the caller does: tasks may read what :meth:`Source.wait` has
+        waited for.
+        """
 
     @abstractmethod
     def reduce(

@@ -9,7 +9,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -161,12 +161,12 @@ class DaskExecutor(Executor):
             return ShippedInverse.of(inverse, self._artifacts, name)
         return replace(shipped, tensors=adopted)
 
-    def reachable(self, source: Source, chunk_size: int) -> Source:
+    def reachable(self, source: Source, chunk_size: int, beside: ThreadPoolExecutor | None = None) -> Source:
         """Stage what only this process can read."""
         if source.portable:
             return source
         with self._connected(), self.client.as_current():
-            return stage(source, self._home.location.child("data"), chunk_size)
+            return stage(source, self._home.location.child("data"), chunk_size, beside)
 
     def reduce(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -65,7 +66,7 @@ class LocalExecutor(Executor):
         """The inverse itself."""
         return Held(inverse)
 
-    def reachable(self, source: Source, chunk_size: int) -> Source:
+    def reachable(self, source: Source, chunk_size: int, beside: ThreadPoolExecutor | None = None) -> Source:
         """Every source can be read where it was made."""
         return source
 

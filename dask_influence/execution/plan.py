@@ -44,9 +44,10 @@ HELD_BYTES = 32 * 2**20
 """Bytes of derivatives up to which small tiles share a product: each product reads all directions."""
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
-STRIP_SECONDS = 2.0
-FEW_STRIPS, SHORTEST_SECONDS = 8, 0.025
-"""Strips that even a short run has, so that workers share it, unless each is shorter than what starting it costs."""
+STRIP_SECONDS, FEWEST_STRIPS = 2.0, 16
+"""What a strip takes at most, and strips of work that takes less: the last one is what other workers wait for."""
+FEWEST_TILES, SHORTEST_SECONDS = 8, 0.025
+"""Tiles of a short run, so that workers share it, unless each were a task shorter than what starting it costs."""
 PROCESS_BYTES = 480 * 2**20
 """What a worker takes before it has done anything: interpreter, torch, Dask, Zarr (CPU build of torch 2.13, Linux)."""
 
@@ -697,18 +698,18 @@ def _tile_bytes(work: Work, query_rows: int) -> int:
     if work.kept is not None:
         return min(LARGEST_REDUCED_TILE, max(SMALLEST_TILE, output // 16))
     whole = Plan(work, query_rows, (query_rows, work.trains), work.trains, _batch(work), work.tests)
-    few = min(_strips_wanted(whole), 2 * math.ceil(whole.seconds / (2 * SHORTEST_SECONDS)))
+    few = min(FEWEST_TILES, 2 * math.ceil(whole.seconds / (2 * SHORTEST_SECONDS)))
     strip = min(MODEST_TILE, column * -(-work.trains // few))
     return min(LARGEST_TILE, max(SMALLEST_TILE, strip, output // 64))
 
 
 def _strips_wanted(plan: Plan) -> int:
     """Strips of about two seconds of work, and a few of less work."""
-    return max(FEW_STRIPS, math.ceil(plan.seconds / STRIP_SECONDS))
+    return max(FEWEST_STRIPS, math.ceil(plan.seconds / STRIP_SECONDS))
 
 
 def _strip_columns(plan: Plan) -> int:
-    """Columns of one strip, as many of them as are wanted where there are tiles for them."""
+    """Columns of one strip: as many strips as are wanted where there are tiles for them."""
     columns = -(-plan.work.trains // plan.tile[1])
     runs = min(columns, -(-_strips_wanted(plan) // plan.passes), max(1, MOST_STRIPS // plan.passes))
     return plan.tile[1] * -(-columns // runs)

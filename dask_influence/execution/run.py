@@ -263,7 +263,7 @@ def score_strips(
     perturbation: bool,
     progress: Report,
 ) -> None:
-    """Every strip that the ledger does not list, of samples that workers can read."""
+    """Every strip that the ledger does not list, each once workers can read its samples."""
     done = output.ledger.done()
     missing = [index for index in range(plan.strips) if plan.strip(index).name not in done]
     total = plan.strips
@@ -281,9 +281,14 @@ def score_strips(
             output.missing.positions("test"),
         )
     )
+
+    def calls() -> Iterator[tuple[Any, ...]]:
+        for index in missing:
+            source.wait(plan.strip(index).columns.stop)
+            yield job, scoring, index
+
     finished = total - len(missing)
-    calls = ((job, scoring, index) for index in missing)
-    for bad in surviving(executor, tasks.score_strip, quarantine.isolated_strip, calls, fit.threads):
+    for bad in surviving(executor, tasks.score_strip, quarantine.isolated_strip, calls(), fit.threads):
         output.missing.add("train", bad)
         finished += 1
         progress("strips", finished, total)
@@ -303,12 +308,12 @@ def write_scores(
 ) -> None:
     """Factors, strips and metadata into a prepared store; what the ledger lists is not done again."""
     with reporting(progress) as report, ThreadPoolExecutor(1) as beside:
-        reachable = beside.submit(executor.reachable, train, plan.tile[1])
+        reachable = executor.reachable(train, plan.tile[1], beside)
         if isinstance(test, StoredFactors):
             factors = import_factors(test, output, plan.factor_chunks)
         else:
             factors = solve_factors(executor, fit, test, output, plan, project, report)
-        score_strips(executor, fit, reachable.result(), output, plan, factors, project, perturbation, report)
+        score_strips(executor, fit, reachable, output, plan, factors, project, perturbation, report)
     output.complete()
 
 

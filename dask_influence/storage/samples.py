@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -28,6 +30,9 @@ Pair = Any
 
 DIGEST_BLOCK = 16 * 2**20
 """Bytes hashed at a time; fixed, because the digest depends on where blocks begin."""
+
+HASHERS = 2
+"""Blocks that are hashed at once, beside one that is read: hashing leaves the interpreter to others."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +125,35 @@ class Source(ABC):
         """The samples, as numpy arrays of the announced structure."""
 
     def _content_digest(self) -> str:
-        blocks = (self._read(block.start, block.stop) for block in self._digest_blocks())
-        starts = (block.start for block in self._digest_blocks())
-        return self._combined_digest(
-            checked_digest(block, self.argument, start) for block, start in zip(blocks, starts, strict=True)
-        )
+        return self._combined_digest(self._digests())
 
-    def write(self, arrays: Pair, rows: int) -> None:
-        """Copy all samples into arrays that are indexed like numpy's, ``rows`` samples at a time."""
+    def _digests(self) -> Iterator[bytes]:
+        """Of blocks that are read here while those before are hashed."""
+        blocks = self._digest_blocks()
+        with ThreadPoolExecutor(min(HASHERS, len(blocks))) as pool:
+            hashed: deque[Future[bytes]] = deque()
+            for block in blocks:
+                if len(hashed) == HASHERS:
+                    yield hashed.popleft().result()
+                held = self._read(block.start, block.stop)
+                hashed.append(pool.submit(checked_digest, held, self.argument, block.start))
+            yield from (one.result() for one in hashed)
+
+    def wait(self, stop: int) -> None:
+        """Return when samples before ``stop`` can be read: at once, unless they are being brought here."""
+        assert 0 <= stop <= self._length
+
+    def write(self, arrays: Pair, rows: int, reached: Callable[[int], None]) -> None:
+        """Copy all samples into arrays that are indexed like numpy's, ``rows`` samples at a time.
+
+        ``reached`` is told before which sample all are written.
+        """
         targets = optree.tree_leaves(arrays)
         for piece in Chunks(self._length, rows):
             leaves = optree.tree_leaves(self.read(piece.start, piece.stop))
             for target, leaf in zip(targets, leaves, strict=True):
                 target[piece.start : piece.stop] = leaf
+            reached(piece.stop)
 
     @final
     def _digest_blocks(self) -> Chunks:

@@ -184,11 +184,11 @@ class DaskSource(Source):
         digests = [digest(piece.start, *block) for piece, *block in zip(pieces, *blocks, strict=True)]
         return self._combined_digest(dask.compute(*digests))
 
-    def write(self, arrays: Pair, rows: int) -> None:
-        """Let dask store ``rows`` samples at a time, wherever it computes them."""
+    def write(self, arrays: Pair, rows: int, reached: Callable[[int], None]) -> None:
+        """Let dask store ``rows`` samples at a time, wherever it computes them; all are there at the end."""
         targets = optree.tree_leaves(arrays)
         if not all(_reachable(target) for target in targets):
-            super().write(arrays, rows)
+            super().write(arrays, rows, reached)
             return
         cut = [leaf.rechunk({0: rows}) for leaf in optree.tree_leaves(self.data)]
         da.store(cut, targets, lock=False, compute=True)

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +27,9 @@ from dask_influence.storage.stores import Location, store_errors
 
 STAGED_SHARD = 16 * 2**20
 """Bytes aimed at for one stored object of staged samples."""
+
+MOST_CHUNKS, MOST_EXCESS = 16, 2
+"""Chunks that are read for what one could hold, and times that a chunk may be larger, before data are staged anew."""
 
 _CONTAINER = "dask_influence_container"
 _DIGEST = "dask_influence_digest"
@@ -63,6 +71,7 @@ class ZarrSource(Source):
         first = optree.tree_leaves(self._arrays)[0]
         super().__init__(length, spec, min(length, int(first.chunks[0])), argument)
         staged = group.attrs.get(_DIGEST)
+        self._arriving: _Arriving | None = None
         self._digest = str(staged) if staged is not None else None
 
     @classmethod
@@ -71,13 +80,18 @@ class ZarrSource(Source):
         self = cls.__new__(cls)
         Source.__init__(self, len(source), source.spec, rows, source.argument)
         self.location, self.portable = location, not location.in_process
-        self._arrays, self._digest = None, source.digest()
+        self._arrays, self._digest, self._arriving = None, source.digest(), None
         names = ["/".join(("xy"[path[0]], *map(str, path[1:]))) for path in optree.tree_paths(source.spec)]
         self._names = optree.tree_unflatten(optree.tree_structure(source.spec), names)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": None}
+        return {**self.__dict__, "_arrays": None, "_arriving": None}
+
+    def wait(self, stop: int) -> None:
+        """Return when samples before ``stop`` are there; raises what kept them from being staged."""
+        if self._arriving is not None:
+            self._arriving.wait(stop)
 
     def _read(self, start: int, stop: int) -> Pair:
         with store_errors(self.location, f"read samples {start} to {stop} of"):
@@ -101,13 +115,48 @@ class ZarrSource(Source):
         return hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
 
 
-def stage(source: Source, location: Location, chunk_size: int) -> ZarrSource:
+class _Arriving:
+    """How far a staging is that goes on in another thread."""
+
+    def __init__(self) -> None:
+        self._moved = threading.Condition()
+        self._there = 0
+        self._failure: BaseException | None = None
+
+    def reached(self, stop: int) -> None:
+        """Samples before ``stop`` are there."""
+        with self._moved:
+            self._there = stop
+            self._moved.notify_all()
+
+    def wait(self, stop: int) -> None:
+        """Return when samples before ``stop`` are there; raises what ended the staging before."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._there >= stop or self._failure is not None)
+            if self._there < stop and self._failure is not None:
+                raise self._failure
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Let whoever waits know of what is raised."""
+        try:
+            yield
+        except BaseException as error:
+            with self._moved:
+                self._failure = error
+                self._moved.notify_all()
+            raise
+
+
+def stage(
+    source: Source, location: Location, chunk_size: int, beside: ThreadPoolExecutor | None = None
+) -> ZarrSource:
     """Write the samples once as a Zarr group below ``location``, from where any process reads them.
 
     The group is named by content and layout, and marked when it is whole: staging the same
-    content again returns at once, a staging that was killed is done again, and two at the same time write
-    the same bytes. At most about 16 MiB (or one chunk of ``chunk_size`` samples) is held; dask arrays are
-    computed and stored chunk by chunk by dask.
+    content again returns at once, also for chunks that those already there serve; a staging that was killed
+    is done again, and two at the same time write the same bytes. At most about 16 MiB (or one chunk of
+    ``chunk_size`` samples) is held; dask arrays are computed and stored chunk by chunk by dask.
 
     Parameters
     ----------
@@ -117,6 +166,8 @@ def stage(source: Source, location: Location, chunk_size: int) -> ZarrSource:
         A folder that may hold other staged data.
     chunk_size : int
         Samples that will be read at once; the chunks of the arrays.
+    beside : ThreadPoolExecutor, optional
+        Writes them while the caller goes on; :meth:`ZarrSource.wait` says what is there.
 
     Raises
     ------
@@ -134,19 +185,41 @@ def stage(source: Source, location: Location, chunk_size: int) -> ZarrSource:
     (array([1, 2]), 2, True)
     """
     rows = min(max(1, chunk_size), len(source))
+    for held in _held(location, source.digest(), rows):
+        return ZarrSource.staged(location.child(f"{source.digest()}-{held}"), source, held)
     target = location.child(f"{source.digest()}-{rows}")
-    if not _is_staged(target):
-        _check_names(source)
-        in_shard = min(max(1, STAGED_SHARD // (rows * source.nbytes_per_sample)), -(-len(source) // rows))
-        with store_errors(target, "stage samples in"):
-            group = _group(target)
-            arrays = tuple(
-                _created(group, name, tree, len(source), rows, in_shard)
-                for name, tree in zip("xy", source.spec, strict=True)
-            )
-            source.write(arrays, rows * in_shard)
-            group.update_attributes({_DIGEST: source.digest()})
-    return ZarrSource.staged(target, source, rows)
+    staged = ZarrSource.staged(target, source, rows)
+    _check_names(source)
+    if beside is None:
+        _write(source, target, rows, _Arriving())
+    else:
+        staged._arriving = _Arriving()
+        # the client of a cluster that computes dask arrays is part of the context
+        beside.submit(copy_context().run, _write, source, target, rows, staged._arriving)
+    return staged
+
+
+def _write(source: Source, target: Location, rows: int, arriving: _Arriving) -> None:
+    in_shard = min(max(1, STAGED_SHARD // (rows * source.nbytes_per_sample)), -(-len(source) // rows))
+    with arriving.told(), store_errors(target, "stage samples in"):
+        group = _group(target)
+        arrays = tuple(
+            _created(group, name, tree, len(source), rows, in_shard)
+            for name, tree in zip("xy", source.spec, strict=True)
+        )
+        source.write(arrays, rows * in_shard, arriving.reached)
+        group.update_attributes({_DIGEST: source.digest()})
+        arriving.reached(len(source))
+
+
+def _held(location: Location, digest: str, rows: int) -> Iterator[int]:
+    """Chunks, fit to be read ``rows`` samples at a time, in which the content is staged whole; the best first."""
+    names = (name.rpartition("-") for name in location.folders())
+    sizes = [int(size) for held, _, size in names if held == digest]
+    for size in sorted(sizes, key=lambda size: abs(size - rows)):
+        fits = rows <= MOST_CHUNKS * size and size <= MOST_EXCESS * rows
+        if fits and _is_staged(location.child(f"{digest}-{size}")):
+            yield size
 
 
 def _is_staged(target: Location) -> bool:

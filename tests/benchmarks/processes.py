@@ -16,9 +16,12 @@ from distributed import Client
 
 @contextmanager
 def cluster(
-    folder: Path, workers: int, *, threads: int = 1, memory_limit: str = "2GiB"
+    folder: Path, workers: int, *, threads: int = 1, memory_limit: str = "2GiB", pinned: bool = False
 ) -> Iterator[tuple[Client, int]]:
-    """A scheduler and workers, and a client in this process; yields the client and the scheduler's id."""
+    """A scheduler and workers, and a client in this process; yields the client and the scheduler's id.
+
+    Workers that are ``pinned`` have one core each.
+    """
     file = folder / "scheduler.json"
     dask = [sys.executable, "-m", "dask"]
     where = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -28,6 +31,9 @@ def cluster(
     worker = [*dask, "worker", "--scheduler-file", str(file), "--nthreads", str(threads), "--no-dashboard"]
     started += [subprocess.Popen([*worker, "--memory-limit", memory_limit], **quiet) for _ in range(workers)]
     try:
+        if pinned:  # before they have started anything, which then stays there
+            for process, core in zip(started[1:], sorted(os.sched_getaffinity(0)), strict=False):
+                os.sched_setaffinity(process.pid, {core})
         with Client(scheduler_file=str(file)) as client:
             client.wait_for_workers(workers, timeout=60)
             yield client, started[0].pid

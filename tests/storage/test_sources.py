@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import warnings
 from collections import UserDict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,15 @@ from torch.utils.data import (
 
 from dask_influence.errors import CorruptStoreError, DataError, DataWarning, StoreError
 from dask_influence.storage import samples
-from dask_influence.storage.sources import ArraySource, DaskSource, ZarrSource, as_source, check_finite, stage
+from dask_influence.storage.sources import (
+    ArraySource,
+    DaskSource,
+    Source,
+    ZarrSource,
+    as_source,
+    check_finite,
+    stage,
+)
 from dask_influence.storage.stores import Location
 
 X, Y = np.arange(22.0, dtype=np.float32).reshape(11, 2), np.arange(11)
@@ -434,6 +444,22 @@ def test_staging_again_writes_nothing(tmp_path: Path) -> None:
     assert location.stat() == before
 
 
+def test_what_is_staged_serves_other_chunks(tmp_path: Path) -> None:
+    location, source = Location.of(tmp_path), as_source((X, Y))
+    first = stage(source, location, 4)
+    before = location.stat()
+    for rows in (2, 3, 11):
+        again = stage(source, location, rows)
+        assert (again.location, again.chunk_size) == (first.location, 4)
+        np.testing.assert_array_equal(again.read(3, 9)[0], X[3:9])
+    assert location.stat() == before
+    assert stage(source, location, 1).chunk_size == 1  # four times as much would be read
+    assert stage(source, location, 2).chunk_size in (1, 4)
+    location.delete(f"{source.digest()}-4/zarr.json")  # as of a staging that was killed
+    location.delete(f"{source.digest()}-1/zarr.json")
+    assert stage(source, location, 3).chunk_size == 3
+
+
 @pytest.mark.parametrize(
     "x", [X, (X, {"b": X[:, :1], "a": X + 1}), {"z": X, "a": (X, X + 2)}], ids=["array", "tuple", "mapping"]
 )
@@ -470,6 +496,74 @@ def test_staging_that_was_killed_is_done_again(tmp_path: Path, monkeypatch: pyte
     staged = stage(source, location, 4)
     np.testing.assert_array_equal(staged.read(0, 11)[0], X)
     assert staged.digest() == source.digest()
+
+
+class Gated(Source):
+    """Samples that are read when they are let go."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__(len(X), as_source((X, Y)).spec, None, "train")
+        self._digest, self.gates, self._fails = "known", [threading.Event() for _ in X], fails
+
+    def _read(self, start: int, stop: int) -> Any:
+        assert self.gates[start].wait(10)
+        if self._fails and start:
+            raise DataError("train: sample 4 is no more")
+        return X[start:stop].copy(), Y[start:stop].copy()
+
+
+def test_samples_are_read_while_others_are_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dask_influence.storage.staging.STAGED_SHARD", 100)
+    source = Gated()
+    with ThreadPoolExecutor(1) as pool:
+        staged = stage(source, Location.of(tmp_path), 4, beside=pool)
+        source.gates[0].set()
+        staged.wait(4)
+        elsewhere = pickle.loads(pickle.dumps(staged))
+        np.testing.assert_array_equal(elsewhere.read(0, 4)[0], X[:4])
+        elsewhere.wait(11)  # it does not know of the staging
+        waiting = ThreadPoolExecutor(1).submit(staged.wait, 8)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        for gate in source.gates:
+            gate.set()
+        staged.wait(11)
+    np.testing.assert_array_equal(elsewhere.read(0, 11)[0], X)
+    assert ZarrSource(staged.location).digest() == "known"
+
+
+def test_failure_of_a_staging_reaches_who_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dask_influence.storage.staging.STAGED_SHARD", 100)
+    source = Gated(fails=True)
+    for gate in source.gates:
+        gate.set()
+    with ThreadPoolExecutor(1) as pool:
+        staged = stage(source, Location.of(tmp_path), 4, beside=pool)
+        staged.wait(4)
+        with pytest.raises(DataError, match="sample 4 is no more"):
+            staged.wait(5)
+
+
+def test_digest_reads_in_order_and_holds_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "DIGEST_BLOCK", 1)
+    read, hashed = [], []
+    hashing = samples.checked_digest
+
+    class Counted(ArraySource):
+        def _read(self, start: int, stop: int) -> Any:
+            assert len(read) - len(hashed) <= samples.HASHERS
+            read.append(start)
+            return super()._read(start, stop)
+
+    def counted(block: Any, argument: str, start: int) -> bytes:
+        digest = hashing(block, argument, start)
+        hashed.append(start)
+        return digest
+
+    monkeypatch.setattr(samples, "checked_digest", counted)
+    source = Counted(X, Y)
+    assert source.digest() == ArraySource(X, Y).digest()
+    assert read == list(range(11))
 
 
 def test_small_chunks_share_an_object(tmp_path: Path) -> None:
