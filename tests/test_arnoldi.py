@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dask_influence import ArnoldiInfluence, DirectInfluence
-from dask_influence.core.estimators.arnoldi import _block
+from dask_influence.core.estimators.arnoldi import NEAR, _block
 from dask_influence.core.estimators.decomposition import Decomposition
 from tests import data, oracles
 
@@ -236,6 +236,26 @@ def test_small_blocks_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(single) < 0.85 * sum(blocks)
     assert len(blocks) < 0.5 * len(single)
     assert sum(single) <= 5 * 20
+
+
+def test_missed_pairs_are_looked_for_while_the_last_ones_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is multiplied in search of others brings residuals down as well, so it need not wait for the end."""
+    case, tol, residuals = data.digits_mlp(), 1e-4, []
+    add_random = Decomposition.add_random
+
+    def watching(self: Decomposition, count: int) -> None:
+        if self.multiplied:
+            ritz = self.ritz()
+            residuals.append(float(ritz.residuals[:20].max() / ritz.values[0].abs()))
+        add_random(self, count)
+
+    monkeypatch.setattr(Decomposition, "add_random", watching)
+    fitted = ArnoldiInfluence(case.model, case.loss, case.regularization, rank=20, tol=tol, block_size=1).fit(
+        case.train
+    )
+    (began,) = residuals
+    assert tol < began <= NEAR * tol
+    assert fitted.diagnostics["eigenpair_residual"] <= tol
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ class Passes:
         torch threads that a task takes.
     sample_bytes : int, optional
         What a sample takes when it is differentiated; chunks are joined by it.
+    whole : int
+        Samples that rounds which want as many as they can get may take at once; 0 where tasks run side by side.
     lasting : Sealed, optional
         The same job for rounds over all samples, whose chunks keep what they share; see :meth:`keeping`.
     """
@@ -57,6 +59,7 @@ class Passes:
     chunks: Chunks
     threads: int = 1
     sample_bytes: int | None = None
+    whole: int = 0
     lasting: Sealed | None = None
 
     def keeping(self) -> Passes:
@@ -98,13 +101,15 @@ class Passes:
     def _pieces(self, request: Round) -> list[range]:
         if request.samples is not None:
             return [piece for run in request.samples for piece in self.chunks.within(run.start, run.stop)]
-        return list(self._joined(request.result_bytes))
+        return list(self._joined(request))
 
-    def _joined(self, result_bytes: int) -> Chunks:
-        """The chunks; runs of them where adding up sums of this size would cost as much as making them."""
+    def _joined(self, request: Round) -> Chunks:
+        """The chunks; runs of them where adding up sums as large would cost as much as making them."""
         if self.sample_bytes is None:
             return self.chunks
-        most = min(MOST_JOINED, result_bytes // self.sample_bytes, -(-self.chunks.total // 2))
+        most = min(MOST_JOINED, request.result_bytes // self.sample_bytes, -(-self.chunks.total // 2))
+        if request.whole:
+            most = max(most, min(self.whole, self.chunks.total))
         wide = balanced(self.chunks.total, max(most, self.chunks.size)).size
         return Chunks(self.chunks.total, self.chunks.size * max(1, -(-wide // self.chunks.size)))
 

@@ -28,11 +28,10 @@ TASKS_PER_SECOND = 350.0
 """What one scheduler hands out: measured with empty tasks on a two-core machine."""
 
 CALIBRATION_SAMPLES, CALIBRATION_DIRECTIONS = 32, 8
-"""What is timed after a fit."""
+"""What is timed after a fit; as many test points as directions."""
 
-
-SLOW = 0.1
-"""Seconds from which one call tells enough."""
+SLOW, SLOW_ROW = 0.1, 0.01
+"""Seconds from which one call tells enough, and from which a factor solved alone tells what many take."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,14 @@ def calibrate(problem: Problem, inverse: Inverse, x: Tree, y: Tree) -> Speed:
     relative = seconds / training_seconds(objective.size, samples, CALIBRATION_DIRECTIONS)
     if inverse.needs_rounds:
         return Speed(relative)
-    rows = torch.ones(few, dtype=torch.float64)
-    solve = _timed(lambda: without_rounds(inverse.solve(rows[:1])))
-    if solve < SLOW:
+    alone = torch.ones(1, objective.size, dtype=torch.float64)
+    solve = _timed(lambda: without_rounds(inverse.solve(alone)))
+    if solve < SLOW_ROW:
+        rows = torch.ones(few, dtype=torch.float64)
         solve = _fastest(lambda: without_rounds(inverse.solve(rows))) / CALIBRATION_DIRECTIONS
-    gradient = _fastest(lambda: directional.gradients(problem, x, y)) / samples
-    return Speed(relative, solve + gradient)
+    tests = slice(0, min(samples, CALIBRATION_DIRECTIONS))
+    gradients = _fastest(lambda: directional.gradients(problem, sliced(x, tests), sliced(y, tests)))
+    return Speed(relative, solve + gradients / tests.stop)
 
 
 def _fastest(call: Callable[[], object]) -> float:

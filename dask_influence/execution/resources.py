@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dask_influence import settings
+from dask_influence.core.kept import BUDGET
 from dask_influence.core.problem import Problem
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor
@@ -108,7 +109,9 @@ class Resources:
         reachable = executor.reachable(source, chunks.size)
         threads = self.threads(problem)
         job = tasks.Job(executor.model(problem, self.device), reachable, "train", threads)
-        return Passes(executor, executor.seal(job), chunks, threads, _sample_bytes(problem))
+        held = _sample_bytes(problem)
+        whole = BUDGET // (held + source.nbytes_per_sample) if self._alone(problem) else 0
+        return Passes(executor, executor.seal(job), chunks, threads, held, whole)
 
     def options(self, *, compiled: bool, matmul_precision: str) -> Options:
         """What is asked of every process that runs tasks."""
@@ -121,9 +124,12 @@ class Resources:
         """
         if settings.text("torch-threads") is not None:
             return settings.count("torch-threads")
-        if self.client is not None or problem.objective.size < LARGE_MODEL:
-            return 1
-        return torch.get_num_threads()
+        return torch.get_num_threads() if self._alone(problem) else 1
+
+    def _alone(self, problem: Problem) -> bool:
+        """Whether tasks run one after the other in this process, each with all of its torch threads."""
+        asked = settings.text("torch-threads") is not None
+        return not asked and self.client is None and problem.objective.size >= LARGE_MODEL
 
     def pass_cost(self, problem: Problem) -> float:
         """What a pass costs beside its products, in products with one vector; for estimators that choose a block.

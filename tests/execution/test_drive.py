@@ -57,6 +57,27 @@ def test_sums_that_no_task_can_hold_are_refused(result_bytes: int, fits: bool) -
 def test_chunks_are_joined_where_their_sums_are_large(
     chunk: int, result_bytes: int, pieces: list[int]
 ) -> None:
+    assert pieces_of(Round(never, result_bytes=result_bytes), chunk) == pieces
+
+
+@pytest.mark.parametrize(
+    ("chunk", "whole", "pieces"),
+    [
+        (256, 10**6, [1437]),
+        (256, 800, [768, 669]),  # of nearly as many chunks
+        (256, 100, [256] * 5 + [157]),
+        (256, 0, [256] * 5 + [157]),
+    ],
+)
+def test_tasks_that_run_alone_take_the_samples_that_fit_at_once(
+    chunk: int, whole: int, pieces: list[int]
+) -> None:
+    assert pieces_of(Round(never, result_bytes=100, whole=True), chunk, whole) == pieces
+    assert pieces_of(Round(never, result_bytes=100), chunk, whole) == [256] * 5 + [157]
+
+
+def pieces_of(request: Round, chunk: int, whole: int = 0) -> list[int]:
+    """How many of 1,437 samples of 64 bytes each task of a pass takes."""
     seen: list[range] = []
 
     class Watched(LocalExecutor):
@@ -64,7 +85,6 @@ def test_chunks_are_joined_where_their_sums_are_large(
             seen.extend(piece for call in calls for piece in call[3])
             return Moments({}, 1)
 
-    passes = Passes(Watched(), cast(Any, None), Chunks(1437, chunk), sample_bytes=64)
-    passes(Round(never, result_bytes=result_bytes))
-    assert [len(piece) for piece in seen] == pieces
+    Passes(Watched(), cast(Any, None), Chunks(1437, chunk), sample_bytes=64, whole=whole)(request)
     assert [n for piece in seen for n in piece] == [*range(1437)]
+    return [len(piece) for piece in seen]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Generator
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from dask_influence.core.objective import Objective
+from dask_influence.core.problem import prepare
 from dask_influence.errors import ConfigurationError, MemoryLimitError
-from dask_influence.execution.forecast import TASKS_PER_SECOND, Cluster, Forecast, Speed
+from dask_influence.execution.forecast import TASKS_PER_SECOND, Cluster, Forecast, Speed, calibrate
 from dask_influence.execution.plan import HELD_BYTES, PROCESS_BYTES, Plan, arrange
 from dask_influence.execution.work import Kept, Work
 
@@ -47,6 +54,27 @@ def test_twice_the_workers_take_half_the_time_until_something_else_limits() -> N
     assert "computing" in few.first_limit
     threads = forecast(workers=100, threads=2)
     assert threads.run_seconds == pytest.approx(more.run_seconds)
+
+
+@pytest.mark.parametrize(("seconds", "solved"), [(0.02, [1]), (0.0, [1, 8, 8])])
+def test_a_factor_that_takes_long_is_timed_once(seconds: float, solved: list[int]) -> None:
+    net, x, y = torch.nn.Linear(6, 1), torch.ones(11, 6), torch.ones(11, 1)
+    problem, _ = prepare(Objective.of(net, torch.nn.functional.mse_loss), x, y)
+    rows: list[int] = []
+
+    class Watched:
+        needs_rounds = False
+
+        def solve(self, gradients: Tensor) -> Generator[Any, Any, Tensor]:
+            rows.append(len(gradients))
+            time.sleep(seconds)
+            return gradients
+            yield
+
+    speed = calibrate(problem, Watched(), x, y)  # type: ignore[arg-type]
+    assert rows == solved
+    assert speed.factor is not None
+    assert speed.factor > seconds
 
 
 def test_slower_machines_take_longer() -> None:

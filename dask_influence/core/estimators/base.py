@@ -51,12 +51,15 @@ class Round:
     samples : tuple of range, optional
         Sum over these runs of samples only; None stands for all. The estimator draws them,
         so that a sampled round is the same whoever sums it and however the data are cut.
+    whole : bool
+        Whether the function takes any number of samples that fit memory better than fewer of them.
     """
 
     function: ChunkFunction
     operand: dict[str, Tensor] = field(default_factory=dict)
     result_bytes: int = 0
     samples: tuple[range, ...] | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class System:
     def products(self, vectors: Tensor) -> Round:
         """The pass that multiplies (B, P) vectors by the curvature: ``"products"`` (B, P)."""
         function = partial(product_sums, curvature=self.curvature)
-        return Round(function, {"vectors": vectors}, result_bytes=8 * vectors.numel())
+        return Round(function, {"vectors": vectors}, result_bytes=8 * vectors.numel(), whole=True)
 
     def damped(self, vectors: Tensor) -> Tensor:
         """λ s for rows s (n, P): what the system adds to the curvature."""

@@ -134,7 +134,7 @@ class Decomposition:
         They are of any size, zero too: what is squared is scaled to 1 by a power of two.
         """
         start, count = self.multiplied, len(images)
-        unit = 2.0 ** (math.frexp(float(images.abs().max()))[1] - 1)
+        unit = 2.0 ** (math.frexp(max(map(abs, map(float, images.aminmax()))))[1] - 1)
         rows = images.to(self._rows.dtype, copy=True).div_(unit)
         known = torch.zeros(self._length, count, dtype=torch.float64)
         known[:start] = self._coefficients[start : start + count, :start].mT / unit  # C is symmetric
@@ -157,10 +157,11 @@ class Decomposition:
 
         What they have inside is taken from them, and added to ``known`` (K + p, b), what has been taken before.
         """
-        if not rows.any():
-            return rows[:0], torch.zeros(0, len(rows), dtype=torch.float64)
         held, coordinates = slice(self._length), torch.eye(len(rows), dtype=torch.float64)
-        squares = rows.square().sum(1, dtype=torch.float64) + known.square().sum(0)
+        squares = rows.square().sum(1, dtype=torch.float64)
+        if not squares.any():
+            return rows[:0], coordinates[:0]
+        squares += known.square().sum(0)
         noise = VANISHED * torch.finfo(rows.dtype).eps * squares.max().sqrt()
         for _ in range(ATTEMPTS):
             overlap = (self._rows[held] @ rows.mT).to(torch.float64)
