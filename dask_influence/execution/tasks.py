@@ -28,7 +28,7 @@ from dask_influence.core import directional, sizes
 from dask_influence.core.checks import check_samples
 from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
-from dask_influence.core.factored import Factored
+from dask_influence.core.factored import Factored, directions_in
 from dask_influence.core.kept import Kept, Shelf, bytes_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, sliced
@@ -313,12 +313,8 @@ def query_rows(
     missing: Missing | None = None,
 ) -> Tensor:
     """What ``function`` makes of test points instead of their gradients, in the same way."""
-    gradients = torch.cat(
-        [
-            job.computed(function, low, min(low + batch, stop), missing).cpu()
-            for low in range(start, stop, batch)
-        ]
-    )
+    parts = [job.computed(function, *bounds, missing).cpu() for bounds in pieces(range(start, stop), batch)]
+    gradients = parts[0] if len(parts) == 1 else torch.cat(parts)
     bad = refuse_non_finite(gradients, job.argument, start, missing)
     if len(bad):
         finite = np.setdiff1d(np.arange(len(gradients)), bad)
@@ -498,7 +494,7 @@ class Query:
             return cls(rows.to(objective.device, objective.dtype), None, missing)
         # factors of half precision would be wrong by more than their product
         wide = isinstance(own, Factored) and objective.dtype.itemsize < torch.float32.itemsize
-        directions = own.to(objective.device, torch.float32 if wide else objective.dtype)
+        directions = directions_in(own, torch.float32 if wide else objective.dtype, objective.device)
         return cls(directions, rows.to(objective.device, objective.dtype), missing)
 
 
