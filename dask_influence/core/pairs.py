@@ -560,13 +560,13 @@ class Pairs:
         """⟨v_r, g_j⟩ alone, (n, R)."""
         return self._along(self.held(problem, x, y))
 
-    def witnessed(self, problem: Problem, x: Tree, y: Tree, images: Tensor) -> Tensor:
-        """⟨v_r, g_j⟩, ⟨w_r, g_j⟩ for ``images`` (R, P) of the directions, and ‖g_j‖²: (n, 2R + 1)."""
+    def witnessed(self, problem: Problem, x: Tree, y: Tree, others: Tensor) -> Tensor:
+        """⟨v_r, g_j⟩, ⟨w_k, g_j⟩ for ``others`` (K, P) beside the directions, and ‖g_j‖²: (n, R + K + 1)."""
         parts = self.held(problem, x, y)
         squares = sum(
             (part.alone(own) for part, own in zip(self.parts, parts, strict=True)), self._like.new_zeros(())
         )
-        return torch.cat([self._along(parts), self._dense_along(parts, images), squares[:, None]], dim=1)
+        return torch.cat([self._along(parts), self._dense_along(parts, others), squares[:, None]], dim=1)
 
     @property
     def dense(self) -> Tensor:

@@ -358,18 +358,18 @@ def _projected(
     """
     directions, certificate, residual = inverse.directions, inverse.certificate, None
     assert directions is not None
-    if certify and certificate is None:
-        return None
-    if certify and certificate is not None:
-        along = partial(directional.witnessed, directions=certificate.directions, images=certificate.images)
-    else:
+    if not certify:
         along = partial(directional.projections, directions=directions)
+    elif certificate is None:
+        return None
+    else:
+        along = partial(directional.certified, certificate=certificate, weighed=inverse.weighed)
     seen = query_rows(job, along, start, stop, batch, missing)
-    rows = inverse.weighed(seen[:, : len(directions)])
-    if certify and certificate is not None:
-        residual = certificate.residuals(rows, seen)
-        if residual is None:
+    if certify:
+        residual = seen[:, len(directions) :].flatten()
+        if (residual < 0).any():
             return None
+    rows = inverse.weighed(seen[:, : len(directions)])
     return Factors.of(rows.to(job.model.problem().objective.dtype), residual)
 
 
