@@ -61,9 +61,11 @@ def residuals(certificate: Certificate, curvature: Tensor, gradients: Tensor) ->
     return (factors @ curvature + dampings * factors - wide).norm(dim=1) / wide.norm(dim=1)
 
 
-def block_sketch(size: int, rank: int, block: int, noise: float) -> tuple[Tensor, Certificate]:
+def block_sketch(
+    size: int, rank: int, block: int, noise: float, least: float = 1.0
+) -> tuple[Tensor, Certificate]:
     """Eigenvectors of which the products leave their span in ``block`` directions, by ``noise``."""
-    values = torch.linspace(1.0, 2.0, rank, dtype=torch.float64)
+    values = torch.linspace(least, 2.0, rank, dtype=torch.float64)
     basis = torch.linalg.qr(data.normal(11, size, rank + block)).Q.mT
     vectors, outside = basis[:rank], basis[rank:]
     across = noise * outside.mT @ data.normal(12, block, rank) @ vectors
@@ -126,13 +128,16 @@ def test_few_projections_in_single_precision_tell_five_digits(noise: float) -> N
 
 
 def test_what_few_directions_miss_is_not_claimed() -> None:
-    """Where residuals of the vectors are left out, and coefficients so large that they would count."""
-    _, certificate = block_sketch(400, 6, 2, 1e-7)
-    gradients = data.normal(14, 9, 400)
+    """Residuals of the vectors are left out, which count where θ + λ is a thousandth of the largest θ."""
+    _, certificate = block_sketch(400, 6, 2, 3e-7, least=1e-3)
+    gradients = 10 * certificate.directions.sum(0) + data.normal(14, 9, 400)
     _, seen, witness = solved(certificate, gradients, torch.float32)
     assert len(witness.others) == 0
-    assert (certificate.residuals(seen[:, :6], seen, witness) >= 0).all()
-    assert (certificate.residuals(1e3 * seen[:, :6], seen, witness) == -1).all()
+    for damping, claimed in ((1.0, True), (0.0, False)):
+        coefficients = seen[:, :6] / (certificate.values + damping)
+        assert ((certificate.residuals(coefficients, seen, witness) >= 0) == claimed).all()
+    _, seen, witness = solved(certificate, gradients)
+    assert (certificate.residuals(seen[:, :6] / certificate.values, seen, witness) >= 0).all()
 
 
 def test_what_is_made_of_a_certificate_is_made_once() -> None:
