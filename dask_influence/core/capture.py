@@ -235,6 +235,8 @@ class _Tracer:
         for i in calls:
             outputs = partial(CALLS[self.trace.functions[i]].outputs, layer.groups)
             rows.append(vmap(vmap(outputs))(derivatives[i]))
+        if len(calls) == 1:
+            return Captured(inputs[calls[0]], rows[0])
         return Captured(torch.cat([inputs[i] for i in calls], dim=1), torch.cat(rows, dim=2))
 
 

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 
+import optree
 import torch
 from torch import Tensor
 
 from dask_influence.core import forms
+from dask_influence.core.certificate import Certificate
 from dask_influence.core.chain import Chain
+from dask_influence.core.derived import held_in
 from dask_influence.core.factored import Factored
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.pairs import Pairs
@@ -93,25 +96,70 @@ def projections(
     return _by_gradients(problem, x, y, dense.to(problem.objective.device, dtype), budget // 2)
 
 
-def witnessed(
-    problem: Problem, x: Tree, y: Tree, directions: Tensor, images: Tensor, budget: int = BUDGET
+def certified(
+    problem: Problem,
+    x: Tree,
+    y: Tree,
+    certificate: Certificate,
+    weighed: Callable[[Tensor], Tensor],
+    budget: int = BUDGET,
 ) -> Tensor:
-    """⟨v_r, g_j⟩ and ⟨w_r, g_j⟩ for directions and their images (R, P), and ‖g_j‖²: (n, 2R + 1), float64.
+    """⟨v_r, g_j⟩ for the directions of a certificate, and residuals of the factors made of them: (n, R + L), float64.
 
-    What certifies factors that are combinations of the directions.
+    ``weighed`` makes coefficients at L values of λ of the projections. A residual is −1 where projections do
+    not tell it. They are taken in the model's precision, and again in float64 for samples that need it.
     """
-    layers = _projecting(problem, x, y, directions, torch.float64)
+    narrow = torch.promote_types(problem.objective.dtype, torch.float32)
+    found = _certified(problem, x, y, certificate, weighed, narrow, budget)
+    unknown = (found[:, len(certificate.values) :] < 0).any(dim=1).nonzero().flatten()
+    if len(unknown) and narrow != torch.float64:
+        x, y = optree.tree_map(lambda leaf: leaf[unknown], (x, y))
+        found[unknown] = _certified(problem, x, y, certificate, weighed, torch.float64, budget)
+    return found
+
+
+def _certified(
+    problem: Problem,
+    x: Tree,
+    y: Tree,
+    certificate: Certificate,
+    weighed: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    budget: int,
+) -> Tensor:
+    witness = certificate.witness(dtype)
+    seen = witnessed(problem, x, y, certificate.directions, witness.others, dtype, budget).cpu()
+    along = seen[:, : len(certificate.values)]
+    residuals = certificate.residuals(weighed(along), seen, witness)
+    return torch.cat([along, residuals.reshape(len(along), -1)], dim=1)
+
+
+def witnessed(
+    problem: Problem,
+    x: Tree,
+    y: Tree,
+    directions: Tensor,
+    others: Tensor,
+    dtype: torch.dtype,
+    budget: int = BUDGET,
+) -> Tensor:
+    """⟨v_r, g_j⟩ and ⟨w_k, g_j⟩ for directions (R, P) and others (K, P), and ‖g_j‖²: (n, R + K + 1), float64.
+
+    Products are taken in ``dtype``.
+    """
+    device = problem.objective.device
+    layers = _projecting(problem, x, y, directions, dtype)
     if layers is not None:
-        along = partial(layers.witnessed, images=images.to(problem.objective.device, torch.float64))
+        along = partial(layers.witnessed, others=others.to(device, dtype))
         return _by_layers(along, layers.size, problem, x, y, torch.float64, budget)
-    sides = [side.to(problem.objective.device, torch.float64) for side in (directions, images)]
+    sides = [held_in(side, dtype, device) for side in (directions, others)]
     parts = []
-    step = gradients_at_once(problem.objective.size, torch.float64.itemsize, budget)
+    step = gradients_at_once(problem.objective.size, dtype.itemsize, budget)
     for start in range(0, leading_size(y), step):
         part = slice(start, start + step)
-        rows = gradients(problem, sliced(x, part), sliced(y, part)).to(torch.float64)
+        rows = gradients(problem, sliced(x, part), sliced(y, part)).to(dtype)
         parts.append(torch.cat([*(rows @ side.mT for side in sides), rows.square().sum(1)[:, None]], dim=1))
-    return torch.cat(parts)
+    return torch.cat(parts).to(torch.float64)
 
 
 def _projecting(

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dask_influence.core.derived import held_in
+
 Span = tuple[int, int]
 """First and one past the last entry of θ."""
 
@@ -187,6 +189,15 @@ class Factored:
         own = (tensors[name] for name in ("rest", "left_out", "scales"))
         rest, left_out, scales = own
         return cls(blocks, rest, spans, left_out, scales, values["limit"])
+
+
+def directions_in(
+    directions: Tensor | Factored, dtype: torch.dtype, device: torch.device
+) -> Tensor | Factored:
+    """Directions in another dtype and on another device; of dense ones a narrower copy is kept beside them."""
+    if isinstance(directions, Factored):
+        return directions.to(device, dtype)
+    return held_in(directions, dtype, device)
 
 
 @dataclass(frozen=True, eq=False)

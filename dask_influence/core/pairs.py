@@ -9,8 +9,13 @@ pair of samples by Σ_r w_r ⟨v_r, g_i⟩ ⟨v_r, g_j⟩ + μ ⟨g_i, g_j⟩: n
 P are formed. A layer whose positions are so many that G is the smaller is held as G, an embedding as
 indices and δ, and parameters in no such layer as their gradients by the general way.
 
-A row holds what is known of one sample: its R projections, then layer by layer its numbers. With
-directions all is float64, whatever the model's dtype: Σ w_r … and μ ⟨g_i, g_j⟩ cancel in the span of V.
+A row holds what is known of one sample: its R projections, then layer by layer its numbers. Where V is
+orthonormal and the inverse definite, s_jj ≥ min(μ, w_r + μ) ‖g_j‖², so that no part of a score s_ij is larger than
+
+    μ ‖g_i‖ ‖g_j‖ ≤ κ √(s_ii s_jj),        κ = μ / min(μ, w_r + μ).
+
+Σ w_r … and μ ⟨g_i, g_j⟩ cancel by that factor in the span of V. Rows are in the model's own dtype, float32 at
+least, where they can afford κ roundoffs; else in float64.
 
 Notation: N test and n training samples, T positions, g groups, q × p the matrix of one group (p with
 the bias), R directions, W numbers of a row.
@@ -32,10 +37,10 @@ from torch import Tensor
 
 from dask_influence.core.capture import Captured, capture
 from dask_influence.core.factored import CHECKED as FEW
-from dask_influence.core.factored import Block, Factored, Span
+from dask_influence.core.factored import Block, Factored, Span, directions_in
 from dask_influence.core.forms import sample_gradients
 from dask_influence.core.layers import Layer, Layout, layout_of
-from dask_influence.core.objective import Objective, Tree, sliced
+from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.predictive import Expectation
 from dask_influence.core.problem import Pairing, Problem
 from dask_influence.core.sizes import Size
@@ -46,6 +51,13 @@ BUDGET = 64 * 2**20
 
 CHECKED = 2
 """Samples on which a layer's pair is compared with its gradient."""
+
+CANCELLATION = 32.0
+"""κ up to which rows have no more digits than the model: its own gradients, as it rounds them, put such scores off by
+2 √κ roundoffs."""
+
+BLOCK = 256, 512
+"""Test and training samples whose products are added up at a time: what the cache holds."""
 
 NOISE = 16
 """Roundoffs of a whole gradient by which that of a layer may be off."""
@@ -125,6 +137,10 @@ class _Part(ABC):
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """⟨G_i, G_j⟩ of rows (N, width) and (n, width): (N, n)."""
 
+    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add :meth:`inner` to ``total`` (N, n)."""
+        total += self.inner(left, right)
+
     @abstractmethod
     def alone(self, rows: Tensor) -> Tensor:
         """‖G_j‖² of rows (n, width): (n,)."""
@@ -133,9 +149,9 @@ class _Part(ABC):
     def along(self, rows: Tensor, directions: Tensor) -> Tensor:
         """⟨V_r, G_j⟩ of rows (n, width) and directions (R, P): (n, R)."""
 
-    def scaled(self, rows: Tensor, factor: float) -> Tensor:
-        """Rows whose G is ``factor`` times as large."""
-        return factor * rows
+    def scale(self, rows: Tensor, factor: float) -> None:
+        """Make G ``factor`` times as large, in place."""
+        rows *= factor
 
     @property
     @abstractmethod
@@ -170,8 +186,14 @@ class _LayerPart(_Part):
         return other
 
     @abstractmethod
+    def hold(self, seen: Captured, rows: Tensor) -> None:
+        """Write the numbers of n samples to ``rows`` (n, width), in whose dtype and on whose device they are held."""
+
     def held(self, seen: Captured, like: Tensor) -> Tensor:
         """The numbers of n samples, (n, width), in dtype and on device of ``like``."""
+        rows = like.new_empty(len(seen.inputs), self.width)
+        self.hold(seen, rows)
+        return rows
 
 
 class Product(_LayerPart):
@@ -185,25 +207,32 @@ class Product(_LayerPart):
         self.products = positions**2 * (layer.rows + layer.width)
         self.written = min(layer.rows, layer.columns) if positions == 1 else 0
 
-    def held(self, seen: Captured, like: Tensor) -> Tensor:
-        """The numbers of n samples, (n, width)."""
-        delta, inputs = seen.derivatives[:, 0].to(like), self.layer.homogeneous(seen.inputs.to(like))
-        return torch.cat([delta.flatten(1), inputs.flatten(1)], dim=1)
+    def hold(self, seen: Captured, rows: Tensor) -> None:
+        """δ, then a with the 1 of the bias."""
+        delta, inputs = self.sides(rows)
+        delta.copy_(seen.derivatives[:, 0, :, 0])
+        columns = self.layer.columns if self.weight is not None else 0
+        if columns:
+            inputs[..., :columns] = seen.inputs[:, :, 0]
+        inputs[..., columns:] = 1.0
 
-    def scaled(self, rows: Tensor, factor: float) -> Tensor:
-        """Rows whose G is ``factor`` times as large."""
-        return torch.cat([factor * rows[:, : self._split], rows[:, self._split :]], dim=1)
+    def scale(self, rows: Tensor, factor: float) -> None:
+        """Make G ``factor`` times as large."""
+        rows[:, : self._split] *= factor
 
     def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """δ (n, T, q) and a (n, T, p)."""
-        split = rows[:, : self._split], rows[:, self._split :]
-        return split[0].unflatten(1, (self.positions, -1)), split[1].unflatten(1, (self.positions, -1))
+        delta, inputs = (half.unflatten(1, (self.positions, -1)) for half in self._halves(rows))
+        return delta, inputs
+
+    def _halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[:, : self._split], rows[:, self._split :]
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """⟨G_i, G_j⟩ of rows (N, width) and (n, width): (N, n)."""
         if self.positions == 1:
-            products = left[:, : self._split] @ right[:, : self._split].mT
-            return products.mul_(left[:, self._split :] @ right[:, self._split :].mT)
+            delta, inputs = self._both(left, right)
+            return delta.mul_(inputs)
         step = max(1, BUDGET // (2 * right.element_size() * len(right) * self.positions**2))
         (d, a), parts = self.sides(right), []
         for part in left.split(step):
@@ -213,8 +242,23 @@ class Product(_LayerPart):
             parts.append(products.reshape(len(part), self.positions, len(right), -1).sum((1, 3)))
         return torch.cat(parts)
 
+    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add :meth:`inner` to ``total`` (N, n)."""
+        if self.positions > 1:
+            super().add(total, left, right)
+            return
+        total.addcmul_(*self._both(left, right))
+
+    def _both(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """δ_i · δ_j and a_i · a_j of single positions, (N, n) each."""
+        (d_left, a_left), (d, a) = self._halves(left), self._halves(right)
+        return d_left @ d.mT, a_left @ a.mT
+
     def alone(self, rows: Tensor) -> Tensor:
         """‖G_j‖² of rows (n, width): (n,)."""
+        if self.positions == 1:
+            delta, inputs = (half.square().sum(1) for half in self._halves(rows))
+            return delta * inputs
         delta, inputs = self.sides(rows)
         return ((delta @ delta.mT) * (inputs @ inputs.mT)).sum((1, 2))
 
@@ -271,12 +315,12 @@ class _Picked(_LayerPart):
         self.width = positions * (layer.rows + 1)
         self.products = positions**2 * (layer.rows + 1)
 
-    def held(self, seen: Captured, like: Tensor) -> Tensor:
-        return torch.cat([seen.derivatives[:, 0].to(like).flatten(1), seen.inputs.to(like)], dim=1)
+    def hold(self, seen: Captured, rows: Tensor) -> None:
+        rows[:, : -self.positions] = seen.derivatives[:, 0].flatten(1)
+        rows[:, -self.positions :] = seen.inputs
 
-    def scaled(self, rows: Tensor, factor: float) -> Tensor:
-        delta, ids = rows[:, : -self.positions], rows[:, -self.positions :]
-        return torch.cat([factor * delta, ids], dim=1)
+    def scale(self, rows: Tensor, factor: float) -> None:
+        rows[:, : -self.positions] *= factor
 
     def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """δ (n, T, q), zero where a padding row is picked, and what is picked (n, T)."""
@@ -317,8 +361,8 @@ class _Matrix(_LayerPart):
         super().__init__(layer, weight, bias)
         self.width = self.products = layer.size
 
-    def held(self, seen: Captured, like: Tensor) -> Tensor:
-        return formed(self.layer, seen, like)
+    def hold(self, seen: Captured, rows: Tensor) -> None:
+        rows.copy_(formed(self.layer, seen, rows))
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right.mT
@@ -430,9 +474,21 @@ class Spectral(Form):
         """From the number of directions alone."""
         return Pairs(problem, torch.empty(self.rank, 0)).size
 
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """The narrowest dtype of rows in which scores of a model of ``dtype`` keep their digits."""
+        narrow, plain = _narrow(dtype), self.plain[:, None]
+        least = torch.cat([plain, plain + self.weights], dim=1).amin(1)
+        allowed = CANCELLATION * torch.finfo(dtype).eps / torch.finfo(narrow).eps
+        affordable = (least > 0) & (self.plain <= allowed * least)
+        return narrow if bool(affordable.all()) else torch.float64
+
     def pairs(self, problem: Problem) -> SpectralPairs:
         """Parts of θ, with projections."""
         return SpectralPairs(problem, self)
+
+
+def _narrow(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Pairs:
@@ -454,10 +510,9 @@ class Pairs:
         pairing, objective = problem.pairing, problem.objective
         assert pairing is not None
         self.rank = len(directions)
-        narrow = torch.promote_types(objective.dtype, torch.float32)
-        self.dtype = dtype or (torch.float64 if self.rank else narrow)
+        self.dtype = dtype or (torch.float64 if self.rank else _narrow(objective.dtype))
         self.score_dtype = objective.dtype
-        self.directions = directions.to(objective.device, self.dtype)
+        self.directions = directions_in(directions, self.dtype, objective.device)
         self._like = torch.empty(0, dtype=self.dtype, device=objective.device)
         self.layout = trusted(objective, pairing)
         spans = _spans(objective)
@@ -494,21 +549,24 @@ class Pairs:
     # -- rows -------------------------------------------------------------------------
     def rows(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
         """⟨v_r, g_j⟩ and the numbers of every part, (n, W)."""
-        parts = self.held(problem, x, y)
-        projected = [self._along(parts)] if self.rank else []
-        return torch.cat([*projected, *parts], dim=1)
+        rows = self._like.new_empty(leading_size(y), self.size.numbers)
+        parts = [own for _, own in self._split(rows)]
+        self._hold(problem, x, y, parts)
+        if self.rank:
+            rows[:, : self.rank] = self._along(parts)
+        return rows
 
     def projections(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
         """⟨v_r, g_j⟩ alone, (n, R)."""
         return self._along(self.held(problem, x, y))
 
-    def witnessed(self, problem: Problem, x: Tree, y: Tree, images: Tensor) -> Tensor:
-        """⟨v_r, g_j⟩, ⟨w_r, g_j⟩ for ``images`` (R, P) of the directions, and ‖g_j‖²: (n, 2R + 1)."""
+    def witnessed(self, problem: Problem, x: Tree, y: Tree, others: Tensor) -> Tensor:
+        """⟨v_r, g_j⟩, ⟨w_k, g_j⟩ for ``others`` (K, P) beside the directions, and ‖g_j‖²: (n, R + K + 1)."""
         parts = self.held(problem, x, y)
         squares = sum(
             (part.alone(own) for part, own in zip(self.parts, parts, strict=True)), self._like.new_zeros(())
         )
-        return torch.cat([self._along(parts), self._dense_along(parts, images), squares[:, None]], dim=1)
+        return torch.cat([self._along(parts), self._dense_along(parts, others), squares[:, None]], dim=1)
 
     @property
     def dense(self) -> Tensor:
@@ -547,20 +605,22 @@ class Pairs:
 
     def held(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
         """The numbers of every part."""
-        parts = self._captured(problem, x, y)
-        if self.rest:
-            own = Objective(problem.objective.module, problem.objective.loss, self.rest)
-            parts.append(sample_gradients(own, x, y, problem.forms).to(self._like))
+        parts = [self._like.new_empty(leading_size(y), part.width) for part in self.parts]
+        self._hold(problem, x, y, parts)
         return parts
 
-    def _captured(self, problem: Problem, x: Tree, y: Tree) -> list[Tensor]:
-        if not self._layers:
-            return []
-        held = [
-            [part.held(one, self._like) for part, one in zip(self._layers, seen, strict=True)]
-            for seen in watched(problem, x, y, self.layout)
-        ]
-        return [torch.cat(rows) for rows in zip(*held, strict=True)]
+    def _hold(self, problem: Problem, x: Tree, y: Tree, parts: Sequence[Tensor]) -> None:
+        """Write the numbers of every part where they are to be held."""
+        if self._layers:
+            start = 0
+            for seen in watched(problem, x, y, self.layout):
+                stop = start + len(seen[0].inputs)
+                for part, one, rows in zip(self._layers, seen, parts, strict=False):
+                    part.hold(one, rows[start:stop])
+                start = stop
+        if self.rest:
+            own = Objective(problem.objective.module, problem.objective.loss, self.rest)
+            parts[-1].copy_(sample_gradients(own, x, y, problem.forms))
 
     def _split(self, rows: Tensor) -> Iterator[tuple[_Part, Tensor]]:
         start = self.rank
@@ -571,27 +631,34 @@ class Pairs:
     # -- scores -----------------------------------------------------------------------
     def scores(self, tests: Tensor, trains: Tensor) -> Tensor:
         """Products (N, n) of rows (N, W) and rows (n, W), projections included."""
+        total = torch.empty(len(tests), len(trains), dtype=self.score_dtype, device=tests.device)
+        for left, across in zip(tests.split(BLOCK[0]), total.split(BLOCK[0]), strict=True):
+            for right, scores in zip(trains.split(BLOCK[1]), across.split(BLOCK[1], dim=1), strict=True):
+                scores.copy_(self._products(left, right))
+        return total
+
+    def _products(self, tests: Tensor, trains: Tensor) -> Tensor:
         total = tests[:, : self.rank] @ trains[:, : self.rank].mT
         for (part, left), (_, right) in zip(self._split(tests), self._split(trains), strict=True):
-            total += part.inner(left, right)
-        return total.to(self.score_dtype)
+            part.add(total, left, right)
+        return total
 
 
 class SpectralPairs(Pairs, PairScores):
     """Pairs under an inverse V diag(w) Vᵀ + μI."""
 
     def __init__(self, problem: Problem, form: Spectral) -> None:
-        super().__init__(problem, form.directions)
+        super().__init__(problem, form.directions, form.precision(problem.objective.dtype))
         self.form = form
 
     def weighted(self, rows: Tensor) -> Tensor:
         """w ∘ projections and μ G, (n·L, W), the λ running fastest."""
-        copies = []
-        for weights, plain in zip(self.form.weights, self.form.plain.tolist(), strict=True):
-            projected = rows[:, : self.rank] * weights.to(rows)
-            scaled = [part.scaled(own, plain) for part, own in self._split(rows)]
-            copies.append(torch.cat([projected, *scaled], dim=1))
-        return torch.stack(copies, dim=1).flatten(0, 1)
+        copies = rows[:, None].repeat(1, len(self.form.plain), 1)
+        for at, (weights, plain) in enumerate(zip(self.form.weights, self.form.plain.tolist(), strict=True)):
+            copies[:, at, : self.rank] *= weights.to(rows)
+            for part, own in self._split(copies[:, at]):
+                part.scale(own, plain)
+        return copies.flatten(0, 1)
 
     def alone(self, rows: Tensor) -> Tensor:
         """Σ_r w_r ⟨v_r, g_j⟩² + μ ‖g_j‖², (L, n)."""

@@ -231,10 +231,11 @@ class Plan:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that a process keeps from task to task: weights, published and in its module, and the inverse."""
+        """Bytes that a process keeps from task to task: weights, twice, the inverse, and what witnesses for it."""
         work = self.work
         directions = 0 if work.rank is None else 8 * work.rank * work.parameters
-        return 2 * work.parameters * work.itemsize + max(work.inverse_bytes, directions)
+        weights = 2 * work.parameters * work.itemsize
+        return weights + max(work.inverse_bytes, directions) + _narrow_bytes(work)
 
     @property
     def query_bytes(self) -> int:
@@ -302,7 +303,8 @@ class Plan:
         if self.work.paired is not None:
             return PROCESS_BYTES + threads * self.peak_bytes
         strips = self.query_bytes + threads * self.strip_bytes
-        return PROCESS_BYTES + self.resident_bytes + max(strips, threads * self.solving_bytes)
+        factors = _narrow_bytes(self.work) + threads * self.solving_bytes
+        return PROCESS_BYTES + self.resident_bytes + max(strips, factors)
 
     @property
     def client_bytes(self) -> int:
@@ -359,7 +361,7 @@ class Plan:
     @property
     def factor_bytes(self) -> int:
         """Bytes that one factor task holds at once, beside the interpreter and its libraries."""
-        return self.resident_bytes + self.solving_bytes
+        return self.resident_bytes + _narrow_bytes(self.work) + self.solving_bytes
 
     @property
     def derivative_seconds(self) -> float:
@@ -656,6 +658,14 @@ def _kept_bytes(work: Work, points: int) -> int:
 def _projects(work: Work) -> bool:
     """Whether the test side is coefficients, for which no gradient need be formed."""
     return work.rank is not None and work.paired is None and not work.diagonal
+
+
+def _narrow_bytes(work: Work) -> int:
+    """Directions in the precision in which they are projected on, beside those of the inverse; or their witness."""
+    if not _projects(work) or work.itemsize >= 8:
+        return 0
+    assert work.rank is not None
+    return 4 * work.rank * work.parameters
 
 
 def _projecting_bytes(work: Work, samples: int) -> int:

@@ -28,7 +28,7 @@ from dask_influence.core import directional, sizes
 from dask_influence.core.checks import check_samples
 from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
-from dask_influence.core.factored import Factored
+from dask_influence.core.factored import Factored, directions_in
 from dask_influence.core.kept import Kept, Shelf, bytes_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, sliced
@@ -313,12 +313,8 @@ def query_rows(
     missing: Missing | None = None,
 ) -> Tensor:
     """What ``function`` makes of test points instead of their gradients, in the same way."""
-    gradients = torch.cat(
-        [
-            job.computed(function, low, min(low + batch, stop), missing).cpu()
-            for low in range(start, stop, batch)
-        ]
-    )
+    parts = [job.computed(function, *bounds, missing).cpu() for bounds in pieces(range(start, stop), batch)]
+    gradients = parts[0] if len(parts) == 1 else torch.cat(parts)
     bad = refuse_non_finite(gradients, job.argument, start, missing)
     if len(bad):
         finite = np.setdiff1d(np.arange(len(gradients)), bad)
@@ -362,18 +358,18 @@ def _projected(
     """
     directions, certificate, residual = inverse.directions, inverse.certificate, None
     assert directions is not None
-    if certify and certificate is None:
-        return None
-    if certify and certificate is not None:
-        along = partial(directional.witnessed, directions=certificate.directions, images=certificate.images)
-    else:
+    if not certify:
         along = partial(directional.projections, directions=directions)
+    elif certificate is None:
+        return None
+    else:
+        along = partial(directional.certified, certificate=certificate, weighed=inverse.weighed)
     seen = query_rows(job, along, start, stop, batch, missing)
-    rows = inverse.weighed(seen[:, : len(directions)])
-    if certify and certificate is not None:
-        residual = certificate.residuals(rows, seen)
-        if residual is None:
+    if certify:
+        residual = seen[:, len(directions) :].flatten()
+        if (residual < 0).any():
             return None
+    rows = inverse.weighed(seen[:, : len(directions)])
     return Factors.of(rows.to(job.model.problem().objective.dtype), residual)
 
 
@@ -498,7 +494,7 @@ class Query:
             return cls(rows.to(objective.device, objective.dtype), None, missing)
         # factors of half precision would be wrong by more than their product
         wide = isinstance(own, Factored) and objective.dtype.itemsize < torch.float32.itemsize
-        directions = own.to(objective.device, torch.float32 if wide else objective.dtype)
+        directions = directions_in(own, torch.float32 if wide else objective.dtype, objective.device)
         return cls(directions, rows.to(objective.device, objective.dtype), missing)
 
 

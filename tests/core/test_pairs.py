@@ -186,6 +186,55 @@ def test_what_projections_cancel_is_exact_in_single_precision() -> None:
     assert oracles.relative_error(found[0].double(), 1e-3 * gradients @ gradients.mT) <= 1e-5
 
 
+def cancelling(vectors: Tensor, *factors: float) -> Spectral:
+    """An inverse with eigenvalue 1 in the span of ``vectors``, and μ beside it, for each μ."""
+    plain = torch.tensor(factors, dtype=torch.float64)
+    return Spectral(vectors, (1 - plain)[:, None].expand(len(plain), len(vectors)), plain)
+
+
+@pytest.mark.parametrize("factor", [1.0, module.CANCELLATION])
+def test_what_cancels_a_little_takes_single_precision(factor: float) -> None:
+    """Off by κ roundoffs of √(s_ii s_jj) at most, where every gradient lies in the span of V."""
+    held = Held("wide", torch.float32)
+    gradients = held.gradients(held.train)
+    held.form = cancelling(torch.linalg.qr(gradients.mT).Q.mT, factor)
+    held.test, held.cast_test = held.train, held.cast_train
+    pairs = held.form.pairs(held.problem)
+    rows = pairs.rows(held.problem, *held.cast_train)
+    assert rows.dtype == torch.float32
+    expected = gradients @ gradients.mT
+    size = expected.diagonal().sqrt()
+    found = pairs.scores(pairs.weighted(rows), rows).double()
+    allowed = 8 * factor * torch.finfo(torch.float32).eps
+    assert ((found - expected).abs() <= allowed * size[:, None] * size).all()
+    assert ((pairs.alone(rows)[0].double() - expected.diagonal()).abs() <= allowed * size.square()).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factors", "expected"),
+    [
+        (torch.float32, (2.0, module.CANCELLATION), torch.float32),
+        (torch.float32, (2.0, 1.01 * module.CANCELLATION), torch.float64),  # one λ of a sweep
+        (torch.float32, (1e-9,), torch.float32),  # what is in the span is the larger part, and adds up
+        (torch.float32, (-2.0,), torch.float64),  # no metric
+        (torch.float32, (0.0,), torch.float64),
+        (torch.bfloat16, (1e6,), torch.float32),
+        (torch.bfloat16, (1e7,), torch.float64),
+        (torch.float64, (1.0,), torch.float64),
+    ],
+)
+def test_precision_of_rows(dtype: torch.dtype, factors: tuple[float, ...], expected: torch.dtype) -> None:
+    form = cancelling(torch.eye(3, 9, dtype=torch.float64), *factors)
+    assert form.precision(dtype) == expected
+
+
+@pytest.mark.parametrize("block", [(1, 1), (3, 5), (7, 17)])
+def test_blocks_of_pairs(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held("positions")
+    monkeypatch.setattr(module, "BLOCK", block)
+    assert oracles.relative_error(held.scores(), held.expected()) <= SAME
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", MODELS)
 def test_directions_contracted_with_layers(name: str, dtype: torch.dtype) -> None:
