@@ -48,11 +48,13 @@ def main(store: Path) -> None:
     def tell(stage: str, done: int, total: int) -> None:
         print(f"  {stage:<8} {done} of {total} done")
 
+    # so little work would be two strips: smaller tiles make more
+    cut = {"tile_bytes": 2**18}
     try:
-        infl.influences_to_zarr(store, test, training, progress=power_cut)
+        infl.influences_to_zarr(store, test, training, progress=power_cut, **cut)
     except KeyboardInterrupt:
         print("interrupted after 3 strips; calling it again:")
-    scores = infl.influences_to_zarr(store, test, training, progress=tell)
+    scores = infl.influences_to_zarr(store, test, training, progress=tell, **cut)
     missing = int(scores["influence"].isnull().sum())
     print(f"state: {scores.attrs['state']}, {scores['influence'].shape} scores, {missing} missing")
 

@@ -454,8 +454,12 @@ class Plan:
         work = self.work
         if not work.rank or self.directions != work.rank:
             return None
-        own = max(8 * work.parameters, work.inverse_bytes // work.rank)  # of the inverse, and of the query
-        shares = ((self.scoring_bytes, own + work.parameters * work.itemsize), (self.factor_bytes, own))
+        narrow = _narrow_bytes(work) // work.rank
+        own = narrow + max(
+            8 * work.parameters, work.inverse_bytes // work.rank
+        )  # of what stays in the process
+        query = work.parameters * work.itemsize
+        shares = ((self.scoring_bytes, own + query), (self.factor_bytes, own + narrow))
         fitting = min((memory_limit - total) // each + work.rank for total, each in shares)
         if fitting <= 0:
             return None

@@ -18,7 +18,6 @@ import scipy.linalg.lapack
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.curvature import matrix_sums
 from dask_influence.core.estimators.base import (
@@ -78,7 +77,6 @@ class DirectInverse(Inverse):
         self._factor, self._pivots = factor.contiguous(), pivots
         if probes is not None:
             self._probes = probes
-        self._residuals = WeakTensorKeyDictionary()  # of factors that were looked at when they were solved
 
     def _shifted(self) -> Tensor:
         shifted = self.matrix.clone()
@@ -127,12 +125,9 @@ class DirectInverse(Inverse):
         if self._narrow is None:
             return self._solve_rows(rows)
         factors = _two_solves(self._narrow, rows.to(torch.float32)).to(torch.float64)
-        residuals = self._probes.residuals(rows, factors)
-        lost = residuals > NARROW_RESIDUAL
+        lost = self._probes.residuals(rows, factors) > NARROW_RESIDUAL
         if lost.any():
             factors[lost] = self._solve_rows(rows[lost])
-            residuals[lost] = self._probes.residuals(rows[lost], factors[lost])
-        self._residuals[factors] = residuals
         return factors
         yield  # no round is needed, but the contract is a generator
 
@@ -153,8 +148,7 @@ class DirectInverse(Inverse):
 
     def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
         """‖(H + λI) s − g‖ / ‖g‖, or a bound of it, from H itself and not from its factorisation."""
-        known = self._residuals.get(factors)
-        return self._probes.residuals(gradients.to(torch.float64), factors) if known is None else known
+        return self._probes.residuals(gradients.to(torch.float64), factors)
 
     @cached_property
     def _probes(self) -> Probes:
