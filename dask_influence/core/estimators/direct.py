@@ -35,6 +35,9 @@ NARROW = torch.finfo(torch.float32).eps
 NARROW_RESIDUAL = 32 * NARROW
 """Bound of residuals of float32 solves that are taken: norms are a third of it, as rounding of gradients makes them."""
 
+FEWEST_NARROW = 16
+"""Rows from which float32 is tried: solves of fewer take the time of reading the factorisation."""
+
 LARGEST_LOOKED_AT = 2048
 """P up to which a run looks at the extreme eigenvalues for its record: a fraction of a second."""
 
@@ -73,7 +76,7 @@ class DirectInverse(Inverse):
         self.precision = precision
         if factor is None:
             factor, pivots = self._factorise()
-        # LAPACK returns columns, a file holds rows: one layout, so that solves give the same bits
+        # a file holds rows: one layout, so that solves give the same bits
         self._factor, self._pivots = factor.contiguous(), pivots
         if probes is not None:
             self._probes = probes
@@ -85,7 +88,9 @@ class DirectInverse(Inverse):
 
     def _factorise(self) -> tuple[Tensor, Tensor | None]:
         shifted = self._shifted()
-        factor, info = torch.linalg.cholesky_ex(shifted)
+        # LAPACK's columns of the upper factor are the rows of the lower one
+        upper, info = torch.linalg.cholesky_ex(shifted, upper=True)
+        factor = upper.mT
         tolerance = len(shifted) * torch.finfo(torch.float64).eps
         if self.regularization == 0:
             tolerance = max(tolerance, self.precision)
@@ -115,14 +120,13 @@ class DirectInverse(Inverse):
 
     @staticmethod
     def _reciprocal_condition(factor: Tensor, shifted: Tensor) -> float:
-        # LAPACK is column major: the lower factor of a row-major array is its upper one.
         norm = scipy.linalg.lapack.dlange("1", shifted.mT.numpy())
         return float(scipy.linalg.lapack.dpocon(factor.mT.numpy(), norm, uplo="U")[0])
 
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
         """Factors of all rows at once: two triangular solves."""
         rows = gradients.to(torch.float64)
-        if self._narrow is None:
+        if len(rows) < FEWEST_NARROW or self._narrow is None:
             return self._solve_rows(rows)
         factors = _two_solves(self._narrow, rows.to(torch.float32)).to(torch.float64)
         lost = self._probes.residuals(rows, factors) > NARROW_RESIDUAL

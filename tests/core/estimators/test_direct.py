@@ -15,6 +15,7 @@ from tests import data
 SIZE = 2 * probes.SMALL
 SINGLE, DOUBLE = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 DAMPING = 1e-2
+ROWS = direct.FEWEST_NARROW
 
 
 def curvature(smallest: float) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,7 @@ def exact(matrix: Tensor, rows: Tensor) -> Tensor:
 
 def test_what_is_known_to_float32_is_solved_in_it(wide: list[int]) -> None:
     matrix, _ = curvature(1e-1)
-    inverse, rows = DirectInverse(matrix, DAMPING, SINGLE), data.normal(2, 7, SIZE).float()
+    inverse, rows = DirectInverse(matrix, DAMPING, SINGLE), data.normal(2, ROWS, SIZE).float()
     factors = without_rounds(inverse.solve(rows))
     assert wide == []
     assert factors.dtype == torch.float64
@@ -57,7 +58,7 @@ def test_what_is_known_to_float32_is_solved_in_it(wide: list[int]) -> None:
 def test_a_row_that_loses_more_is_solved_in_float64(wide: list[int]) -> None:
     """Along the one small eigenvalue, 10⁵ times smaller than the largest."""
     matrix, vectors = curvature(1e-5)
-    rows = data.normal(2, 7, SIZE).float()
+    rows = data.normal(2, ROWS, SIZE).float()
     rows -= (rows @ vectors[-1:].mT.float()) * vectors[-1:].float()
     rows[3] = vectors[-1].float()
     inverse = DirectInverse(matrix, DAMPING, SINGLE)
@@ -68,7 +69,7 @@ def test_a_row_that_loses_more_is_solved_in_float64(wide: list[int]) -> None:
     assert float(inverse.residuals(rows, factors).max()) <= direct.NARROW_RESIDUAL
 
 
-@pytest.mark.parametrize("why", ["digits", "size", "condition"])
+@pytest.mark.parametrize("why", ["digits", "size", "condition", "few"])
 def test_float64_where_float32_would_not_do(wide: list[int], why: str) -> None:
     matrix, _ = curvature(1e-9 if why == "condition" else 1e-1)
     if why == "condition":
@@ -76,9 +77,9 @@ def test_float64_where_float32_would_not_do(wide: list[int], why: str) -> None:
     if why == "size":
         matrix = matrix[: probes.SMALL, : probes.SMALL]
     inverse = DirectInverse(matrix, DAMPING, DOUBLE if why == "digits" else SINGLE)
-    rows = data.normal(2, 7, len(matrix)).float()
+    rows = data.normal(2, ROWS - 1 if why == "few" else ROWS, len(matrix)).float()
     factors = without_rounds(inverse.solve(rows))
-    assert wide == [7]
+    assert wide == [len(rows)]
     assert float(inverse.residuals(rows, factors).max()) <= 1e-8
 
 
