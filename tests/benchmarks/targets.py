@@ -90,8 +90,9 @@ DIGITS_CHUNKS, LARGE_CHUNKS = {"chunks": (60, 128)}, {"chunks": (64, 256)}
 ALL_DIGITS = {"tests": 360}
 PERTURBED = {"tests": 64, "trains": 512}
 ARNOLDI = {"rank": 20, "tol": 1e-3}
-AS_TRUE = {"tol": 1.3e-5}
-"""At 1e-3 the peer's pairs are true to 1.4e-5 of the largest eigenvalue, ours to 3.5e-4: so ours is asked for more."""
+AS_TRUE = {"tol": 6e-5}
+"""At 1e-3 the peer's pairs are true to 1.4e-5 to 6.5e-5 of the largest eigenvalue, by its random start; ours
+to 3.5e-4, and to 1.1e-5 at this."""
 TIGHT_ARNOLDI = {"tol": 1e-10}
 PEER_BLOCK_CG = {"rtol": 1e-4, "solve_simultaneously": True}
 CG = {"rtol": 1e-6}

@@ -241,15 +241,12 @@ class LowRankInverse(Inverse):
 
 
 CONFIRMATIONS = 4
-"""Passes spent, when pairs have all but converged, on looking for some that were missed.
+"""Passes spent after convergence on looking for pairs that were missed.
 
 A Krylov space of B start vectors holds at most B vectors of an eigenspace, so eigenvalues of
 larger multiplicity (those of a linear layer under squared error, one for each output) would be
 found once too few. A fresh random block finds the others.
 """
-
-NEAR = 4.0
-"""Tolerances from which on they are looked for: those passes bring residuals down as well."""
 
 PROBES = 2
 """Vectors that such a block has at the least: a single one may happen to miss what is looked for."""
@@ -353,31 +350,28 @@ class Arnoldi(Estimator):
         basis.add_random(block)
         moments = yield system.products(basis.next(block))
         basis.advance(moments.mean("products"))
-        random, passes, searched = _Start.of(basis), 1, 0
+        random, passes, confirmed = _Start.of(basis), 1, 0
         while True:
             ritz = basis.ritz()
             scale = ritz.values[0].abs().clamp_min(torch.finfo(torch.float64).tiny).item()
-            complete, worst = basis.multiplied == system.size, self._worst(ritz) / scale
-            if complete or passes >= most or (worst <= tolerance and searched == CONFIRMATIONS):
+            complete = basis.multiplied == system.size
+            converged = basis.multiplied >= self.rank and not self._open(ritz, tolerance * scale).any()
+            if complete or passes >= most or (converged and confirmed == CONFIRMATIONS):
                 break
-            if worst > NEAR * tolerance:
-                searched = 0
-            searching = worst <= NEAR * tolerance and searched < CONFIRMATIONS
-            searched += searching
-            begins = searching and searched == 1
-            wanted = probes * CONFIRMATIONS if begins else block
+            confirmed = confirmed + 1 if converged else 0
+            wanted = probes * CONFIRMATIONS if confirmed == 1 else block
             if basis.multiplied + wanted > limit < system.size:
                 kept = ritz.rotation[:, : min((limit + self.rank) // 2, limit - wanted)]
                 basis.restart(kept)
                 random, ritz = random.turned(kept), basis.ritz()
-            count = probes if searching else block
-            if begins or basis.pending == 0:
+            count = probes if confirmed else block
+            if confirmed == 1 or basis.pending == 0:
                 basis.add_random(count)
-            elif searching:
+            elif confirmed:
                 # a missed pair is, so far, one of those next to the ones kept
                 basis.favour(ritz.outside[:, self.rank : self.rank + count], 0.0)
             elif basis.multiplied >= self.rank:
-                is_open = ritz.residuals[: self.rank] > tolerance * scale
+                is_open = self._open(ritz, tolerance * scale)
                 count = min(block, basis.favour(ritz.outside[:, : self.rank][:, is_open], tolerance * scale))
             moments = yield system.products(basis.next(count))
             basis.advance(moments.mean("products"))
@@ -401,9 +395,9 @@ class Arnoldi(Estimator):
         }
         return LowRankInverse.checked(vectors, values, images, system.regularization, self.complement, report)
 
-    def _worst(self, ritz: Ritz) -> float:
-        """The longest residual of the R pairs; inf where there are not as many."""
-        return ritz.residuals[: self.rank].max().item() if len(ritz.values) >= self.rank else math.inf
+    def _open(self, ritz: Ritz, allowed: float) -> Tensor:
+        """Which of the R pairs have not converged."""
+        return ritz.residuals[: self.rank] > allowed
 
     def _limit(self, size: int, block: int, held: torch.dtype) -> int:
         """Rows of the basis before a restart."""
