@@ -103,8 +103,8 @@ class Fitted:
         What model and loss compute, to be told from others of their names.
     speed : Speed
         Of this machine at this problem, for forecasts; a guess where nothing was timed.
-    mixed : Mixed
-        The problem of perturbation mode, once it is known.
+    learned : Learned
+        What has been found out since the fit.
     """
 
     configuration: Configuration

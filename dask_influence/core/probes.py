@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 from torch import Tensor
 
 COUNT = 32
@@ -23,6 +23,9 @@ COUNT = 32
 
 FAILURE = 1e-12
 """ε: a bound of a residual is too small with this probability."""
+
+QUANTILE = 2 * float(gammaincinv(COUNT / 2, FAILURE))
+"""q, without all of scipy.stats."""
 
 SMALL = 8 * COUNT
 """P up to which products with the matrix itself cost no more than drawing from them would save."""
@@ -60,6 +63,6 @@ class Probes:
         """
         seen = torch.addmm(factors @ self.images, gradients, self.vectors, alpha=-1)
         drawn = self.vectors.shape[1] < len(self.vectors)
-        found = seen.norm(dim=1) / (chi2.ppf(FAILURE, COUNT) ** 0.5 if drawn else 1.0)
+        found = seen.norm(dim=1) / (QUANTILE**0.5 if drawn else 1.0)
         scale = gradients.norm(dim=1)
         return torch.where(scale > 0, found / scale, found)

@@ -455,11 +455,9 @@ class Plan:
         if not work.rank or self.directions != work.rank:
             return None
         narrow = _narrow_bytes(work) // work.rank
-        own = narrow + max(
-            8 * work.parameters, work.inverse_bytes // work.rank
-        )  # of what stays in the process
+        stays = narrow + max(8 * work.parameters, work.inverse_bytes // work.rank)
         query = work.parameters * work.itemsize
-        shares = ((self.scoring_bytes, own + query), (self.factor_bytes, own + narrow))
+        shares = ((self.scoring_bytes, stays + query), (self.factor_bytes, stays + narrow))
         fitting = min((memory_limit - total) // each + work.rank for total, each in shares)
         if fitting <= 0:
             return None

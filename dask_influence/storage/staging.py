@@ -185,7 +185,8 @@ def stage(
     (array([1, 2]), 2, True)
     """
     rows = min(max(1, chunk_size), len(source))
-    for held in _held(location, source.digest(), rows):
+    held = next(_held(location, source.digest(), rows), None)
+    if held is not None:
         return ZarrSource.staged(location.child(f"{source.digest()}-{held}"), source, held)
     target = location.child(f"{source.digest()}-{rows}")
     staged = ZarrSource.staged(target, source, rows)

@@ -15,14 +15,6 @@ from dask_influence.execution.local import LocalExecutor
 from tests import data
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_calls_run_at_the_same_time_and_come_in_order(two_threads: None) -> None:
     assert (lanes_of(1), lanes_of(2)) == (2, 1)
     meet = threading.Barrier(2, timeout=60)  # passed by two at once, or never
