@@ -64,6 +64,35 @@ def octets(tensor: Tensor) -> np.ndarray[Any, Any]:
     return flat.view(torch.uint8).numpy()
 
 
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]], more: str = "") -> str:
+    """Names ``more`` and the tensors: their names, dtypes, shapes and content.
+
+    Examples
+    --------
+    >>> one, other = (tensors_digest([("weight", torch.full((2,), value))]) for value in (1.0, 2.0))
+    >>> len(one), one == other
+    (32, False)
+    """
+    digest = hashlib.sha256(more.encode())
+    update_digest(digest, tensors)
+    return named(digest)
+
+
+def update_digest(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add names, dtypes, shapes and content of ``tensors``."""
+    for name, value in tensors:
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(octets(value).data)
+
+
+def named(digest: hashlib._Hash) -> str:
+    """The first half of a SHA-256, as text.
+
+    Processors have instructions for SHA-256: it is twice as fast as blake2b.
+    """
+    return digest.hexdigest()[:32]
+
+
 @dataclass(frozen=True)
 class Content:
     """What a model and its loss compute, but for what calling them changes.

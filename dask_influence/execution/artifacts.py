@@ -10,7 +10,6 @@ is read: a flipped byte in a weight would otherwise be in every score, and nobod
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import tempfile
@@ -26,7 +25,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dask_influence.core.content import octets
+from dask_influence.core.content import octets, tensors_digest
 from dask_influence.errors import ConfigurationError, CorruptStoreError, MissingObjectError
 from dask_influence.storage.stores import Location, store_errors
 
@@ -137,21 +136,19 @@ class Artifacts:
         if self.location is None and not self.riding:
             return Artifact(digest=f"held-{next(_SERIAL)}", nbytes=nbytes, tensors=tensors)
         held = {name: owned(value) for name, value in tensors.items()}
-        data: bytes | None = None
-        if self.location is None or digest is None:
-            data = safetensors.torch.save(held, _signature(held))
-            digest = digest or hashlib.blake2b(data, digest_size=16).hexdigest()
-            if self.location is None:
-                return Artifact(digest, nbytes, inline=data)
+        if digest is None:
+            digest = tensors_digest(sorted(held.items()))
+        if self.location is None:
+            return Artifact(digest, nbytes, inline=_packed(held))
         artifact = Artifact(digest, nbytes, self.location)
         folder = self.location.local_path
         if folder is not None:
             if not _sound_file(folder / artifact.key):
                 doing = f"write {artifact.key!r} to"
                 with store_errors(self.location, doing), _written(folder, artifact.key) as path:
-                    _save_file(held, path) if data is None else path.write_bytes(data)
+                    _save_file(held, path)
         elif not self.location.exists(artifact.key):
-            self.location.put(artifact.key, data or safetensors.torch.save(held, _signature(held)))
+            self.location.put(artifact.key, _packed(held))
         return artifact
 
     def adopt(self, artifact: Artifact) -> Artifact | None:
@@ -243,6 +240,10 @@ def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
         safetensors.torch.save_file(tensors, path, _signature(tensors))
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save(tensors, _signature(tensors))
 
 
 def _signature(tensors: Mapping[str, Tensor]) -> dict[str, str]:

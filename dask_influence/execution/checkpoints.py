@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dask_influence.core.content import named, update_digest
 from dask_influence.core.estimators.base import Round
 from dask_influence.core.moments import Moments
 from dask_influence.execution.artifacts import owned
-from dask_influence.execution.persistence import update_digest
 from dask_influence.storage.stores import Location
 
 _COUNT = "*count"
@@ -77,14 +77,14 @@ class Checkpoints:
         return Moments(held, int(held.pop(_COUNT)))
 
     def _digest(self, request: Round) -> str:
-        digest = hashlib.blake2b(self._identity.encode(), digest_size=16)
+        digest = hashlib.sha256(self._identity.encode())
         _describe(digest, request.function)
         _describe(digest, request.operand)
         _describe(digest, request.samples)
-        return digest.hexdigest()
+        return named(digest)
 
 
-def _describe(digest: hashlib.blake2b, value: Any) -> None:
+def _describe(digest: hashlib._Hash, value: Any) -> None:
     """Add to ``digest`` what ``value`` is, in words that are the same in every session."""
     if isinstance(value, partial):
         _describe(digest, (value.func, value.args, value.keywords))

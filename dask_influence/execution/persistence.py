@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from dask_influence.core.content import octets
+from dask_influence.core.content import tensors_digest
 from dask_influence.core.estimators import INVERSES, Inverse
 from dask_influence.core.objective import Objective
 from dask_influence.errors import CorruptStoreError, StoreError, StoreMismatchError
@@ -90,21 +88,10 @@ def model_digest(module: nn.Module) -> str:
     """Digest of all parameters and buffers, by name."""
     # the state_dict lacks buffers that are not persistent
     held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    digest = hashlib.blake2b(digest_size=16)
-    update_digest(digest, held)
-    return digest.hexdigest()
+    return tensors_digest(held)
 
 
 def inverse_digest(inverse: Inverse) -> str:
     """Digest of everything scores depend on beside model and data."""
     tensors, values = inverse.state()
-    digest = hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16)
-    update_digest(digest, sorted(tensors.items()))
-    return digest.hexdigest()
-
-
-def update_digest(digest: hashlib.blake2b, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Add names, types, shapes and content of ``tensors`` to ``digest``."""
-    for name, value in tensors:
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(octets(value).data)
+    return tensors_digest(sorted(tensors.items()), json.dumps(values, sort_keys=True, default=str))

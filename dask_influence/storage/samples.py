@@ -193,7 +193,7 @@ def _usable(leaf: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def digest_block(leaves: Iterable[np.ndarray[Any, Any]]) -> bytes:
     """Digest of the same samples in every array, one after the other."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()  # processors have instructions for it: twice as fast as blake2b
     for leaf in leaves:
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.digest()
