@@ -26,7 +26,10 @@ from dask_influence.storage.samples import ArraySpec, Pair, Source, Tree, leaf_n
 from dask_influence.storage.stores import Location, store_errors
 
 STAGED_SHARD = 16 * 2**20
-"""Bytes aimed at for one stored object of staged samples."""
+"""Bytes of staged samples that are written at once, and of one stored object where there would be too many."""
+
+OWN_OBJECT, MOST_OBJECTS = 2**19, 4096
+"""Bytes from which a chunk is an object of its own, unless there are too many; a shard takes half as long again."""
 
 MOST_CHUNKS, MOST_EXCESS = 16, 2
 """Chunks that are read for what one could hold, and times that a chunk may be larger, before data are staged anew."""
@@ -201,14 +204,17 @@ def stage(
 
 
 def _write(source: Source, target: Location, rows: int, arriving: _Arriving) -> None:
-    in_shard = min(max(1, STAGED_SHARD // (rows * source.nbytes_per_sample)), -(-len(source) // rows))
+    chunks = -(-len(source) // rows)
+    at_once = min(max(1, STAGED_SHARD // (rows * source.nbytes_per_sample)), chunks)
+    alone = rows * source.nbytes_per_sample >= OWN_OBJECT and chunks <= MOST_OBJECTS
+    in_shard = 1 if alone else at_once
     with arriving.told(), store_errors(target, "stage samples in"):
         group = _group(target)
         arrays = tuple(
             _created(group, name, tree, len(source), rows, in_shard)
             for name, tree in zip("xy", source.spec, strict=True)
         )
-        source.write(arrays, rows * in_shard, arriving.reached)
+        source.write(arrays, rows * at_once, arriving.reached)
         group.update_attributes({_DIGEST: source.digest()})
         arriving.reached(len(source))
 

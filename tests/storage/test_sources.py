@@ -584,6 +584,20 @@ def test_large_samples_have_an_object_for_every_chunk(tmp_path: Path) -> None:
     assert staged.read(4, 5)[0][0, 7] == 1.0
 
 
+def test_chunks_that_are_large_enough_are_objects_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless there would be too many: then they share some."""
+    x = np.random.default_rng(0).normal(size=(40, 2**14))
+    source = as_source((x, np.arange(40)))
+    stage(source, Location.of(tmp_path / "own"), 8)
+    monkeypatch.setattr("dask_influence.storage.staging.MOST_OBJECTS", 4)
+    shared = stage(source, Location.of(tmp_path / "shared"), 8)
+    found = [len([*(tmp_path / name).rglob("x/c/*/0")]) for name in ("own", "shared")]
+    assert found == [5, 1]
+    np.testing.assert_array_equal(shared.read(7, 33)[0], x[7:33])
+
+
 def test_dask_data_are_never_whole_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "DIGEST_BLOCK", 100)
     largest: list[int] = []
