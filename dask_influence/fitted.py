@@ -8,12 +8,10 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import optree
-import torch
 
 from dask_influence import arguments
 from dask_influence.arguments import InfluenceMode
@@ -28,6 +26,7 @@ from dask_influence.core.problem import Problem, behaviour, with_mixed_form
 from dask_influence.errors import DataError, DataWarning, LossError, StoreMismatchError
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.base import Approximated, Executor
+from dask_influence.execution.dask import versions
 from dask_influence.execution.drive import Passes
 from dask_influence.execution.forecast import Speed
 from dask_influence.execution.plan import Plan, arrange
@@ -198,13 +197,13 @@ class Fitted:
             "hessian_regularization": self.sweep or asked["hessian_regularization"],
             **({"fit": self.digest} if self.digest else {}),  # one that is foreseen has none yet
             "dtype": self.dtype,
-            "versions": {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)},
+            "versions": versions(),
         }
 
-    def provenance(self) -> dict[str, Any]:
-        """Attributes of a store that say where its numbers come from."""
+    def provenance(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Attributes of a store that say where its numbers come from, of its :meth:`identity`."""
         return {
-            **{name: value for name, value in self.identity().items() if name != "parameters"},
+            **{name: value for name, value in identity.items() if name != "parameters"},
             "samples_fitted": self.system.samples,
             "parameters_fitted": self.system.size,
         }

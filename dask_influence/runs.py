@@ -83,14 +83,15 @@ class Target:
         ``data`` are digests by side; ``asked`` is what else the numbers depend on, and is shown
         to readers too.
         """
+        identity = fitted.identity()
         fingerprint = {
-            **fitted.identity(),
+            **identity,
             "kind": kind,
             **asked,
             **data,
             **arguments.id_digests(ids),
         }
-        attributes = {**fitted.provenance(), **asked}
+        attributes = {**fitted.provenance(identity), **asked}
         return Output(self.location, fingerprint, attributes, ids, diagnostics=fitted.recorded_diagnostics)
 
 
