@@ -19,6 +19,7 @@ from dask_influence.execution.base import Executor
 from dask_influence.execution.drive import iterated_factors
 from dask_influence.execution.missing import MissingSamples
 from dask_influence.execution.output import Output
+from dask_influence.execution.overlap import Behind
 from dask_influence.execution.plan import Plan
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.execution.reduce_tasks import (
@@ -192,8 +193,8 @@ def write_reduced(
     progress: bool | Report | None,
 ) -> None:
     """Factors, strips, merges and metadata into a prepared store; what the ledger lists is not done again."""
-    with reporting(progress) as report:
-        factors = _factors(executor, fit, test, output, plan, project, report)
+    with reporting(progress) as report, Behind[None]() as writing:
+        factors = _factors(executor, fit, test, output, plan, project, report, writing)
         schedule = Schedule(plan.tree, _held(output, plan), output.ledger.done())
         for node in schedule.lost:
             merged = [plan.tree.name(child) for child in plan.tree.children(node)]
@@ -229,12 +230,13 @@ def _factors(
     plan: Plan,
     project: bool,
     report: Report,
+    beside: Behind[None],
 ) -> tuple[Artifact, ...]:
     if test is None:
         return ()
     if isinstance(test, StoredFactors):
         return import_factors(test, output, plan.factor_chunks)
-    return solve_factors(executor, fit, test, output, plan, project, report)
+    return solve_factors(executor, fit, test, output, plan, project, report, beside)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.base import Executor, Model, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
 from dask_influence.execution.output import Output, as_json, write_residuals
+from dask_influence.execution.overlap import Behind
 from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan, factor_name
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.execution.stored import StoredFactors, import_factors
@@ -148,8 +150,9 @@ def solve_factors(
     plan: Plan,
     project: bool,
     progress: Report,
+    beside: Behind[None],
 ) -> tuple[Artifact, ...]:
-    """Factors of all test points, each solved once, kept in the run's artifacts, with residuals written.
+    """Factors of all test points, each solved once, kept in the run's artifacts; residuals are written ``beside``.
 
     Chunks that the ledger already lists are not solved again, unless their artifact is missing or damaged.
     """
@@ -185,7 +188,7 @@ def solve_factors(
     if plan.work.regularizations is not None:  # rows are test-major
         residuals = residuals.reshape(-1, plan.work.regularizations).T
     if missing or output.ledger.read(RESIDUAL) is None:
-        write_residuals(output, residuals)
+        beside.submit(partial(write_residuals, output, residuals))
     return tuple(Artifact(entry["digest"], entry["nbytes"], output.artifacts) for entry in entries)
 
 
@@ -307,12 +310,12 @@ def write_scores(
     progress: bool | Report | None,
 ) -> None:
     """Factors, strips and metadata into a prepared store; what the ledger lists is not done again."""
-    with reporting(progress) as report, ThreadPoolExecutor(1) as beside:
+    with reporting(progress) as report, ThreadPoolExecutor(1) as beside, Behind[None]() as writing:
         reachable = executor.reachable(train, plan.tile[1], beside)
         if isinstance(test, StoredFactors):
             factors = import_factors(test, output, plan.factor_chunks)
         else:
-            factors = solve_factors(executor, fit, test, output, plan, project, report)
+            factors = solve_factors(executor, fit, test, output, plan, project, report, writing)
         score_strips(executor, fit, reachable, output, plan, factors, project, perturbation, report)
     output.complete()
 
@@ -326,8 +329,8 @@ def write_factors(
     progress: bool | Report | None,
 ) -> None:
     """Factors of all test points as an array, one tile for each factor task."""
-    with reporting(progress) as report:
-        factors = solve_factors(executor, fit, test, output, plan, False, report)
+    with reporting(progress) as report, Behind[None]() as writing:
+        factors = solve_factors(executor, fit, test, output, plan, False, report, writing)
         entries = output.ledger.entries(FACTORS)
         for index, (rows, artifact) in enumerate(zip(plan.factor_chunks, factors, strict=True)):
             block = tasks.stored(artifact.read()["rows"])
