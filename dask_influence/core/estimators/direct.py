@@ -18,7 +18,6 @@ import scipy.linalg.lapack
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.curvature import matrix_sums
 from dask_influence.core.estimators.base import (
@@ -79,7 +78,6 @@ class DirectInverse(Inverse):
             factor, pivots = self._factorise()
         # a file holds rows: one layout, so that solves give the same bits
         self._factor, self._pivots = factor.contiguous(), pivots
-        self._found = WeakTensorKeyDictionary()  # residuals of factors that solving has looked at
         if probes is not None:
             self._probes = probes
 
@@ -131,12 +129,9 @@ class DirectInverse(Inverse):
         if len(rows) < FEWEST_NARROW or self._narrow is None:
             return self._solve_rows(rows)
         factors = _two_solves(self._narrow, rows.to(torch.float32)).to(torch.float64)
-        found = self._probes.residuals(rows, factors)
-        lost = found > NARROW_RESIDUAL
+        lost = self._probes.residuals(rows, factors) > NARROW_RESIDUAL
         if lost.any():
             factors[lost] = self._solve_rows(rows[lost])
-            found[lost] = self._probes.residuals(rows[lost], factors[lost])
-        self._found[factors] = found
         return factors
         yield  # no round is needed, but the contract is a generator
 
@@ -157,8 +152,7 @@ class DirectInverse(Inverse):
 
     def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
         """‖(H + λI) s − g‖ / ‖g‖, or a bound of it, from H itself and not from its factorisation."""
-        found: Tensor | None = self._found.get(factors)
-        return self._probes.residuals(gradients.to(torch.float64), factors) if found is None else found
+        return self._probes.residuals(gradients.to(torch.float64), factors)
 
     @cached_property
     def _probes(self) -> Probes:

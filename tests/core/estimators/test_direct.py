@@ -89,25 +89,3 @@ def test_gradients_of_zero_have_factors_of_zero() -> None:
     factors = without_rounds(inverse.solve(rows))
     assert not factors.any()
     assert not inverse.residuals(rows, factors).any()
-
-
-def test_residuals_that_solving_has_looked_at_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix, vectors = curvature(1e-5)
-    rows = data.normal(2, ROWS, SIZE).float()
-    rows[3] = vectors[-1].float()
-    inverse, looked = DirectInverse(matrix, DAMPING, SINGLE), list[int]()
-    assert inverse._narrow is not None  # which is tried on the probes
-    original = probes.Probes.residuals
-
-    def counted(self: probes.Probes, gradients: Tensor, factors: Tensor) -> Tensor:
-        looked.append(len(gradients))
-        return original(self, gradients, factors)
-
-    monkeypatch.setattr(probes.Probes, "residuals", counted)
-    factors = without_rounds(inverse.solve(rows))
-    solved_again = len(rows) - int((inverse.residuals(rows, factors) > 1e-9).sum())
-    assert looked == [ROWS, solved_again]
-    assert solved_again >= 1
-    fresh = inverse.residuals(rows, factors.clone())
-    torch.testing.assert_close(inverse.residuals(rows, factors), fresh, rtol=1e-6, atol=1e-13)
-    assert looked == [ROWS, solved_again, ROWS]
