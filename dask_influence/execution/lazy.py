@@ -270,7 +270,8 @@ def _factors(
     if project and not isinstance(solver, _Iterated):
         return tasks.closed_factors(job, solver, *bounds, project=True, certify=False).rows
     with job.running():
-        parts = [tasks.query_gradients(job, chunk.start, chunk.stop, batch) for chunk in chunks]
+        take = tasks.precise_gradients if isinstance(solver, _Iterated) else tasks.query_gradients
+        parts = [take(job, chunk.start, chunk.stop, batch) for chunk in chunks]
         gradients = torch.cat(parts)
         if isinstance(solver, _Iterated):
             return solver.factors(gradients)

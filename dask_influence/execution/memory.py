@@ -172,7 +172,7 @@ def _perturbations_by_chain(
 
 def _by_rounds(fit: Fit, job: tasks.Job, chunk: range, batch: int) -> torch.Tensor:
     with tasks.computing(fit.model, fit.threads):
-        gradients = tasks.query_gradients(job, chunk.start, chunk.stop, batch)
+        gradients = tasks.precise_gradients(job, chunk.start, chunk.stop, batch)
     return iterated_factors(fit.inverse, fit.system, fit.answer(), gradients, certify=False).rows
 
 

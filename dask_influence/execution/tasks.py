@@ -24,7 +24,7 @@ import optree
 import torch
 from torch import Tensor
 
-from dask_influence.core import directional, sizes
+from dask_influence.core import directional, double, sizes
 from dask_influence.core.checks import check_samples
 from dask_influence.core.elementary import undisturbed
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
@@ -304,6 +304,11 @@ def query_gradients(job: Job, start: int, stop: int, batch: int, missing: Missin
     return query_rows(job, directional.gradients, start, stop, batch, missing)
 
 
+def precise_gradients(job: Job, start: int, stop: int, batch: int, missing: Missing | None = None) -> Tensor:
+    """The same differentiated in float64 where that can be done, for solvers whose passes cost much more."""
+    return query_rows(job, double.gradients, start, stop, batch, missing)
+
+
 def query_rows(
     job: Job,
     function: Callable[[Problem, Tree, Tree], Tensor],
@@ -430,11 +435,11 @@ def factor_task(
 def gradient_task(
     job: Sealed, start: int, stop: int, batch: int, location: Location
 ) -> tuple[int, Artifact, Missing]:
-    """:func:`query_gradients`, published: for inverses that need passes, which the client drives."""
+    """:func:`precise_gradients`, published: for inverses that need passes, which the client drives."""
     opened: Job = job.open()
     missing: Missing = {}
     with opened.running():
-        gradients = query_gradients(opened, start, stop, batch, missing)
+        gradients = precise_gradients(opened, start, stop, batch, missing)
     return start, Artifacts(location).publish({"rows": gradients}), missing
 
 
