@@ -27,8 +27,8 @@ VANISHED = 32.0
 ATTEMPTS = 4
 """Times that rows are orthogonalised at most; twice is enough but for the worst of luck."""
 
-PANEL = 2**15
-"""Columns at a time where rows are turned: no copy of all is made."""
+PANEL = 2**14
+"""Columns that many rows have in the cache at once."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Decomposition:
         concerned = known.any(dim=1).nonzero()
         self._subtract(rows, known, slice(int(concerned[0]) if len(concerned) else start, start))
         own = slice(start, self._length)
-        known[own] = (self._rows[own] @ rows.mT).to(torch.float64)
+        known[own] = _overlap(self._rows[own], rows)
         self._subtract(rows, known, own)
         fresh, coordinates = self._outside(rows, known)
         self.multiplied, self.pending = start + count, self.pending - count
@@ -150,7 +150,7 @@ class Decomposition:
 
     def _subtract(self, rows: Tensor, overlap: Tensor, held: slice) -> None:
         """Take ``overlap`` (K + p, b) with the rows ``held`` from ``rows`` (b, P)."""
-        rows.addmm_(overlap[held].mT.to(rows.dtype), self._rows[held], alpha=-1)
+        _subtract(rows, overlap[held].mT.to(rows.dtype), self._rows[held])
 
     def _outside(self, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """An orthonormal basis (b', P) of what ``rows`` (b, P) have outside of [Q F], and their coordinates (b', b).
@@ -164,7 +164,7 @@ class Decomposition:
         squares += known.square().sum(0)
         noise = VANISHED * torch.finfo(rows.dtype).eps * squares.max().sqrt()
         for _ in range(ATTEMPTS):
-            overlap = (self._rows[held] @ rows.mT).to(torch.float64)
+            overlap = _overlap(self._rows[held], rows)
             self._subtract(rows, overlap, held)
             known += overlap @ coordinates
             rows, own = _orthonormal(rows)
@@ -242,6 +242,29 @@ class Decomposition:
 
     def _panels(self) -> Iterator[slice]:
         return (slice(start, start + PANEL) for start in range(0, self.size, PANEL))
+
+
+def _in_panels(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Panels (s, k, PANEL) of the columns of ``rows`` (k, P), and the columns left (k, P mod PANEL); views.
+
+    One product for each panel: few rows with many are bound by memory, of which each core then reads its own.
+    """
+    whole = rows.shape[1] // PANEL * PANEL
+    return rows[:, :whole].unflatten(1, (-1, PANEL)).transpose(0, 1), rows[:, whole:]
+
+
+def _overlap(held: Tensor, rows: Tensor) -> Tensor:
+    """Inner products (K, b) of ``held`` (K, P) with ``rows`` (b, P), in float64 from panel to panel."""
+    (panels, rest), (own, own_rest) = _in_panels(held), _in_panels(rows)
+    overlap = torch.bmm(own, panels.mT).sum(0, dtype=torch.float64)
+    return (overlap + own_rest @ rest.mT).mT
+
+
+def _subtract(rows: Tensor, coordinates: Tensor, held: Tensor) -> None:
+    """Take ``coordinates`` (b, K) with ``held`` (K, P) from ``rows`` (b, P)."""
+    (panels, rest), (own, own_rest) = _in_panels(held), _in_panels(rows)
+    own.baddbmm_(coordinates.expand(len(own), -1, -1), panels, alpha=-1)
+    own_rest.addmm_(coordinates, rest, alpha=-1)
 
 
 def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:

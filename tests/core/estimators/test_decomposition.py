@@ -69,6 +69,17 @@ def test_it_stays_a_decomposition_whatever_is_done(block: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("panel", [7, SIZE])
+def test_it_grows_the_same_in_panels(panel: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With columns left beside the panels, and without."""
+    monkeypatch.setattr("dask_influence.core.estimators.decomposition.PANEL", panel)
+    matrix, basis = symmetric(), begun(dtype)
+    basis.add_random(2)
+    grow(basis, matrix, 2, 5)
+    check(basis, matrix, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_residuals_and_images_are_those_of_the_pairs(dtype: torch.dtype) -> None:
     matrix, basis = symmetric(), begun(dtype)
     basis.add_random(2)
