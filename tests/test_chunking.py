@@ -150,17 +150,20 @@ def test_a_mean_of_batch_means_would_be_noticed() -> None:
     assert oracles.relative_error(scores, case.up(case.inverse)) > 1e-2
 
 
-@pytest.mark.parametrize(("asked", "tasks"), [({}, 1), ({"influence.torch-threads": 1}, 13)])
+@pytest.mark.parametrize(("asked", "tasks"), [({}, {1}), ({"influence.torch-threads": 1}, {5, 7})])
 def test_a_large_model_in_this_process_is_multiplied_by_all_samples_at_once(
-    asked: dict[str, int], tasks: int
+    asked: dict[str, int], tasks: set[int]
 ) -> None:
-    """Tasks that have all threads take what fits; those that run side by side share the samples."""
+    """Tasks that have all threads take what fits; those that run side by side share the samples.
+
+    Products with two vectors have larger sums, and so fewer tasks, than those with one.
+    """
     model = torch.nn.Sequential(torch.nn.Linear(300, 220), torch.nn.Tanh(), torch.nn.Linear(220, 1))
     train, told = (torch.randn(1_300, 300), torch.randn(1_300, 1)), set[int]()
     fitted = ArnoldiInfluence(model, torch.nn.functional.mse_loss, 30.0, rank=2, tol=1e-2, chunk_size=100)
     with dask.config.set(asked):
         fitted.fit(train, progress=lambda stage, done, total: told.add(total))
-    assert told == {tasks}
+    assert told == tasks
 
 
 def test_chunks_of_large_models_are_joined() -> None:

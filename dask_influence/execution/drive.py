@@ -23,7 +23,10 @@ MOST_GROUPS = 64
 """Tasks of one round; each adds up a run of chunks, so that few partial sums are in flight."""
 
 MOST_JOINED = 1024
-"""Samples up to which chunks are joined where their sums are larger than all that the samples take."""
+"""Samples up to which chunks are joined where their sums are large beside all that the samples take."""
+
+BESIDE_SUMS = 4
+"""Times their sums that joined samples may take: of fewer, calls and sums cost as much as the products."""
 
 SMALL = 2**20
 """Numbers of a block of vectors below which torch's threads cost an algorithm more than they save."""
@@ -107,7 +110,8 @@ class Passes:
         """The chunks; runs of them where adding up sums as large would cost as much as making them."""
         if self.sample_bytes is None:
             return self.chunks
-        most = min(MOST_JOINED, request.result_bytes // self.sample_bytes, -(-self.chunks.total // 2))
+        enough = BESIDE_SUMS * request.result_bytes // self.sample_bytes
+        most = min(MOST_JOINED, enough, -(-self.chunks.total // 2))
         if request.whole:
             most = max(most, min(self.whole, self.chunks.total))
         wide = balanced(self.chunks.total, max(most, self.chunks.size)).size

@@ -9,7 +9,7 @@ import pytest
 from dask_influence.core.estimators.base import Round
 from dask_influence.core.moments import Moments
 from dask_influence.errors import MemoryLimitError
-from dask_influence.execution.drive import Passes
+from dask_influence.execution.drive import BESIDE_SUMS, Passes
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.grid import Chunks
 
@@ -49,7 +49,7 @@ def test_sums_that_no_task_can_hold_are_refused(result_bytes: int, fits: bool) -
     [
         (256, 10**9, [768, 669]),  # two at least, of nearly as many chunks
         (8, 10**9, [720, 717]),
-        (8, 500 * 64, [480, 480, 477]),  # as many samples as take what the sums do
+        (8, 500 * 64 // BESIDE_SUMS, [480, 480, 477]),  # as many samples as the sums are worth
         (256, 100, [256] * 5 + [157]),
         (1437, 10**9, [1437]),
     ],
