@@ -31,7 +31,7 @@ from dask_influence import (
     open_influences,
     verify,
 )
-from dask_influence.core import directional
+from dask_influence.core import directional, double
 from dask_influence.errors import (
     ConfigurationError,
     CorruptStoreError,
@@ -433,7 +433,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(module, name, wrapped)
 
     count(directional, "directional_derivatives", lambda problem, x, *_: len(x))
-    count(directional, "gradients", lambda problem, x, *_: len(x))
+    for module in (directional, double):
+        count(module, "gradients", lambda problem, x, *_: len(x))
     count(reduce_tasks, "_scored", lambda *_: 1)
     return counted
 

@@ -115,9 +115,9 @@ def test_the_tile_is_that_of_the_configuration_unless_the_call_says() -> None:
 def test_chunks_are_those_of_the_configuration() -> None:
     infl, data = problem()
     reported: list[int] = []
-    with dask.config.set({"influence.chunk.samples": 7}):
+    with dask.config.set({"influence.chunk.samples": 15}):
         infl.fit(data, progress=lambda stage, done, total: reported.append(total))
-    assert set(reported) == {6}  # ⌈40 / 7⌉
+    assert set(reported) == {3}  # ⌈40 / 15⌉
 
 
 def test_workers_follow_the_client_whatever_their_own_configuration(tmp_path: Path) -> None:

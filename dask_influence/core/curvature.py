@@ -29,11 +29,10 @@ from torch import Tensor
 
 from dask_influence.core import forms, multiply, outputs
 from dask_influence.core.directional import chain_of, directional_derivatives, gradients
-from dask_influence.core.double import doubled
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.families import Likelihood, recognise
 from dask_influence.core.moments import Moments
-from dask_influence.core.objective import Tree, leading_size, sliced
+from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.outputs import Inner, Outputs
 from dask_influence.core.precision import rounding
 from dask_influence.core.problem import Problem
@@ -315,7 +314,8 @@ def check_curvature(problem: Problem, x: Tree, y: Tree, curvature: str) -> None:
     """
     if curvature not in ("ggn", "fisher"):
         return
-    objective, x, y = doubled(problem.objective, x, y) or (problem.objective, x, y)
+    objective, cast = _double_objective(problem.objective, x)
+    x, y = optree.tree_map(cast, x), optree.tree_map(cast, y)
     with differentiation(), torch.no_grad():
         at = Outputs.of(objective, x, y)
         generator = torch.Generator().manual_seed(0)
@@ -335,6 +335,21 @@ def check_curvature(problem: Problem, x: Tree, y: Tree, curvature: str) -> None:
             likelihood(at)
         else:
             _check_output_curvature(at, u)
+
+
+def _double_objective(objective: Objective, x: Tree) -> tuple[Objective, Callable[[Tensor], Tensor]]:
+    """The objective in float64, or as it is where the model insists on its own dtype."""
+
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.to(torch.float64) if leaf.is_floating_point() else leaf
+
+    double = objective.to(dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            double.outputs(double.parameters(), optree.tree_map(cast, x))
+    except (RuntimeError, TypeError, ValueError):  # tensors of a fixed dtype made in forward
+        return objective, lambda leaf: leaf
+    return double, cast
 
 
 def _check_output_curvature(at: Outputs, u: Tensor) -> None:

@@ -1,33 +1,35 @@
-"""Double: derivatives taken in float64 of a model in a narrower dtype, and rounded to it.
+"""Double: gradients of narrower models, of which the loss's derivative is taken in float64.
 
-What the model is sure of has a gradient that is a small difference of large numbers: of softmax(f) − y
-float32 keeps few digits. Beside the passes of a solver, the few samples that it solves for cost nothing
-in float64. Models and losses that insist on their own dtype are differentiated as they are.
+∇θ ℓ = Jᵀ δ with δ = ∂ℓ/∂f, f the model's outputs and J their derivative. Of a sample that the model is sure of,
+δ = softmax(f) − y is a small difference of large numbers, of which float32 keeps few digits. It costs nothing
+beside J to take δ in float64 and round it then; the model itself computes as it always does.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree  # knows containers such as ModelOutput, which optree does not
 
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.forms import sample_gradients
-from dask_influence.core.objective import Objective, Tree, leading_size, sliced
+from dask_influence.core.objective import Objective, Tree
 from dask_influence.core.precision import rounding
 from dask_influence.core.problem import Problem
-from dask_influence.core.sizes import BUDGET, gradients_at_once
 
 MEMORY = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""What no dtype is to blame for: another try would leave other bits."""
+"""What no dtype is to blame for: taken for one, it would leave other bits."""
 
 
 def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
-    """∇θ ℓ(z_j) for each sample, (n, P) in the model's dtype, of which only the rounding of the result is lost.
+    """∇θ ℓ(z_j) for each sample, (n, P) in the model's dtype, with δ_j taken in float64.
 
-    Taken as the model is where it cannot be evaluated in float64, or has other losses there.
+    Of samples whose loss is another one in float64, and where the loss cannot be evaluated in it, δ is
+    taken in the model's dtype.
 
     Examples
     --------
@@ -37,60 +39,68 @@ def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
     >>> gradients(Problem(objective, Forms()), torch.ones(3, 2), torch.tensor([0, 1, 1])).dtype
     torch.float32
     """
-    found = None if problem.objective.dtype == torch.float64 else _in_double(problem, x, y)
-    return sample_gradients(problem.objective, x, y, problem.forms) if found is None else found
+    own = problem.objective
+    seeds = None if own.dtype == torch.float64 else _seeds(own, x, y)
+    if seeds is None:
+        return sample_gradients(own, x, y, problem.forms)
+    along = Objective(own.module, _along, own.names)
+    return sample_gradients(along, x, seeds, replace(problem.forms, compiled=()))
 
 
-def _in_double(problem: Problem, x: Tree, y: Tree) -> Tensor | None:
-    own, forms = problem.objective, replace(problem.forms, compiled=())
-    at = doubled(own, x, y)
-    if at is None or not _agree(own, x, y, at):
-        return None
-    result = torch.empty(leading_size(y), own.size, dtype=own.dtype, device=own.device)
-    step = gradients_at_once(own.size, torch.float64.itemsize, BUDGET)
-    try:
-        for start in range(0, len(result), step):
-            part = slice(start, start + step)
-            result[part] = sample_gradients(at[0], sliced(at[1], part), sliced(at[2], part), forms)
-    except MEMORY:
-        raise
-    except (RuntimeError, TypeError, ValueError):  # a backward pass written for one dtype
-        return None
-    return result
+def _along(outputs: Any, seeds: tuple[Tensor, ...]) -> Tensor:
+    """The mean of ⟨δ_j, f_j⟩, whose gradient is that of the loss."""
+    pairs = zip(_numbers(outputs), seeds, strict=True)
+    return torch.stack([(value * seed).flatten(1).sum(1) for value, seed in pairs]).sum(0).mean()
 
 
-def doubled(objective: Objective, x: Tree, y: Tree) -> tuple[Objective, Tree, Tree] | None:
-    """The objective and samples in float64; None where model or loss insist on their own dtype."""
-    with differentiation(), torch.no_grad():  # alone: others may be exchanging the module's parameters
-        double = objective.to(dtype=torch.float64)
-        x, y = optree.tree_map(_widened, x), optree.tree_map(_widened, y)
-        try:
-            double.sample_losses(double.parameters(), x, y)
-        except MEMORY:
-            raise
-        except (RuntimeError, TypeError, ValueError):  # tensors of a fixed dtype made in forward
-            return None
-    return double, x, y
-
-
-def _widened(leaf: Tensor) -> Tensor:
-    return leaf.to(torch.float64) if leaf.is_floating_point() else leaf
-
-
-def _agree(objective: Objective, x: Tree, y: Tree, at: tuple[Objective, Tree, Tree]) -> bool:
-    """Whether the losses are those in float64, to half of the digits of what they are made of.
-
-    A bound such as ``finfo(x.dtype).eps``, or rounding to whole numbers, makes it another function.
-    """
+def _seeds(objective: Objective, x: Tree, y: Tree) -> tuple[Tensor, ...] | None:
+    """δ by each tensor of the outputs; None where the loss cannot be evaluated in float64."""
     with differentiation(), torch.no_grad():
         outputs = objective.outputs(objective.parameters(), x)
-        narrow = objective.losses(outputs, y).to(torch.float64)
-        wide = at[0].sample_losses(at[0].parameters(), *at[1:])
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    scale = sum(_largest(leaf) for leaf in (wide, *leaves) if leaf.is_floating_point())
-    return bool(((narrow - wide).abs() <= rounding(objective.dtype) ** 0.5 * scale).all())
+        try:
+            losses, wide = _differentiated(objective, outputs, y, torch.float64)
+        except (RuntimeError, TypeError, ValueError) as error:  # tensors of a fixed dtype in the loss
+            if isinstance(error, MEMORY) or "allocate memory" in str(error):
+                raise
+            return None
+        narrow_losses, narrow = _differentiated(objective, outputs, y, objective.dtype)
+    same = _same(narrow_losses, losses, _numbers(outputs), rounding(objective.dtype) ** 0.5)
+    pairs = zip(wide, narrow, strict=True)
+    return tuple(torch.where(_beside(same, a), a.to(b.dtype), b) for a, b in pairs)
 
 
-def _largest(values: Tensor) -> float:
-    finite = values[values.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
+def _differentiated(
+    objective: Objective, outputs: Any, y: Tree, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses of all samples in this dtype, and their derivatives by the outputs."""
+    leaves, structure = pytree.tree_flatten(outputs)
+    held = [leaf.detach().to(dtype).requires_grad_() if _is_number(leaf) else leaf for leaf in leaves]
+    moving = [leaf for leaf in held if _is_number(leaf)]
+    y = optree.tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, y)
+    with torch.enable_grad():
+        losses = objective.losses(pytree.tree_unflatten(held, structure), y)
+        found = torch.autograd.grad(losses.sum(), moving, allow_unused=True)
+    pairs = zip(found, moving, strict=True)
+    return losses.detach(), [torch.zeros_like(leaf) if one is None else one for one, leaf in pairs]
+
+
+def _same(narrow: Tensor, wide: Tensor, outputs: list[Tensor], digits: float) -> Tensor:
+    """Of which samples the losses are the same to ``digits`` of what they are made of, (n,).
+
+    A bound such as ``finfo(f.dtype).eps``, or rounding to whole numbers, makes the loss another function.
+    """
+    sizes = [value.detach().to(torch.float64).flatten(1).abs().amax(1) for value in outputs]
+    scale = torch.stack([wide.abs(), *sizes]).amax(0)
+    return (narrow.to(torch.float64) - wide).abs() <= digits * scale
+
+
+def _beside(flags: Tensor, values: Tensor) -> Tensor:
+    return flags.reshape(-1, *(1,) * (values.dim() - 1))
+
+
+def _numbers(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if _is_number(leaf)]
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -55,6 +55,8 @@ class Passes:
         Samples that rounds which want as many as they can get may take at once; 0 where tasks run side by side.
     lasting : Sealed, optional
         The same job for rounds over all samples, whose chunks keep what they share; see :meth:`keeping`.
+    most_bytes : int
+        Of the sums of any of these rounds: chunks that keep something are joined alike in all of them.
     """
 
     executor: Executor
@@ -64,10 +66,11 @@ class Passes:
     sample_bytes: int | None = None
     whole: int = 0
     lasting: Sealed | None = None
+    most_bytes: int = 0
 
-    def keeping(self) -> Passes:
+    def keeping(self, most_bytes: int = 0) -> Passes:
         """The same for the many rounds of one computation: what chunks keep is freed with what is returned."""
-        return replace(self, lasting=self.executor.keeping(self.job))
+        return replace(self, lasting=self.executor.keeping(self.job), most_bytes=most_bytes)
 
     def __call__(
         self, request: Round, *, first: bool = False, report: Callable[[int, int], None] | None = None
@@ -110,8 +113,11 @@ class Passes:
         """The chunks; runs of them where adding up sums as large would cost as much as making them."""
         if self.sample_bytes is None:
             return self.chunks
-        enough = BESIDE_SUMS * request.result_bytes // self.sample_bytes
-        most = min(MOST_JOINED, enough, -(-self.chunks.total // 2))
+        sums = max(request.result_bytes, self.most_bytes)
+        enough, allowed = BESIDE_SUMS * sums, self.executor.memory_limit
+        if allowed is not None:  # beside sums of a chunk, and of all before it
+            enough = min(enough, max(0, allowed - 2 * sums))
+        most = min(MOST_JOINED, enough // self.sample_bytes, -(-self.chunks.total // 2))
         if request.whole:
             most = max(most, min(self.whole, self.chunks.total))
         wide = balanced(self.chunks.total, max(most, self.chunks.size)).size
@@ -149,7 +155,7 @@ def iterated_factors(
     inverse: Inverse, system: System, passes: Passes, gradients: torch.Tensor, *, certify: bool
 ) -> tasks.Factors:
     """Factors of the rows of ``gradients`` where solving or certifying takes passes over the data."""
-    wide, passes = gradients.to(torch.float64), passes.keeping()
+    wide, passes = gradients.to(torch.float64), passes.keeping(8 * gradients.numel())
     factors = drive(
         _in_one_thread(inverse.solve(wide)) if wide.numel() < SMALL else inverse.solve(wide), passes
     )

@@ -2,7 +2,7 @@
 
 Dask blames every task that a dying worker had, so most of those that end here are innocent. Each is
 run in a process forked from one that a worker starts for it: a process without threads, of which a
-fork is safe, and which imports everything once, but opens nothing: what loads a model may leave threads.
+fork is safe, and which imports torch once, but nothing of the user's: that may leave threads and locks.
 Where the fork dies, the next one tries the samples one at a time, says which before each, and then runs
 the task without those that killed its predecessors: a sample that is to blame costs one fork, where
 halving the task would cost one for each halving.
@@ -10,7 +10,6 @@ halving the task would cost one for each halving.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import pickle
@@ -106,7 +105,7 @@ def _given(path: Path) -> Any:
 
 
 # -- in the process that a worker starts -----------------------------------------------
-_CALL, _ANSWER, _PROGRESS, _MODULES, _TASK = "call", "answer", "progress", "modules", "task"
+_CALL, _ANSWER, _PROGRESS, _TASK = "call", "answer", "progress", "task"
 
 
 def _searched(
@@ -118,14 +117,14 @@ def _searched(
     rest: tuple[Any, ...],
 ) -> Any:
     """The task's result, in as many forks as it takes."""
+    worker = os.getppid()
     importlib.import_module("torch._dynamo")  # torch.func's first call does, for seconds
     poison: Missing = {}
     untried: Sequence[int] = ()  # the task is innocent, as a rule
-    fork = _Fork(folder, task, probe, untried, job, poison, rest)
+    fork = _Fork(worker, folder, task, probe, untried, job, poison, rest)
     untried = samples
     while not fork.answered:
-        _import_as_forks(folder)
-        fork = _Fork(folder, task, probe, untried, job, poison, rest)
+        fork = _Fork(worker, folder, task, probe, untried, job, poison, rest)
         if fork.answered:
             break
         if fork.last is None:
@@ -156,37 +155,28 @@ class _Fork:
         The sample that it said it was about to probe; None while it did anything else.
     """
 
-    def __init__(self, folder: Path, *attempt: Any) -> None:
+    def __init__(self, worker: int, folder: Path, *attempt: Any) -> None:
         progress = folder / _PROGRESS
         progress.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
-            _answer(folder / _ANSWER, _attempt, folder, *attempt)
+            _answer(folder / _ANSWER, _attempt, progress, *attempt)
             os._exit(0)
-        self.reason = _ending(_waited(child))
+        self.reason = _ending(_waited(child, worker))
         self.answered = (folder / _ANSWER).exists()
         said = progress.read_text().split() if progress.exists() else [_TASK]
         self.last = int(said[-1]) if said and said[-1] != _TASK else None
 
 
-def _import_as_forks(folder: Path) -> None:
-    """What the last fork needed for the model, so that the next one finds it here."""
-    needed = folder / _MODULES
-    if needed.exists():
-        for name in set(needed.read_text().split()) - sys.modules.keys():
-            with contextlib.suppress(Exception):  # a fork will say it
-                importlib.import_module(name)
-
-
-def _waited(child: int) -> int:
-    """Exit code of ``child``, which does not outlive the worker."""
-    worker = os.getppid()
+def _waited(child: int, worker: int) -> int:
+    """Exit code of ``child``, which does not outlive the worker, and neither does this process."""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         if os.getppid() != worker:
             os.kill(child, signal.SIGKILL)
+            os._exit(1)
         time.sleep(0.02)
 
 
@@ -201,7 +191,7 @@ def _answer(path: Path, function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _attempt(
-    folder: Path,
+    progress: Path,
     task: Callable[..., Any],
     probe: Callable[..., None],
     samples: Sequence[int],
@@ -209,15 +199,12 @@ def _attempt(
     poison: Missing,
     rest: tuple[Any, ...],
 ) -> Any:
-    opened: tasks.Job = job.open()
-    opened.model.problem()
-    (folder / _MODULES).write_text("\n".join(sys.modules))
-    with (folder / _PROGRESS).open("w") as said:
+    with progress.open("w") as said:
         for sample in samples:
             print(sample, file=said, flush=True)  # to the operating system, which outlives this process
             probe(sample, job, *rest)
         print(_TASK, file=said, flush=True)
-    return task(Held(replace(opened, poison=poison)), *rest)
+    return task(Held(replace(job.open(), poison=poison)), *rest)
 
 
 def _main(folder: Path) -> None:

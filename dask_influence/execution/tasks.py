@@ -305,7 +305,7 @@ def query_gradients(job: Job, start: int, stop: int, batch: int, missing: Missin
 
 
 def precise_gradients(job: Job, start: int, stop: int, batch: int, missing: Missing | None = None) -> Tensor:
-    """The same differentiated in float64 where that can be done, for solvers whose passes cost much more."""
+    """The same with the loss differentiated in float64, for solvers whose passes cost much more."""
     return query_rows(job, double.gradients, start, stop, batch, missing)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +27,13 @@ from dask_influence.storage.samples import ArraySpec, Pair, Source, Tree, leaf_n
 from dask_influence.storage.stores import Location, store_errors
 
 STAGED_SHARD = 16 * 2**20
-"""Bytes of staged samples that are written at once, and of one stored object where there would be too many."""
+"""Bytes of staged samples that are written at once, and whose small or many chunks are one stored object."""
 
 OWN_OBJECT, MOST_OBJECTS = 2**19, 4096
-"""Bytes from which a chunk is an object of its own, unless there are too many; a shard takes half as long again."""
+"""Bytes from which an array's chunk is an object of its own, and how many of these an array may have.
+
+To write a shard of chunks takes half as long again as to write them one by one.
+"""
 
 MOST_CHUNKS, MOST_EXCESS = 16, 2
 """Chunks that are read for what one could hold, and times that a chunk may be larger, before data are staged anew."""
@@ -206,12 +210,10 @@ def stage(
 def _write(source: Source, target: Location, rows: int, arriving: _Arriving) -> None:
     chunks = -(-len(source) // rows)
     at_once = min(max(1, STAGED_SHARD // (rows * source.nbytes_per_sample)), chunks)
-    alone = rows * source.nbytes_per_sample >= OWN_OBJECT and chunks <= MOST_OBJECTS
-    in_shard = 1 if alone else at_once
     with arriving.told(), store_errors(target, "stage samples in"):
         group = _group(target)
         arrays = tuple(
-            _created(group, name, tree, len(source), rows, in_shard)
+            _created(group, name, tree, len(source), rows, at_once)
             for name, tree in zip("xy", source.spec, strict=True)
         )
         source.write(arrays, rows * at_once, arriving.reached)
@@ -243,15 +245,16 @@ def _group(target: Location) -> zarr.Group:
 
 
 def _created(group: zarr.Group, name: str, tree: Tree, length: int, rows: int, in_shard: int) -> Tree:
-    """Empty arrays in the structure of ``tree``."""
+    """Empty arrays in the structure of ``tree``, ``in_shard`` chunks of ``rows`` an object where those are small."""
     if isinstance(tree, ArraySpec):
         chunk, shard = (rows, *tree.shape), (rows * in_shard, *tree.shape)
+        own = math.prod(chunk) * tree.dtype.itemsize >= OWN_OBJECT and -(-length // rows) <= MOST_OBJECTS
         try:
             return group.create_array(
                 name,
                 shape=(length, *tree.shape),
                 chunks=chunk,
-                shards=None if in_shard == 1 else shard,
+                shards=None if own or in_shard == 1 else shard,
                 dtype=tree.dtype,
                 fill_value=_improbable(tree.dtype),
                 config={"write_empty_chunks": True},

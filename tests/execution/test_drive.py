@@ -9,7 +9,7 @@ import pytest
 from dask_influence.core.estimators.base import Round
 from dask_influence.core.moments import Moments
 from dask_influence.errors import MemoryLimitError
-from dask_influence.execution.drive import BESIDE_SUMS, Passes
+from dask_influence.execution.drive import Passes
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.grid import Chunks
 
@@ -49,7 +49,7 @@ def test_sums_that_no_task_can_hold_are_refused(result_bytes: int, fits: bool) -
     [
         (256, 10**9, [768, 669]),  # two at least, of nearly as many chunks
         (8, 10**9, [720, 717]),
-        (8, 500 * 64 // BESIDE_SUMS, [480, 480, 477]),  # as many samples as the sums are worth
+        (8, 500 * 64 // 4, [480, 480, 477]),  # samples that take four times what the sums do
         (256, 100, [256] * 5 + [157]),
         (1437, 10**9, [1437]),
     ],
@@ -76,11 +76,21 @@ def test_tasks_that_run_alone_take_the_samples_that_fit_at_once(
     assert pieces_of(Round(never, result_bytes=100), chunk, whole) == [256] * 5 + [157]
 
 
-def pieces_of(request: Round, chunk: int, whole: int = 0) -> list[int]:
+@pytest.mark.parametrize(
+    ("left", "pieces"), [(10**9, [480, 480, 477]), (480 * 64, [480, 480, 477]), (0, [8] * 179 + [5])]
+)
+def test_joined_samples_fit_beside_their_sums(left: int, pieces: list[int]) -> None:
+    sums = 500 * 64 // 4
+    assert pieces_of(Round(never, result_bytes=sums), 8, limit=2 * sums + left) == pieces
+
+
+def pieces_of(request: Round, chunk: int, whole: int = 0, limit: int | None = None) -> list[int]:
     """How many of 1,437 samples of 64 bytes each task of a pass takes."""
     seen: list[range] = []
 
     class Watched(LocalExecutor):
+        memory_limit = limit
+
         def reduce(self, function: Any, calls: Any, *arguments: Any, **how: Any) -> Moments:
             seen.extend(piece for call in calls for piece in call[3])
             return Moments({}, 1)

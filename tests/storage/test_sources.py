@@ -587,7 +587,7 @@ def test_large_samples_have_an_object_for_every_chunk(tmp_path: Path) -> None:
 def test_chunks_that_are_large_enough_are_objects_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless there would be too many: then they share some."""
+    """Unless there would be too many, or they are of an array with little in them: then they share some."""
     x = np.random.default_rng(0).normal(size=(40, 2**14))
     source = as_source((x, np.arange(40)))
     stage(source, Location.of(tmp_path / "own"), 8)
@@ -595,6 +595,7 @@ def test_chunks_that_are_large_enough_are_objects_of_their_own(
     shared = stage(source, Location.of(tmp_path / "shared"), 8)
     found = [len([*(tmp_path / name).rglob("x/c/*/0")]) for name in ("own", "shared")]
     assert found == [5, 1]
+    assert len([*(tmp_path / "own").rglob("y/c/*")]) == 1
     np.testing.assert_array_equal(shared.read(7, 33)[0], x[7:33])
 
 
