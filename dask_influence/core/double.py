@@ -19,10 +19,7 @@ from dask_influence.core.elementary import differentiation
 from dask_influence.core.forms import sample_gradients
 from dask_influence.core.objective import Objective, Tree
 from dask_influence.core.precision import rounding
-from dask_influence.core.problem import Problem
-
-MEMORY = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""What no dtype is to blame for: taken for one, it would leave other bits."""
+from dask_influence.core.problem import OUT_OF_MEMORY, Problem
 
 
 def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
@@ -59,8 +56,10 @@ def _seeds(objective: Objective, x: Tree, y: Tree) -> tuple[Tensor, ...] | None:
         outputs = objective.outputs(objective.parameters(), x)
         try:
             losses, wide = _differentiated(objective, outputs, y, torch.float64)
+        except OUT_OF_MEMORY:
+            raise
         except (RuntimeError, TypeError, ValueError) as error:  # tensors of a fixed dtype in the loss
-            if isinstance(error, MEMORY) or "allocate memory" in str(error):
+            if "allocate memory" in str(error):  # as torch says it on a CPU; float32 would be other bits
                 raise
             return None
         narrow_losses, narrow = _differentiated(objective, outputs, y, objective.dtype)

@@ -17,6 +17,9 @@ from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.sizes import bytes_of_a_vector
 from dask_influence.errors import DataError, DerivativeError, LossError
 
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""For which no sample and no dtype is to blame: memory is nobody's alone, and on a device that failed all fail."""
+
 
 @dataclass(frozen=True)
 class Pairing:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from typing import Any
 
-import torch
-
 from dask_influence.core.objective import Tree, leading_size, sliced
-from dask_influence.core.problem import Problem
+from dask_influence.core.problem import OUT_OF_MEMORY, Problem
 from dask_influence.errors import InfluenceError
 
 MOST_POISON = 64
 """Samples of one task or batch that may fail; more of them are not the samples' fault."""
 
-INNOCENT = (InfluenceError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""Ours name what they are about, memory is nobody's alone, and on a device that failed every sample fails."""
+INNOCENT = (InfluenceError, *OUT_OF_MEMORY)
+"""Ours name what they are about."""
 
 
 def to_blame(

@@ -34,7 +34,7 @@ from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, sliced
 from dask_influence.core.pairs import PairScores
 from dask_influence.core.precision import check_products, matmul_precision
-from dask_influence.core.problem import Problem, check_gradients, check_losses
+from dask_influence.core.problem import OUT_OF_MEMORY, Problem, check_gradients, check_losses
 from dask_influence.errors import DataError
 from dask_influence.execution.artifacts import Artifact, Artifacts, let_pass
 from dask_influence.execution.base import Model, Sealed, Solver
@@ -247,7 +247,7 @@ def sound_samples(job: Sealed) -> list[int]:
         places: Sequence[int] = range(len(opened.source))
         try:
             check_samples(problem.objective, x, y)
-        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # no sample's fault
+        except OUT_OF_MEMORY:
             raise
         except Exception:  # what the user's model or loss may raise of a sample
             places = [place for place in places if _is_sound(problem, x, y, place)]

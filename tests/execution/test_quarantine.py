@@ -497,7 +497,7 @@ def test_samples_that_kill_their_worker(tmp_path: Path, client: Client) -> None:
     assert verify(tmp_path / "run")
 
 
-@pytest.mark.parametrize("reduce", [GroupSum(LABELS), SelfInfluence()], ids=repr)
+@pytest.mark.parametrize("reduce", [TopK(3), GroupSum(LABELS), SelfInfluence()], ids=repr)
 def test_reductions_of_samples_that_kill_their_worker(tmp_path: Path, client: Client, reduce: Any) -> None:
     infl = model(client, deadly())
     test, train = problem("test", {70: MARK})[0], problem("train", {66: MARK, 69: MARK})[1]
@@ -551,7 +551,6 @@ def _knows_functions(job: Any, *rest: Any) -> bool:
 
 
 def test_forks_find_imported_what_the_first_derivative_would_import() -> None:
-    """And nothing else that is not there anyway: of threads that a user's module starts a fork would have none."""
     assert quarantine._isolated(_knows_functions, _kills, range(1), JOB, ())
 
 
