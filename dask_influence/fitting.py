@@ -17,7 +17,7 @@ from torch import Tensor
 from dask_influence.configuration import Configuration
 from dask_influence.core.content import Content, contents
 from dask_influence.core.curvature import check_curvature
-from dask_influence.core.estimators import Inverse, Round, System
+from dask_influence.core.estimators import Inverse, Round, Solution, System
 from dask_influence.core.factoring import PROBES
 from dask_influence.core.layers import layout_of
 from dask_influence.core.moments import Moments
@@ -204,8 +204,8 @@ class _Foreseen(Inverse):
     def form(self) -> Form | None:
         return self._form
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
-        return torch.zeros_like(gradients)
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
+        return Solution(torch.zeros_like(gradients))
         yield  # a generator that asks for no pass
 
     def with_regularization(self, regularization: float) -> _Foreseen:

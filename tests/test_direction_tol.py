@@ -103,7 +103,7 @@ def dense(infl: Any) -> Tensor:
     computation = infl._fitted.inverse.solve(torch.eye(infl._fitted.system.size, dtype=torch.float64))
     with pytest.raises(StopIteration) as finished:
         next(computation)
-    return finished.value.value
+    return finished.value.value.factors
 
 
 def unlike(infl: Any) -> data.Pair:

@@ -52,7 +52,7 @@ def dense(infl: InfluenceFunctionModel) -> Tensor:
     computation = inverse.solve(torch.eye(size, dtype=torch.float64))
     with pytest.raises(StopIteration) as finished:
         next(computation)
-    return finished.value.value
+    return finished.value.value.factors
 
 
 def expected(infl: InfluenceFunctionModel) -> Tensor:

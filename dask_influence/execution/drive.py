@@ -156,10 +156,10 @@ def iterated_factors(
 ) -> tasks.Factors:
     """Factors of the rows of ``gradients`` where solving or certifying takes passes over the data."""
     wide, passes = gradients.to(torch.float64), passes.keeping(8 * gradients.numel())
-    factors = drive(
+    solution = drive(
         _in_one_thread(inverse.solve(wide)) if wide.numel() < SMALL else inverse.solve(wide), passes
     )
-    residual = inverse.residuals(wide, factors)
+    factors, residual = solution.factors, solution.residuals()
     if residual is None and certify:
         products = passes(system.products(factors)).mean("products")
         residual = system.residuals(products, wide, factors)

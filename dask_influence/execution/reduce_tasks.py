@@ -300,7 +300,7 @@ def self_scores(inverse: Inverse, gradients: Tensor, copies: int) -> Array:
     wide = gradients.to(torch.float64)
     directions = inverse.directions
     if not isinstance(directions, Tensor):
-        return products(without_rounds(inverse.solve(wide)), gradients, copies)
+        return products(without_rounds(inverse.solve(wide)).factors, gradients, copies)
     along = wide @ directions.to(torch.float64).mT  # (n, R)
     return products(inverse.coefficients(wide), along, copies, gradients.dtype)
 

@@ -405,9 +405,9 @@ def _formed(
 def solved(inverse: Inverse, gradients: Tensor, *, project: bool, certify: bool) -> Factors:
     """Factors of test points with these gradients (n, P), or their coefficients."""
     wide = gradients.to(torch.float64)
-    factors = without_rounds(inverse.solve(wide)) if certify or not project else None
-    residual = inverse.residuals(wide, factors) if certify and factors is not None else None
-    rows = inverse.coefficients(wide) if project or factors is None else factors
+    solution = None if project and not certify else without_rounds(inverse.solve(wide))
+    residual = solution.residuals() if certify and solution is not None else None
+    rows = inverse.coefficients(wide) if project or solution is None else solution.factors
     return Factors.of(rows.to(gradients.dtype), residual)
 
 

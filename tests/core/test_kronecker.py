@@ -83,7 +83,7 @@ class Held:
         for inverse in self.inverses():
             with pytest.raises(StopIteration) as solved:
                 next(inverse.solve(rows))
-            found.append(solved.value.value @ others.mT)
+            found.append(solved.value.value.factors @ others.mT)
         return torch.stack(found)
 
     def scores(self) -> Tensor:
@@ -176,7 +176,7 @@ def test_terms_that_pay_are_certified() -> None:
     gradients = [oracles.gradients(wide.model, wide.loss, *side) for side in (wide.test, wide.train)]
     with pytest.raises(StopIteration) as solved:
         next(exact.solve(torch.cat(gradients)))
-    factors, count = solved.value.value, len(case.test[1])
+    factors, count = solved.value.value.factors, len(case.test[1])
     own = (factors * torch.cat(gradients)).sum(1).sqrt()
     allowed = torch.outer(own[:count], own[count:])
     error = infl.influences(*case.test, *case.train).double() - factors[:count] @ gradients[1].mT

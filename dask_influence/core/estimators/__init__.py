@@ -1,7 +1,7 @@
 """Estimators of (H + λI)⁻¹, one algorithm in one file."""
 
 from dask_influence.core.estimators.arnoldi import Arnoldi
-from dask_influence.core.estimators.base import INVERSES, Estimator, Inverse, Round, System
+from dask_influence.core.estimators.base import INVERSES, Estimator, Inverse, Round, Solution, System
 from dask_influence.core.estimators.blocks import BlockDiagonal, BlockInverse, BlockSystem
 from dask_influence.core.estimators.cg import Cg, CgInverse
 from dask_influence.core.estimators.datainf import DataInf
@@ -30,6 +30,7 @@ __all__ = [
     "LissaInverse",
     "NystroemSketch",
     "Round",
+    "Solution",
     "SweepInverse",
     "SweepSystem",
     "System",

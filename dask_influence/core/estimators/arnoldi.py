@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
     Round,
+    Solution,
     System,
     check_regularization,
     relative_residuals,
@@ -176,21 +177,21 @@ class LowRankInverse(Inverse):
             return None
         return FactoredInverse(factored, self.values, self.regularization, self.complement)
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """C V, and (g − g V Vᵀ)/λ where the complement is kept."""
         rows = gradients.to(torch.float64)
         factors = self.coefficients(rows) @ self.vectors
         if self.complement:
             factors = factors + (rows - (rows @ self.vectors.mT) @ self.vectors) / self.regularization
-        return factors
+        return Solution(factors, partial(self._residuals, rows, factors))
         yield  # no round is needed, but the contract is a generator
 
-    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
+    def _residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
         """Of the *full* system (H + λI) s = g, through HV; the complement's image needs a pass."""
         if self.complement:
             return None
         products = (factors @ self.vectors.mT) @ self.images
-        return relative_residuals(products, self.regularization, gradients.to(torch.float64), factors)
+        return relative_residuals(products, self.regularization, gradients, factors)
 
     def with_regularization(self, regularization: float) -> LowRankInverse:
         """λ enters the kept eigenvalues alone: nothing is recomputed."""

@@ -136,6 +136,31 @@ Rounds = Generator[Round, Moments, Any]
 """A computation that asks for passes over the data and returns its result."""
 
 
+def _unknown() -> None:
+    """Residuals that take a pass over the data."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Influence factors, and what is known of them without a pass over the data.
+
+    Attributes
+    ----------
+    factors : Tensor
+        (C + λI)⁻¹ g_i as rows (n, P), float64.
+    residuals : callable
+        ‖(C + λI) s_i − g_i‖ / ‖g_i‖ (n,), or None where that needs a pass; computed where it is asked for.
+    """
+
+    factors: Tensor
+    residuals: Callable[[], Tensor | None] = _unknown
+
+    @classmethod
+    def measured(cls, factors: Tensor, residuals: Tensor) -> Solution:
+        """Factors whose residuals are at hand."""
+        return cls(factors, lambda: residuals)
+
+
 INVERSES: dict[str, type[Inverse]] = {}
 """What :meth:`Inverse.state` was saved from, by kind: every subclass that names its kind."""
 
@@ -162,16 +187,12 @@ class Inverse(ABC):
             INVERSES[cls.kind] = cls
 
     @abstractmethod
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """Influence factors (C + λI)⁻¹ g_i for rows g_i: (n, P) → (n, P), float64."""
-
-    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
-        """‖(C + λI) s_i − g_i‖ / ‖g_i‖ for each row, or None where that needs a pass over the data."""
-        return None
 
     @property
     def residuals_need_rounds(self) -> bool:
-        """Whether :meth:`residuals` cannot answer without a pass over the data."""
+        """Whether some residuals are not known from a solve, but take a pass over the data."""
         return False
 
     @property

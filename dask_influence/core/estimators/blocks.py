@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.certificate import Certificate
 from dask_influence.core.curvature import product_sums
@@ -25,6 +24,7 @@ from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
     Round,
+    Solution,
     System,
     check_regularization,
 )
@@ -286,7 +286,6 @@ class BlockInverse(Inverse):
         self.size = sum(map(len, self.columns))
         self.regularization = min(part.regularization for part in self.parts)
         self._directions = self._gathered_directions()
-        self._solved = WeakTensorKeyDictionary()  # an iterative part knows its factors by identity
 
     @property
     def needs_rounds(self) -> bool:  # type: ignore[override]
@@ -340,7 +339,7 @@ class BlockInverse(Inverse):
     def _split(self, rows: Tensor) -> Iterator[tuple[Inverse, Tensor]]:
         return ((p, rows[:, columns]) for p, columns in zip(self.parts, self.columns, strict=True))
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """Factors of each block from its part of the gradients, in step where they take passes."""
         rows = gradients.to(torch.float64)
         solves = [part.solve(own) for part, own in self._split(rows)]
@@ -348,22 +347,19 @@ class BlockInverse(Inverse):
         solved = yield from in_step(solves, self.parameters)
         factors = torch.empty_like(rows)
         for columns, own in zip(self.columns, solved, strict=True):
-            factors[:, columns] = own
-        self._solved[factors] = solved
-        return factors
+            factors[:, columns] = own.factors
+        return Solution(factors, partial(self._residuals, rows, solved))
 
-    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
+    def _residuals(self, gradients: Tensor, solved: Sequence[Solution]) -> Tensor | None:
         """Of the block diagonal system: squares of the blocks' residuals add up."""
-        parts = self._solved.get(factors) or [factors[:, columns] for columns in self.columns]
         squares = torch.zeros(len(gradients), dtype=torch.float64)
-        wide = gradients.to(torch.float64)
-        for (part, own), solved in zip(self._split(wide), parts, strict=True):
-            relative = part.residuals(own, solved)
+        for (_, own), solution in zip(self._split(gradients), solved, strict=True):
+            relative = solution.residuals()
             if relative is None:
                 return None
             norms = own.norm(dim=1)
             squares += (relative * torch.where(norms > 0, norms, 1.0)).square()
-        scale = wide.norm(dim=1)
+        scale = gradients.norm(dim=1)
         return squares.sqrt() / torch.where(scale > 0, scale, 1.0)
 
     def with_regularization(self, regularization: Regularization) -> BlockInverse:

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
     Round,
+    Solution,
     System,
     check_regularization,
 )
@@ -98,12 +98,7 @@ class CgInverse(Inverse):
         self.tolerance, self.preconditioning, self.report = tolerance, preconditioning, dict(report)
         self._solved = _Solved()
 
-    @property
-    def residuals_need_rounds(self) -> bool:
-        """Factors that were not solved here need a pass."""
-        return True
-
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """Solve all rows in one block.
 
         Raises
@@ -123,8 +118,9 @@ class CgInverse(Inverse):
                 )
             yield from block.advance(outcome)
         self._warn(block)
-        self._solved.add(block)
-        return block.solution
+        relative = block.relative
+        self._solved.add(block, relative)
+        return Solution.measured(block.solution, relative)
 
     def _precondition(self, rows: Tensor) -> Tensor:
         return rows if self.preconditioning is None else self.preconditioning.apply(rows, self.regularization)
@@ -155,10 +151,6 @@ class CgInverse(Inverse):
         if self.tolerance.strict:
             raise ConvergenceError(message)
         warnings.warn(ConvergenceWarning(message), stacklevel=2)
-
-    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
-        """Of factors that :meth:`solve` returned: the true residuals it ended with."""
-        return self._solved.residuals.get(factors)
 
     def with_regularization(self, regularization: float) -> CgInverse:
         """Another λ in the same system; the preconditioner holds none."""
@@ -198,19 +190,17 @@ class CgInverse(Inverse):
 
 
 class _Solved:
-    """What the solves of one inverse have cost and reached; residuals live as long as their factors."""
+    """What the solves of one inverse have cost and reached."""
 
     def __init__(self) -> None:
-        self.residuals = WeakTensorKeyDictionary()
         self._tally = Tally()
         self._factors, self._unconverged, self._worst = 0, 0, 0.0
 
-    def add(self, block: _Block) -> None:
-        self.residuals[block.solution] = block.relative
+    def add(self, block: _Block, relative: Tensor) -> None:
         self._tally = self._tally.joined(block.tally)
         self._factors += len(block.solution)
         self._unconverged += int(block.failed.sum())
-        self._worst = max(self._worst, block.relative.max().item())
+        self._worst = max(self._worst, relative.max().item())
 
     def diagnostics(self, regularization: float) -> dict[str, Any]:
         values: dict[str, Any] = {"factors_solved": self._factors}

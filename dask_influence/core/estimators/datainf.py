@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from dask_influence.core import directional
-from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
+from dask_influence.core.estimators.base import (
+    Estimator,
+    Inverse,
+    Round,
+    Solution,
+    System,
+    check_regularization,
+)
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.outer import OuterGradients, outer_gradients
@@ -118,12 +125,12 @@ class DataInfInverse(Inverse):
         """The curvature itself is known only by its products."""
         return True
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """Factors of all rows by one pass."""
         rows = gradients.to(torch.float64)
         function = partial(sherman_morrison_sums, blocks=self.blocks, regularization=self.regularization)
         moments = yield Round(function, {"vectors": rows}, result_bytes=8 * rows.numel())
-        return (rows - moments.mean("corrections")) / self.regularization
+        return Solution((rows - moments.mean("corrections")) / self.regularization)
 
     def with_regularization(self, regularization: float) -> DataInfInverse:
         """The same blocks at another λ."""

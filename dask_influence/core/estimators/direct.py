@@ -24,11 +24,13 @@ from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
     Round,
+    Solution,
     System,
     check_regularization,
 )
 from dask_influence.core.moments import Moments
 from dask_influence.core.probes import SMALL, Probes
+from dask_influence.core.triangular import Blocked
 from dask_influence.errors import IndefiniteCurvatureWarning, SingularCurvatureError
 
 NARROW = torch.finfo(torch.float32).eps
@@ -123,36 +125,40 @@ class DirectInverse(Inverse):
         norm = scipy.linalg.lapack.dlange("1", shifted.mT.numpy())
         return float(scipy.linalg.lapack.dpocon(factor.mT.numpy(), norm, uplo="U")[0])
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
-        """Factors of all rows at once: two triangular solves."""
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
+        """Factors of all rows at once: two triangular solves.
+
+        Residuals are those of H itself and not of its factorisation, or bounds of them.
+        """
         rows = gradients.to(torch.float64)
         if len(rows) < FEWEST_NARROW or self._narrow is None:
-            return self._solve_rows(rows)
-        factors = _two_solves(self._narrow, rows.to(torch.float32)).to(torch.float64)
-        lost = self._probes.residuals(rows, factors) > NARROW_RESIDUAL
+            factors = self._solve_rows(rows)
+            return Solution(factors, partial(self._probes.residuals, rows, factors))
+        factors = self._narrow.solve(rows.to(torch.float32)).to(torch.float64)
+        residuals = self._probes.residuals(rows, factors)
+        lost = ~(residuals <= NARROW_RESIDUAL)  # float32 may have overflown
         if lost.any():
             factors[lost] = self._solve_rows(rows[lost])
-        return factors
+            residuals[lost] = self._probes.residuals(rows[lost], factors[lost])
+        return Solution.measured(factors, residuals)
         yield  # no round is needed, but the contract is a generator
 
     def _solve_rows(self, rows: Tensor) -> Tensor:
         if self._pivots is None:
-            return _two_solves(self._factor, rows)
+            # twice as fast as `cholesky_solve` for few rows
+            half = torch.linalg.solve_triangular(self._factor, rows.mT, upper=False)
+            return torch.linalg.solve_triangular(self._factor.mT, half, upper=True).mT
         return torch.linalg.ldl_solve(self._factor, self._pivots, rows.mT.contiguous()).mT
 
     @cached_property
-    def _narrow(self) -> Tensor | None:
+    def _narrow(self) -> Blocked | None:
         """The factorisation in float32, where that is for gradients of fewer digits and a matrix that allows it."""
         if self._pivots is not None or self.precision < NARROW or len(self.matrix) <= SMALL:
             return None
-        factor, rows = self._factor.to(torch.float32), self._probes.images.mT
-        tried = _two_solves(factor, rows.to(torch.float32)).to(torch.float64)
-        lost = self._probes.residuals(rows, tried) > NARROW_RESIDUAL
-        return None if lost.any() else factor
-
-    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
-        """‖(H + λI) s − g‖ / ‖g‖, or a bound of it, from H itself and not from its factorisation."""
-        return self._probes.residuals(gradients.to(torch.float64), factors)
+        factor, rows = Blocked.of(self._factor, torch.float32), self._probes.images.mT
+        tried = factor.solve(rows.to(torch.float32, copy=True)).to(torch.float64)
+        kept = self._probes.residuals(rows, tried) <= NARROW_RESIDUAL
+        return factor if kept.all() else None
 
     @cached_property
     def _probes(self) -> Probes:
@@ -232,12 +238,6 @@ class DirectInverse(Inverse):
             values = torch.linalg.eigvalsh(self.matrix)
             smallest, largest = values[0].item(), values[-1].item()
         return float(smallest), float(largest)
-
-
-def _two_solves(factor: Tensor, rows: Tensor) -> Tensor:
-    """(L Lᵀ)⁻¹ of rows; twice as fast as ``cholesky_solve`` for few of them."""
-    half = torch.linalg.solve_triangular(factor, rows.mT, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
 
 
 @dataclass(frozen=True)

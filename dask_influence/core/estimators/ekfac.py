@@ -41,7 +41,14 @@ from dask_influence.core.capture import Captured, capture
 from dask_influence.core.checks import SEEDS
 from dask_influence.core.curvature import add_gram, mirrored
 from dask_influence.core.elementary import differentiation
-from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
+from dask_influence.core.estimators.base import (
+    Estimator,
+    Inverse,
+    Round,
+    Solution,
+    System,
+    check_regularization,
+)
 from dask_influence.core.kronecker import Factored, Kronecker, rotated_inputs
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.moments import Moments
@@ -291,7 +298,7 @@ class EkfacInverse(Inverse):
         """The curvature that the blocks approximate is known only by its products."""
         return True
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """Rotate, divide, rotate back, layer by layer."""
         rows = gradients.to(self.dtype)
         factors = torch.zeros_like(rows, dtype=torch.float64)
@@ -300,7 +307,7 @@ class EkfacInverse(Inverse):
             rotated = outputs.mT @ block.gather(rows) @ inputs  # (n, g, q, p)
             rotated /= (self.tensors[f"{i}.eigenvalues"] + self.regularization).to(self.dtype)
             block.scatter(outputs @ rotated @ inputs.mT, factors)
-        return factors
+        return Solution(factors)
         yield  # no round is needed, but the contract is a generator
 
     @cached_property

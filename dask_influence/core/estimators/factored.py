@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dask_influence.core.estimators.base import Inverse, Round
+from dask_influence.core.estimators.base import Inverse, Round, Solution
 from dask_influence.core.factored import Approximation, Factored
 from dask_influence.core.moments import Moments
 from dask_influence.core.pairs import Spectral
@@ -69,11 +69,11 @@ class FactoredInverse(Inverse):
         other._exact = exact
         return other
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """Factors, by the dense directions."""
         assert self._exact is not None
-        factors: Tensor = yield from self._exact().solve(gradients)
-        return factors
+        solution: Solution = yield from self._exact().solve(gradients)
+        return solution
 
     def with_regularization(self, regularization: float) -> Inverse:
         """That of the dense directions."""

@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dask_influence.core.estimators.base import Estimator, Inverse, Round, System, check_regularization
+from dask_influence.core.estimators.base import (
+    Estimator,
+    Inverse,
+    Round,
+    Solution,
+    System,
+    check_regularization,
+)
 from dask_influence.core.moments import Moments
 from dask_influence.core.pairs import Spectral
 
@@ -37,9 +44,9 @@ class IdentityInverse(Inverse):
         none = torch.empty(0, 0, dtype=torch.float64)
         return Spectral(none, none.new_empty(1, 0), none.new_ones(1))
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """The gradients themselves."""
-        return gradients.to(torch.float64)
+        return Solution(gradients.to(torch.float64))
         yield  # no round is needed, but the contract is a generator
 
     def with_regularization(self, regularization: float) -> IdentityInverse:

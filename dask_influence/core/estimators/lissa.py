@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.checks import SEEDS
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
     Round,
+    Solution,
     System,
     check_regularization,
 )
@@ -122,7 +122,6 @@ class LissaInverse(Inverse):
     ) -> None:
         self.system, self.regularization = system, system.regularization
         self.settings, self.largest, self.smallest = settings, largest, smallest
-        self._residuals = WeakTensorKeyDictionary()
         self._log = {"factors_solved": 0, "solver_iterations": 0, "solver_passes": 0, "unconverged": 0}
         self._worst = 0.0
 
@@ -143,11 +142,6 @@ class LissaInverse(Inverse):
         return cls(system, settings, largest, smallest)
 
     @property
-    def residuals_need_rounds(self) -> bool:
-        """Factors that were not solved here need a pass."""
-        return True
-
-    @property
     def scale(self) -> float:
         """σ: the one given, or a little more than the largest eigenvalue of C + λI."""
         if self.settings.scale is not None:
@@ -155,7 +149,7 @@ class LissaInverse(Inverse):
         assert self.largest is not None
         return MARGIN * (max(self.largest, 0.0) + self.regularization) or 1.0
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """All rows in step.
 
         Raises
@@ -168,14 +162,13 @@ class LissaInverse(Inverse):
         series = _Series(self.system, self.settings, self.scale, smallest, gradients.to(torch.float64))
         yield from series.run()
         relative = series.relative(self.system.regularization)
-        self._residuals[series.solution] = relative
         self._log["factors_solved"] += len(relative)
         self._log["solver_iterations"] += series.iterations
         self._log["solver_passes"] += series.passes
         self._log["unconverged"] += int(series.open.sum())
         self._worst = max(self._worst, relative.max().item())
         self._warn(series)
-        return series.solution
+        return Solution.measured(series.solution, relative)
 
     def _warn(self, series: _Series) -> None:
         if not series.open.any():
@@ -189,10 +182,6 @@ class LissaInverse(Inverse):
         if self.settings.strict:
             raise ConvergenceError(message)
         warnings.warn(ConvergenceWarning(message), stacklevel=2)
-
-    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
-        """Of factors that :meth:`solve` returned: the true residuals, without dampening."""
-        return self._residuals.get(factors)
 
     def with_regularization(self, regularization: float) -> LissaInverse:
         """Another λ in the same system, with a scale to match."""

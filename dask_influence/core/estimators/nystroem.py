@@ -20,6 +20,7 @@ from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
     Round,
+    Solution,
     System,
     check_regularization,
 )
@@ -119,10 +120,10 @@ class SketchInverse(Inverse):
             return None
         return FactoredInverse(factored, self.sketch.values, self.regularization, complement=True)
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """The kept part through Λ + λ, the rest through λ."""
         rows = gradients.to(torch.float64)
-        return self.sketch.inverse_times(rows, self.regularization, complement=self.regularization)
+        return Solution(self.sketch.inverse_times(rows, self.regularization, complement=self.regularization))
         yield  # no round is needed, but the contract is a generator
 
     def with_regularization(self, regularization: float) -> SketchInverse:

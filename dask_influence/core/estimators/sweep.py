@@ -9,15 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dask_influence.core.certificate import Certificate
-from dask_influence.core.estimators.base import INVERSES, Inverse, Round, System, check_regularization
+from dask_influence.core.estimators.base import (
+    INVERSES,
+    Inverse,
+    Round,
+    Solution,
+    System,
+    check_regularization,
+)
 from dask_influence.core.estimators.factored import FactoredInverse
 from dask_influence.core.estimators.lockstep import in_step
 from dask_influence.core.factored import Factored
@@ -35,6 +41,13 @@ def interleaved(parts: Sequence[Tensor]) -> Tensor:
     [1, 10, 2, 20]
     """
     return torch.stack(list(parts), dim=1).flatten(0, 1)
+
+
+def _residuals(solved: Sequence[Solution]) -> Tensor | None:
+    """Those of every λ, (n·L,), where all are known."""
+    found = [own.residuals() for own in solved]
+    known = [own for own in found if own is not None]
+    return interleaved(known) if len(known) == len(found) else None
 
 
 def check_sweep(regularizations: Any) -> list[float]:
@@ -111,7 +124,6 @@ class SweepInverse(Inverse):
     def __init__(self, parts: Sequence[Inverse], names: Sequence[str]) -> None:
         self.parts, self.names = tuple(parts), tuple(names)
         self.regularization = min(part.regularization for part in self.parts)
-        self._solved = WeakTensorKeyDictionary()  # an iterative part knows its factors by identity
 
     @property
     def needs_rounds(self) -> bool:  # type: ignore[override]
@@ -168,22 +180,12 @@ class SweepInverse(Inverse):
         held = [form for form in forms if form is not None]
         return None if len(held) < len(forms) else held[0].joined(held[1:])
 
-    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Tensor]:
+    def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
         """Factors at every λ, (n·L, P); where that takes passes, all λ share them."""
         solved = yield from in_step(
             [part.solve(gradients) for part in self.parts], [self.names] * len(self.parts)
         )
-        factors = interleaved(solved)
-        self._solved[factors] = solved
-        return factors
-
-    def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor | None:
-        """Those of every λ, (n·L,)."""
-        count = len(self.parts)
-        solved = self._solved.get(factors) or [factors[at::count] for at in range(count)]
-        found = [part.residuals(gradients, own) for part, own in zip(self.parts, solved, strict=True)]
-        known = [own for own in found if own is not None]
-        return interleaved(known) if len(known) == count else None
+        return Solution(interleaved([own.factors for own in solved]), partial(_residuals, solved))
 
     def with_regularization(self, regularization: float) -> Inverse:
         """One λ of the same fit."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dask_influence.core.estimators import Inverse, Round, System
+from dask_influence.core.estimators import Inverse, Round, Solution, System
 from dask_influence.core.moments import Moments
 from dask_influence.execution.drive import drive
 from tests import data
@@ -49,8 +49,13 @@ def with_spectrum(values: Sequence[float], noise: float = 0.0) -> Tensor:
     return mean + deviation - deviation.mean(0)
 
 
+def solution(inverse: Inverse, gradients: Tensor, answer: Answer) -> Solution:
+    found: Solution = drive(inverse.solve(gradients), answer)
+    return found
+
+
 def solve(inverse: Inverse, gradients: Tensor, answer: Answer) -> Tensor:
-    return drive(inverse.solve(gradients), answer)
+    return solution(inverse, gradients, answer).factors
 
 
 def exact(per_sample: Tensor, regularization: float, gradients: Tensor) -> Tensor:

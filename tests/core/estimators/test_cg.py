@@ -111,10 +111,10 @@ def test_dependent_right_hand_sides_do_not_break_it_down() -> None:
     )
     answer = dense.Answer(matrices)
     cg = inverse(len(DEFINITE), 0.1, answer, rtol=1e-11)
-    factors = dense.solve(cg, rows, answer)
-    assert oracles.relative_error(factors, dense.exact(matrices, 0.1, rows)) <= 1e-10
+    solution = dense.solution(cg, rows, answer)
+    assert oracles.relative_error(solution.factors, dense.exact(matrices, 0.1, rows)) <= 1e-10
     assert answer.vectors <= 3 * answer.passes + len(rows)  # three directions, whatever the rows
-    reported = cg.residuals(rows, factors)
+    reported = solution.residuals()
     assert reported is not None
     assert float(reported[-1]) == 0
 
@@ -159,13 +159,12 @@ def test_reported_residuals_are_the_true_ones() -> None:
     rows = data.normal(94, 4, 41)
     answer = dense.Answer(matrices)
     cg = inverse(41, 0.1, answer, rtol=1e-3)
-    factors = dense.solve(cg, rows, answer)
-    true = dense.residuals(matrices, 0.1, rows, factors)
-    reported = cg.residuals(rows, factors)
+    solution = dense.solution(cg, rows, answer)
+    true = dense.residuals(matrices, 0.1, rows, solution.factors)
+    reported = solution.residuals()
     assert reported is not None
     assert torch.allclose(reported, true, rtol=1e-9, atol=0)
     assert 1e-9 < float(true.max()) <= 1e-3
-    assert cg.residuals(rows, factors.clone()) is None  # of factors from elsewhere it knows nothing
 
 
 def test_absolute_tolerance() -> None:

@@ -47,12 +47,13 @@ def exact(matrix: Tensor, rows: Tensor) -> Tensor:
 def test_what_is_known_to_float32_is_solved_in_it(wide: list[int]) -> None:
     matrix, _ = curvature(1e-1)
     inverse, rows = DirectInverse(matrix, DAMPING, SINGLE), data.normal(2, ROWS, SIZE).float()
-    factors = without_rounds(inverse.solve(rows))
+    solution = without_rounds(inverse.solve(rows))
+    factors = solution.factors
     assert wide == []
     assert factors.dtype == torch.float64
     off = (factors - exact(matrix, rows.double())).norm(dim=1) / factors.norm(dim=1)
     assert 1e-9 < float(off.max()) < 2e-6
-    assert float(inverse.residuals(rows, factors).max()) <= direct.NARROW_RESIDUAL
+    assert float(solution.residuals().max()) <= direct.NARROW_RESIDUAL
 
 
 def test_a_row_that_loses_more_is_solved_in_float64(wide: list[int]) -> None:
@@ -62,11 +63,12 @@ def test_a_row_that_loses_more_is_solved_in_float64(wide: list[int]) -> None:
     rows -= (rows @ vectors[-1:].mT.float()) * vectors[-1:].float()
     rows[3] = vectors[-1].float()
     inverse = DirectInverse(matrix, DAMPING, SINGLE)
-    factors = without_rounds(inverse.solve(rows))
+    solution = without_rounds(inverse.solve(rows))
+    factors = solution.factors
     assert wide == [1]
     torch.testing.assert_close(factors[3], exact(matrix, rows[3:4].double())[0], rtol=1e-8, atol=1e-8)
-    assert float(inverse.residuals(rows, factors)[3]) <= 1e-9
-    assert float(inverse.residuals(rows, factors).max()) <= direct.NARROW_RESIDUAL
+    assert float(solution.residuals()[3]) <= 1e-9
+    assert float(solution.residuals().max()) <= direct.NARROW_RESIDUAL
 
 
 @pytest.mark.parametrize("why", ["digits", "size", "condition", "few"])
@@ -78,14 +80,43 @@ def test_float64_where_float32_would_not_do(wide: list[int], why: str) -> None:
         matrix = matrix[: probes.SMALL, : probes.SMALL]
     inverse = DirectInverse(matrix, DAMPING, DOUBLE if why == "digits" else SINGLE)
     rows = data.normal(2, ROWS - 1 if why == "few" else ROWS, len(matrix)).float()
-    factors = without_rounds(inverse.solve(rows))
+    solution = without_rounds(inverse.solve(rows))
     assert wide == [len(rows)]
-    assert float(inverse.residuals(rows, factors).max()) <= 1e-8
+    assert float(solution.residuals().max()) <= 1e-8
 
 
 def test_gradients_of_zero_have_factors_of_zero() -> None:
     matrix, _ = curvature(1e-1)
     inverse, rows = DirectInverse(matrix, DAMPING, SINGLE), torch.zeros(3, SIZE)
-    factors = without_rounds(inverse.solve(rows))
+    solution = without_rounds(inverse.solve(rows))
+    factors = solution.factors
     assert not factors.any()
-    assert not inverse.residuals(rows, factors).any()
+    assert not solution.residuals().any()
+
+
+def test_a_row_that_float32_cannot_hold_is_solved_in_float64(wide: list[int]) -> None:
+    matrix, _ = curvature(1e-1)
+    rows = data.normal(2, ROWS, SIZE)
+    rows[3] *= 1e60
+    inverse = DirectInverse(matrix, DAMPING, SINGLE)
+    solution = without_rounds(inverse.solve(rows))
+    assert wide == [1]
+    torch.testing.assert_close(solution.factors[3], exact(matrix, rows)[3], rtol=1e-10, atol=0)
+    assert float(solution.residuals().max()) <= direct.NARROW_RESIDUAL
+
+
+def test_residuals_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that tell which rows float32 loses are the ones that certify."""
+    matrix, _ = curvature(1e-1)
+    inverse, rows = DirectInverse(matrix, DAMPING, SINGLE), data.normal(2, ROWS, SIZE).float()
+    without_rounds(inverse.solve(rows))
+    taken, original = list[int](), probes.Probes.residuals
+
+    def residuals(self: probes.Probes, gradients: Tensor, factors: Tensor) -> Tensor:
+        taken.append(len(factors))
+        return original(self, gradients, factors)
+
+    monkeypatch.setattr(probes.Probes, "residuals", residuals)
+    solution = without_rounds(inverse.solve(rows))
+    assert len(solution.residuals()) == ROWS
+    assert taken == [ROWS]

@@ -68,10 +68,10 @@ def test_draws_of_any_size_converge_to_the_exact_factors(batch_size: int | None)
     matrices = dense.with_spectrum(DEFINITE, noise=0.1)
     answer = dense.Answer(matrices)
     lissa = inverse(len(DEFINITE), 0.1, answer, rtol=1e-9, batch_size=batch_size)
-    factors = dense.solve(lissa, ROWS, answer)
-    true = dense.residuals(matrices, 0.1, ROWS, factors)
+    solution = dense.solution(lissa, ROWS, answer)
+    true = dense.residuals(matrices, 0.1, ROWS, solution.factors)
     assert float(true.max()) <= 1e-9
-    reported = lissa.residuals(ROWS, factors)
+    reported = solution.residuals()
     assert reported is not None
     assert torch.allclose(reported, true, rtol=1e-4, atol=0)
 
@@ -80,9 +80,10 @@ def test_dampening_adds_its_share_of_the_scale_and_is_certified_without() -> Non
     matrices = dense.with_spectrum(DEFINITE)
     answer = dense.Answer(matrices)
     lissa = inverse(len(DEFINITE), 0.1, answer, rtol=1e-9, scale=8.0, dampen=0.05)
-    factors = dense.solve(lissa, ROWS, answer)
+    solution = dense.solution(lissa, ROWS, answer)
+    factors = solution.factors
     assert oracles.relative_error(factors, dense.exact(matrices, 0.1 + 0.05 * 8.0, ROWS)) <= 1e-8
-    reported = lissa.residuals(ROWS, factors)
+    reported = solution.residuals()
     assert reported is not None
     assert torch.allclose(reported, dense.residuals(matrices, 0.1, ROWS, factors), rtol=1e-6)
     assert float(reported.min()) > 0.05
