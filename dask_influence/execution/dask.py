@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
@@ -387,8 +388,9 @@ class DaskExecutor(Executor):
         return Location.of(folder)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """What client and workers must agree on."""
+    """What client and workers must agree on; read once: it is looked up in files."""
     return {"dask_influence": version("dask_influence"), "torch": str(torch.__version__)}
 
 

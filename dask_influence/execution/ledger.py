@@ -304,8 +304,11 @@ _NOTHING = _Nothing()
 
 
 def _signed(value: Mapping[str, Any]) -> bytes:
+    """As it is written: a line for each name, for people to read; indented, lists would be written in slow Python."""
     plain = json.loads(_encode(value))
-    return _encode({**plain, _CHECKSUM: _self_checksum(plain)})
+    signed = {**plain, _CHECKSUM: _self_checksum(plain)}
+    lines = (f" {json.dumps(name)}: {_encode(held).decode()}" for name, held in sorted(signed.items()))
+    return "{{\n{}\n}}".format(",\n".join(lines)).encode()
 
 
 def _self_checksum(value: Mapping[str, Any]) -> str:
@@ -313,5 +316,5 @@ def _self_checksum(value: Mapping[str, Any]) -> str:
     return checksum(_encode({name: held for name, held in value.items() if name != "state"}))
 
 
-def _encode(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, indent=1).encode()
+def _encode(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()

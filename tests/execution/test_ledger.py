@@ -40,6 +40,12 @@ def test_entries(ledger: Ledger) -> None:
     assert ledger.done() == {*written, "factors-0"}
 
 
+def test_people_find_a_line_for_each_name(ledger: Ledger) -> None:
+    ledger.record("a", {"shards": [["k", 1], ["l", 2]], "seconds": 1.5})
+    lines = ledger.location.get("_run/ledger/a.json").decode().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["{", ' "checksum"', ' "seconds"', ' "shards"', "}"]
+
+
 def test_failures_are_not_done_until_they_are(ledger: Ledger) -> None:
     ledger.record("a", {"error": "KilledWorker"})
     ledger.record("b", {"seconds": 1})
