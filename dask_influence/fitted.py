@@ -29,6 +29,7 @@ from dask_influence.execution.base import Approximated, Executor
 from dask_influence.execution.dask import versions
 from dask_influence.execution.drive import Passes
 from dask_influence.execution.forecast import Speed
+from dask_influence.execution.job import Job, to_tensors
 from dask_influence.execution.plan import Plan, arrange
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, required
@@ -49,7 +50,7 @@ def first_samples(objective: Objective, source: Source, argument: str) -> tuple[
     """The samples that checks look at, as tensors; refused where they hold NaN or inf."""
     batch = source.read(0, min(SAMPLES_CHECKED, len(source)))
     check_finite(batch, argument)
-    x, y = tasks.to_tensors(batch, objective)
+    x, y = to_tensors(batch, objective)
     return x, y
 
 
@@ -60,7 +61,7 @@ def probes(objective: Objective, source: Source, count: int) -> tuple[Any, Any]:
     batches = [source.read(run.start, min(run.start + each, run.stop)) for run in runs]
     leaves = [optree.tree_leaves(batch) for batch in batches]
     joined = [np.concatenate(parts) for parts in zip(*leaves, strict=True)]
-    x, y = tasks.to_tensors(optree.tree_unflatten(optree.tree_structure(batches[0]), joined), objective)
+    x, y = to_tensors(optree.tree_unflatten(optree.tree_structure(batches[0]), joined), objective)
     return x, y
 
 
@@ -254,7 +255,7 @@ class Fitted:
         if not places:
             check_finite(batch, argument)
         kept = ArraySource(*optree.tree_map(lambda leaf: leaf[places], batch), argument=argument)
-        job = tasks.Job(
+        job = Job(
             executor.model(self.problem, resources.device),
             executor.reachable(kept, len(kept)),
             argument,
@@ -320,7 +321,7 @@ class Fitted:
         batch = train.read(start, min(start + SAMPLES_CHECKED, len(train)))
         bad = non_finite(batch)
         places = list(sound) or [p for p in range(min(SAMPLES_CHECKED, len(train) - start)) if p not in bad]
-        x, y = tasks.to_tensors(optree.tree_map(lambda leaf: leaf[places], batch), self.problem.objective)
+        x, y = to_tensors(optree.tree_map(lambda leaf: leaf[places], batch), self.problem.objective)
         return x, y
 
     @property

@@ -30,6 +30,7 @@ from dask_influence.execution.base import Executor
 from dask_influence.execution.checkpoints import Checkpoints
 from dask_influence.execution.drive import Passes, drive
 from dask_influence.execution.forecast import Speed, calibrate
+from dask_influence.execution.job import Job, computing
 from dask_influence.execution.options import Options
 from dask_influence.execution.progress import Report, check_progress, reporting
 from dask_influence.execution.resources import Resources
@@ -75,7 +76,7 @@ class _Checked:
 
     def speed(self, inverse: Inverse) -> Speed:
         """Of one core of this machine."""
-        with tasks.computing(Held(self.problem), 1):
+        with computing(Held(self.problem), 1):
             return calibrate(self.problem, inverse, *self.sample)
 
 
@@ -104,7 +105,7 @@ def fit(
         tolerance = configuration.estimator.tolerance
         if tolerance is not None:
             samples = probes(known.problem.objective, source, PROBES)
-            with tasks.computing(Held(known.problem), resources.threads(known.problem)):
+            with computing(Held(known.problem), resources.threads(known.problem)):
                 inverse = inverse.approximated(known.problem, *samples, tolerance)
     counts = {
         "samples": len(source),
@@ -136,7 +137,7 @@ def _with_options(
     if not (options.compile or options.matmul_precision != "highest"):
         return problem, {}
     few = ArraySource(*source.read(0, min(SAMPLES_CHECKED, len(source))), argument=source.argument)
-    job = tasks.Job(
+    job = Job(
         executor.model(problem, resources.device),
         executor.reachable(few, len(few)),
         source.argument,

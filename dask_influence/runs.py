@@ -22,7 +22,8 @@ from dask_influence.errors import ConfigurationError
 from dask_influence.execution.base import Executor
 from dask_influence.execution.missing import check_on_missing
 from dask_influence.execution.output import Output
-from dask_influence.execution.plan import Plan, factor_names, score_names
+from dask_influence.execution.pieces import factor_names, score_names
+from dask_influence.execution.plan import Plan
 from dask_influence.execution.progress import Report, check_progress
 from dask_influence.execution.reduce import Reduced, write_reduced
 from dask_influence.execution.reducer import Reduction, Scores

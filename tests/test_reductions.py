@@ -42,6 +42,7 @@ from dask_influence.errors import (
     StoreMismatchError,
 )
 from dask_influence.execution import plan, reduce_tasks, tasks
+from dask_influence.execution.pieces import score_names
 from dask_influence.execution.work import Kept, Work
 from dask_influence.reductions import largest
 from tests import data, oracles
@@ -605,8 +606,8 @@ def test_lost_entries_are_found_and_mended(
     model, store = fitted(), tmp_path / "run"
     expected = reduced(model, store, reduce, tile_bytes=SMALL // 4).load()
     entry = store / "_run" / "ledger" / f"{name}.json"
-    assert name in plan.score_names(plan.Plan.from_json(json.loads((store / "_run/run.json").read_text())["plan"]),
-                                    solves=True)  # fmt: skip
+    held = plan.Plan.from_json(json.loads((store / "_run/run.json").read_text())["plan"])
+    assert name in score_names(held, solves=True)
     entry.unlink()
     before = contents(store)
     found = verify(store)

@@ -23,7 +23,7 @@ from rich.progress import (
 from dask_influence import settings
 from dask_influence.cli.status import told
 from dask_influence.errors import ConfigurationError
-from dask_influence.execution.plan import format_bytes
+from dask_influence.execution.units import format_bytes
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from typing import Any
 from dask_influence import settings
 from dask_influence.errors import MissingObjectError, StoreError
 from dask_influence.execution.ledger import STATUS_KEY, Ledger
-from dask_influence.execution.plan import expected_pieces, format_seconds
+from dask_influence.execution.pieces import expected_pieces
+from dask_influence.execution.units import format_seconds
 from dask_influence.storage.results import RUN_KEY
 from dask_influence.storage.stores import Location
 

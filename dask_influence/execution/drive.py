@@ -16,7 +16,8 @@ from dask_influence.core.moments import Moments
 from dask_influence.errors import MemoryLimitError
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor, Sealed
-from dask_influence.execution.plan import format_bytes
+from dask_influence.execution.job import torch_threads
+from dask_influence.execution.units import format_bytes
 from dask_influence.grid import Chunks, balanced
 
 MOST_GROUPS = 64
@@ -44,7 +45,7 @@ class Passes:
     executor : Executor
         Who sums.
     job : Sealed
-        A :class:`tasks.Job` whose source is the fitted data.
+        A :class:`~dask_influence.execution.job.Job` whose source is the fitted data.
     chunks : Chunks
         How they are cut.
     threads : int
@@ -143,7 +144,7 @@ def _in_one_thread(computation: Rounds) -> Rounds:
     """``computation`` itself, whose own work leaves the cores to the tasks of its rounds."""
     answer: Moments | None = None
     while True:
-        with tasks.torch_threads(1):
+        with torch_threads(1):
             try:
                 request = computation.send(answer)  # type: ignore[arg-type]  # None, at first
             except StopIteration as finished:

@@ -17,7 +17,8 @@ from dask_influence.core.estimators.base import Inverse, without_rounds
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
-from dask_influence.execution.plan import PROCESS_BYTES, Plan, format_bytes, format_seconds, training_seconds
+from dask_influence.execution.plan import PROCESS_BYTES, Plan, training_seconds
+from dask_influence.execution.units import format_bytes, format_seconds
 from dask_influence.grid import MOST_BYTES
 from dask_influence.scalars import check_integer, check_number
 

@@ -28,6 +28,7 @@ from dask_influence.core.objective import leading_size
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
+from dask_influence.execution.job import Job
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.memory import score_columns, solved_rows
 from dask_influence.execution.plan import Plan, factors_at_once
@@ -213,8 +214,8 @@ class _Shared:
     model: Model
     threads: int
 
-    def job(self, block: Any, start: int, argument: str) -> tasks.Job:
-        return tasks.Job(self.model, _Block(block, start, argument), argument, self.threads)
+    def job(self, block: Any, start: int, argument: str) -> Job:
+        return Job(self.model, _Block(block, start, argument), argument, self.threads)
 
 
 class _Block(Source):

@@ -16,9 +16,9 @@ from dask_influence.core.estimators import Inverse
 from dask_influence.core.kept import Kept
 from dask_influence.core.moments import Moments, merge
 from dask_influence.core.problem import Problem
-from dask_influence.execution import tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor, Sealed
+from dask_influence.execution.job import torch_threads
 from dask_influence.execution.lanes import in_lanes
 from dask_influence.execution.options import Options
 from dask_influence.execution.shipping import Held
@@ -83,7 +83,7 @@ class LocalExecutor(Executor):
             parts.append(part)
             if report is not None:
                 report(len(parts), len(calls))
-        with tasks.torch_threads(1) if _small(parts) else nullcontext():
+        with torch_threads(1) if _small(parts) else nullcontext():
             return merge(parts)
 
     def map(

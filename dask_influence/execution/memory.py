@@ -17,6 +17,7 @@ from dask_influence.core.chain import Chain
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Solver
 from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.job import Job, computing
 from dask_influence.execution.lanes import in_lanes, lanes_of, pool
 from dask_influence.execution.plan import FEWEST_FACTORS, Plan
 from dask_influence.execution.run import Fit
@@ -55,15 +56,15 @@ def influences_in_memory(
     )
 
 
-def _job(fit: Fit, source: Source) -> tasks.Job:
-    return tasks.Job(fit.model, source, source.argument, fit.threads)
+def _job(fit: Fit, source: Source) -> Job:
+    return Job(fit.model, source, source.argument, fit.threads)
 
 
 def factors_in_memory(
     fit: Fit, source: Source, argument: str, rows: int, batch: int, *, project: bool
 ) -> torch.Tensor:
     """Factors (N, P), or coefficients (N, R) where ``project``, ``rows`` test points at a time."""
-    job = tasks.Job(fit.model, source, argument, fit.threads)
+    job = Job(fit.model, source, argument, fit.threads)
     if project:  # projections take no memory to speak of
         rows = max(rows, min(batch, max(FEWEST_FACTORS, -(-len(source) // 4))))
     chunks = Chunks(len(source), rows)
@@ -79,7 +80,7 @@ def factors_in_memory(
     return torch.cat([*in_lanes([partial(solve, chunk) for chunk in chunks], fit.threads)])
 
 
-def solved_rows(job: tasks.Job, solver: Solver, gradients: torch.Tensor, rows: int) -> torch.Tensor:
+def solved_rows(job: Job, solver: Solver, gradients: torch.Tensor, rows: int) -> torch.Tensor:
     """Factors of test points with these gradients where that takes no pass over data, ``rows`` of them at a time."""
     inverse = solver.inverse()
 
@@ -139,7 +140,7 @@ def _perturbations_by_chain(
 
     def solve(gradients: torch.Tensor, solved: Future[torch.Tensor]) -> None:
         try:
-            with tasks.computing(fit.model, fit.threads):
+            with computing(fit.model, fit.threads):
                 factors = tasks.solved(inverse, gradients, project=False, certify=False)
                 directions = tasks.Query.of(factors.rows, None, problem).directions
                 assert isinstance(directions, torch.Tensor)
@@ -150,11 +151,11 @@ def _perturbations_by_chain(
 
     def score(chain: Chain, solved: Future[torch.Tensor], rows: slice, columns: range) -> None:
         part = torch.from_numpy(scores[rows, columns.start : columns.stop])
-        with tasks.computing(fit.model, fit.threads):
+        with computing(fit.model, fit.threads):
             derivatives = chain.mixed_derivatives(solved.result(), out=part)
         tasks.refuse_non_finite(derivatives, train.argument, columns.start)
 
-    with _Shared(lanes_of(fit.threads) - 1) as lanes, tasks.computing(fit.model, fit.threads):
+    with _Shared(lanes_of(fit.threads) - 1) as lanes, computing(fit.model, fit.threads):
         solving: list[tuple[Future[torch.Tensor], slice]] = []
         for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
             gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)
@@ -170,8 +171,8 @@ def _perturbations_by_chain(
     return scores
 
 
-def _by_rounds(fit: Fit, job: tasks.Job, chunk: range, batch: int) -> torch.Tensor:
-    with tasks.computing(fit.model, fit.threads):
+def _by_rounds(fit: Fit, job: Job, chunk: range, batch: int) -> torch.Tensor:
+    with computing(fit.model, fit.threads):
         gradients = tasks.precise_gradients(job, chunk.start, chunk.stop, batch)
     return iterated_factors(fit.inverse, fit.system, fit.answer(), gradients, certify=False).rows
 
@@ -187,21 +188,21 @@ def scores_in_memory(
     perturbation: bool,
 ) -> np.ndarray:
     """Scores (N, M, *features), strips of the same test points side by side."""
-    job = tasks.Job(fit.model, source, argument, fit.threads)
+    job = Job(fit.model, source, argument, fit.threads)
     problem = fit.model.problem()
     inverse = fit.scorer.inverse() if project else None
     scores = np.empty((plan.work.tests, plan.work.trains, *plan.work.features), dtype=fit.score_dtype)
     for _, strips in itertools.groupby(map(plan.strip, range(plan.strips)), lambda strip: strip.block):
         block = [*strips]  # of the same test points
         rows = slice(block[0].rows.start, block[0].rows.stop)
-        with tasks.computing(fit.model, fit.threads):
+        with computing(fit.model, fit.threads):
             query = tasks.Query.of(factors[rows], inverse, problem)
         score_columns(job, query, [strip.columns for strip in block], plan.batch, scores[rows], perturbation)
     return scores
 
 
 def score_columns(
-    job: tasks.Job,
+    job: Job,
     query: tasks.Query,
     strips: Iterable[range],
     batch: int,

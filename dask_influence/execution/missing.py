@@ -9,7 +9,8 @@ import numpy as np
 
 from dask_influence.errors import ConfigurationError, PoisonedSamplesError
 from dask_influence.execution.ledger import Ledger, Standing
-from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan
+from dask_influence.execution.pieces import FACTORS, RESIDUAL
+from dask_influence.execution.plan import Plan
 from dask_influence.storage.results import described
 from dask_influence.storage.stores import Location
 

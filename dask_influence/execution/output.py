@@ -22,7 +22,8 @@ from dask_influence.errors import (
 from dask_influence.execution.base import Executor
 from dask_influence.execution.ledger import STATUS_KEY, Ledger, compare_fingerprints
 from dask_influence.execution.missing import MissingSamples, forget_missing
-from dask_influence.execution.plan import RESIDUAL, Plan
+from dask_influence.execution.pieces import RESIDUAL
+from dask_influence.execution.plan import Plan
 from dask_influence.execution.verify import same_metadata, verify_with
 from dask_influence.storage.results import (
     FINAL,

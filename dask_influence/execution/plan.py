@@ -12,7 +12,7 @@ same plan gives the same bits on any cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from dask_influence.core import sizes
 from dask_influence.core.sizes import Size
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.tree import Tree, strip_name
+from dask_influence.execution.units import format_bytes, format_seconds
 from dask_influence.execution.work import Kept, Work
 from dask_influence.grid import MOST_BYTES, Chunks, balanced
 from dask_influence.scalars import check_integer
@@ -235,7 +236,7 @@ class Plan:
         work = self.work
         directions = 0 if work.rank is None else 8 * work.rank * work.parameters
         weights = 2 * work.parameters * work.itemsize
-        return weights + max(work.inverse_bytes, directions) + _narrow_bytes(work)
+        return weights + max(work.inverse_bytes, directions) + work.narrow_bytes
 
     @property
     def query_bytes(self) -> int:
@@ -303,7 +304,7 @@ class Plan:
         if self.work.paired is not None:
             return PROCESS_BYTES + threads * self.peak_bytes
         strips = self.query_bytes + threads * self.strip_bytes
-        factors = _narrow_bytes(self.work) + threads * self.solving_bytes
+        factors = self.work.narrow_bytes + threads * self.solving_bytes
         return PROCESS_BYTES + self.resident_bytes + max(strips, factors)
 
     @property
@@ -355,13 +356,13 @@ class Plan:
     @property
     def solving_bytes(self) -> int:
         """Bytes of one factor task's own work: gradients, factors, residuals in float64, or projections."""
-        own = self.factor_rows * _factor_bytes(self.work)
-        return own + _projecting_bytes(self.work, min(self.batch, self.factor_rows))
+        own = self.factor_rows * self.work.factor_bytes
+        return own + self.work.projecting_bytes(min(self.batch, self.factor_rows))
 
     @property
     def factor_bytes(self) -> int:
         """Bytes that one factor task holds at once, beside the interpreter and its libraries."""
-        return self.resident_bytes + _narrow_bytes(self.work) + self.solving_bytes
+        return self.resident_bytes + self.work.narrow_bytes + self.solving_bytes
 
     @property
     def derivative_seconds(self) -> float:
@@ -454,7 +455,7 @@ class Plan:
         work = self.work
         if not work.rank or self.directions != work.rank:
             return None
-        narrow = _narrow_bytes(work) // work.rank
+        narrow = work.narrow_bytes // work.rank
         stays = narrow + max(8 * work.parameters, work.inverse_bytes // work.rank)
         query = work.parameters * work.itemsize
         shares = ((self.scoring_bytes, stays + query), (self.factor_bytes, stays + narrow))
@@ -527,43 +528,6 @@ class Plan:
         return [*lines, ("directions", f"{self.directions:,} of P = {work.parameters:,}")]
 
 
-FACTORS = "factors-"
-"""Prefix of the ledger entries of factor tasks."""
-
-RESIDUAL = "residual"
-"""Ledger entry of the residuals of all factors."""
-
-
-def score_names(plan: Plan, *, solves: bool) -> set[str]:
-    """Ledger entries that make a run of scores complete, one that ``solves`` its factors or one that was given them."""
-    names = {plan.strip(index).name for index in range(plan.strips)}
-    if plan.work.kept is not None:
-        names |= {
-            plan.tree.name(node) for root in plan.tree.roots() for node in (root, *plan.tree.below(root))
-        }
-    if plan.work.diagonal:
-        return names
-    return names | (factor_names(plan) if solves else {RESIDUAL})
-
-
-def factor_names(plan: Plan) -> set[str]:
-    """Ledger entries that make a run of factors complete."""
-    return {RESIDUAL, *(factor_name(index) for index in range(len(plan.factor_chunks)))}
-
-
-def factor_name(index: int) -> str:
-    """Ledger entry of one factor task."""
-    return f"{FACTORS}{index:06d}"
-
-
-def expected_pieces(run: Mapping[str, Any]) -> set[str]:
-    """Ledger entries that make the run with this record complete."""
-    plan = Plan.from_json(run["plan"])
-    if run["fingerprint"].get("kind") == "factors":
-        return factor_names(plan)
-    return score_names(plan, solves=run.get("solves", False))
-
-
 def arrange(
     work: Work,
     *,
@@ -604,9 +568,9 @@ def arrange(
         return _arrange_diagonal(work, tile_bytes, memory_limit, spread=spread)
     score_bytes = work.width * work.itemsize
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
-    per_row = _row_bytes(work)
+    per_row = work.row_bytes
     if work.kept is not None and work.kept.axis == "test":  # lists of a query block are held at once
-        per_row = max(per_row, _kept_bytes(work, work.tests))
+        per_row = max(per_row, work.kept_bytes(work.tests))
     query_rows = min(work.tests, max(1, share // per_row))
     if alone:
         tile_bytes = LARGEST_TILE
@@ -622,13 +586,13 @@ def arrange(
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
         query_rows = max(rows, query_rows // rows * rows)  # no tile straddles two query blocks
     # in one process nothing certifies rows of pairs, so that no factor is formed
-    each = _row_bytes(work) if alone and work.paired is not None else _factor_bytes(work)
+    each = work.row_bytes if alone and work.paired is not None else work.factor_bytes
     factor_rows = _factor_rows(work, share, each, spread)
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
     strip_columns = tile[1] if alone else _strip_columns(plan)
     if work.kept is not None and work.kept.axis == "train":
-        most = share // _kept_bytes(work, work.trains)
+        most = share // work.kept_bytes(work.trains)
         strip_columns = min(strip_columns, max(1, most // tile[1]) * tile[1])
     return Plan(work, query_rows, tile, strip_columns, plan.batch, rows_of_factors)
 
@@ -637,57 +601,11 @@ def _arrange_diagonal(work: Work, tile_bytes: int | None, memory_limit: int | No
     """Cut training points alone: factors of ``tile[1]`` of them are held at once."""
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
     share = min(share, tile_bytes or (LARGEST_TILE if spread else share))
-    columns = balanced(work.trains, min(work.trains, max(1, share // _factor_bytes(work)))).size
+    columns = balanced(work.trains, min(work.trains, max(1, share // work.factor_bytes))).size
     if spread:
         columns = _spread(columns, work.trains)
     plan = Plan(work, 1, (1, columns), columns, _batch(work), columns)
     return replace(plan, strip_columns=_strip_columns(plan) if spread else columns)
-
-
-def _row_bytes(work: Work) -> int:
-    """What a query block holds of one test point: a factor, coefficients or a row of pairs."""
-    if work.paired is not None:
-        return work.copies * work.paired.numbers * work.paired.itemsize
-    return work.copies * work.itemsize * (work.parameters if work.rank is None else work.rank)
-
-
-def _kept_bytes(work: Work, points: int) -> int:
-    """What is kept of one of ``points``, and of its parts while they are joined."""
-    assert work.kept is not None
-    return 3 * -(-work.copies * work.kept.nbytes // points)
-
-
-def _projects(work: Work) -> bool:
-    """Whether the test side is coefficients, for which no gradient need be formed."""
-    return work.rank is not None and work.paired is None and not work.diagonal
-
-
-def _narrow_bytes(work: Work) -> int:
-    """Directions in the precision in which they are projected on, beside those of the inverse; or their witness."""
-    if not _projects(work) or work.itemsize >= 8:
-        return 0
-    assert work.rank is not None
-    return 4 * work.rank * work.parameters
-
-
-def _projecting_bytes(work: Work, samples: int) -> int:
-    """Projections of so many samples: gradients of some of them at a time, in float64, where layers do not do."""
-    if not _projects(work):
-        return 0
-    each = work.parameters * (8 + 2 * work.itemsize)
-    formed = max(each, min(2 * sizes.BUDGET, samples * each))
-    return formed + samples * (2 * work.sample_bytes + 6 * work.activations * work.itemsize)
-
-
-def _factor_bytes(work: Work) -> int:
-    """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries.
-
-    Where there are coefficients in their place: projections on directions and images, and what is made of them.
-    """
-    if _projects(work):
-        assert work.rank is not None
-        return 8 * work.rank * (4 + 4 * work.copies)
-    return work.parameters * work.copies * (3 * work.itemsize + 6 * 8)
 
 
 def _bytes(name: str, value: object) -> int:
@@ -732,14 +650,14 @@ def _factor_rows(work: Work, share: int, each: int, spread: bool) -> int:
     rows = share // each
     if spread:
         rows = min(rows, max(FEWEST_FACTORS, FACTOR_BYTES // each))
-    if _projects(work):  # a call for each batch anyway
+    if work.projects:  # a call for each batch anyway
         rows = min(rows, _batch(work))
     return min(work.tests, max(1, rows))
 
 
 def factors_at_once(work: Work) -> int:
     """Test points that one task may solve without much memory, where it need not leave some to others."""
-    return max(FEWEST_FACTORS, FACTOR_BYTES // _factor_bytes(work))
+    return max(FEWEST_FACTORS, FACTOR_BYTES // work.factor_bytes)
 
 
 def _spread(factor_rows: int, tests: int) -> int:
@@ -747,28 +665,3 @@ def _spread(factor_rows: int, tests: int) -> int:
     half = -(-tests // 2)
     whole = -(-half // SOLVED_TOGETHER) * SOLVED_TOGETHER if half > SOLVED_TOGETHER else half
     return min(factor_rows, max(FEWEST_FACTORS, whole))
-
-
-def format_bytes(count: float) -> str:
-    """Bytes for people.
-
-    >>> format_bytes(1536), format_bytes(5 * 2**30)
-    ('1.5 KiB', '5.0 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} PiB"
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds for people.
-
-    >>> format_seconds(0.25), format_seconds(75), format_seconds(7200)
-    ('0.2 s', '1.2 min', '2.0 h')
-    """
-    for limit, unit, size in ((60, "s", 1), (3600, "min", 60), (86400, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86400:.1f} d"

@@ -29,8 +29,8 @@ from dask_influence.errors import ClusterError
 from dask_influence.execution import reduce_tasks, tasks
 from dask_influence.execution.base import Sealed
 from dask_influence.execution.blame import MOST_POISON
+from dask_influence.execution.job import Missing
 from dask_influence.execution.shipping import Held
-from dask_influence.execution.tasks import Missing
 from dask_influence.execution.tree import Node
 from dask_influence.storage.results import ShardRecord
 

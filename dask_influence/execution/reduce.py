@@ -17,6 +17,7 @@ from dask_influence.execution import quarantine, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Executor
 from dask_influence.execution.drive import iterated_factors
+from dask_influence.execution.job import Job
 from dask_influence.execution.missing import MissingSamples
 from dask_influence.execution.output import Output
 from dask_influence.execution.overlap import Behind
@@ -211,7 +212,7 @@ def write_reduced(
             run = _Run(
                 executor,
                 fit,
-                tasks.Job(fit.model, source, "train", fit.threads),
+                Job(fit.model, source, "train", fit.threads),
                 Reducing(scoring, reduced.reducer, tables),
                 schedule,
                 output.missing,
@@ -245,7 +246,7 @@ class _Run:
 
     executor: Executor
     fit: Fit
-    job: tasks.Job
+    job: Job
     reducing: Reducing
     schedule: Schedule
     missing: MissingSamples

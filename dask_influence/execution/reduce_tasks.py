@@ -25,13 +25,12 @@ from dask_influence.core.estimators.base import without_rounds
 from dask_influence.errors import CorruptStoreError, DataError, MissingObjectError
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.base import Sealed
+from dask_influence.execution.job import Job, Missing
 from dask_influence.execution.ledger import Ledger
 from dask_influence.execution.plan import Strip
 from dask_influence.execution.reducer import Array, Part, Reducer
 from dask_influence.execution.shipping import Held
 from dask_influence.execution.tasks import (
-    Job,
-    Missing,
     Scoring,
     derivatives_of,
     effort,

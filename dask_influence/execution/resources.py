@@ -13,12 +13,12 @@ import torch
 from dask_influence import settings
 from dask_influence.core.kept import BUDGET
 from dask_influence.core.problem import Problem
-from dask_influence.execution import tasks
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor, check_client
 from dask_influence.execution.devices import resolve_device
 from dask_influence.execution.drive import Passes
 from dask_influence.execution.forecast import Cluster
+from dask_influence.execution.job import Job
 from dask_influence.execution.local import LocalExecutor
 from dask_influence.execution.options import Options
 from dask_influence.grid import Chunks
@@ -108,7 +108,7 @@ class Resources:
         chunks = Chunks(len(source), self._samples_at_once(problem, source))
         reachable = executor.reachable(source, chunks.size)
         threads = self.threads(problem)
-        job = tasks.Job(executor.model(problem, self.device), reachable, "train", threads)
+        job = Job(executor.model(problem, self.device), reachable, "train", threads)
         held = _sample_bytes(problem)
         whole = BUDGET // (held + source.nbytes_per_sample) if self._alone(problem) else 0
         return Passes(executor, executor.seal(job), chunks, threads, held, whole)

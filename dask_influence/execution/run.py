@@ -18,9 +18,11 @@ from dask_influence.execution import quarantine, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.base import Executor, Model, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
+from dask_influence.execution.job import Job, Missing
 from dask_influence.execution.output import Output, as_json, write_residuals
 from dask_influence.execution.overlap import Behind
-from dask_influence.execution.plan import FACTORS, RESIDUAL, Plan, factor_name
+from dask_influence.execution.pieces import FACTORS, RESIDUAL, factor_name
+from dask_influence.execution.plan import Plan
 from dask_influence.execution.progress import Report, reporting
 from dask_influence.execution.stored import StoredFactors, import_factors
 from dask_influence.execution.work import Work
@@ -159,7 +161,7 @@ def solve_factors(
     chunks = plan.factor_chunks
     known = _held_factors(output)
     missing = [index for index in range(len(chunks)) if factor_name(index) not in known]
-    job = executor.seal(tasks.Job(fit.model, executor.reachable(source, chunks.size), "test", fit.threads))
+    job = executor.seal(Job(fit.model, executor.reachable(source, chunks.size), "test", fit.threads))
     calls: list[tuple[Any, ...]] = [
         (job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing
     ]
@@ -208,7 +210,7 @@ def _held_factors(output: Output) -> dict[str, dict[str, Any]]:
 
 def _by_rounds(
     executor: Executor, fit: Fit, calls: list[tuple[Any, ...]], location: Location | None
-) -> Iterator[tuple[int, Artifact, list[float], tasks.Missing]]:
+) -> Iterator[tuple[int, Artifact, list[float], Missing]]:
     """Where solving or certifying takes passes: gradients by tasks, rounds driven from here.
 
     Factors are published at ``location``, if there is one.
@@ -228,9 +230,9 @@ def _by_rounds(
 def _certified(
     executor: Executor,
     fit: Fit,
-    solved: Iterator[tuple[int, Artifact, list[float], tasks.Missing]],
+    solved: Iterator[tuple[int, Artifact, list[float], Missing]],
     calls: list[tuple[Any, ...]],
-) -> Iterator[tuple[int, Artifact, list[float], tasks.Missing]]:
+) -> Iterator[tuple[int, Artifact, list[float], Missing]]:
     """Rows of pairs as they were solved, with the residuals of the factors that they stand for."""
     by_start = {call[1]: call for call in calls}
     for start, artifact, _, missing in solved:
@@ -273,7 +275,7 @@ def score_strips(
     progress("strips", total - len(missing), total)
     if not missing:
         return
-    job = executor.seal(tasks.Job(fit.model, source, "train", fit.threads))
+    job = executor.seal(Job(fit.model, source, "train", fit.threads))
     scoring = executor.seal(
         tasks.Scoring(
             plan,

@@ -18,7 +18,8 @@ from dask_influence.execution.artifacts import damaged_artifact
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.ledger import Ledger, entry_key
-from dask_influence.execution.plan import expected_pieces, format_bytes
+from dask_influence.execution.pieces import expected_pieces
+from dask_influence.execution.units import format_bytes
 from dask_influence.storage.results import FINAL, GROUP_KEY, RUN_KEY, ShardRecord, damage, unfinished
 from dask_influence.storage.stores import Location
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dask_influence.core.sizes import Size
+from dask_influence.core.sizes import BUDGET, Size
 from dask_influence.execution.tree import Axis
 
 
@@ -88,3 +88,48 @@ class Work:
     def width(self) -> int:
         """F in perturbation mode, 1 otherwise: numbers per score."""
         return math.prod(self.features)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the test side is coefficients, for which no gradient need be formed."""
+        return self.rank is not None and self.paired is None and not self.diagonal
+
+    # -- bytes ----------------------------------------------------------------------------
+    @property
+    def row_bytes(self) -> int:
+        """What a query block holds of one test point: a factor, coefficients or a row of pairs."""
+        if self.paired is not None:
+            return self.copies * self.paired.numbers * self.paired.itemsize
+        return self.copies * self.itemsize * (self.parameters if self.rank is None else self.rank)
+
+    def kept_bytes(self, points: int) -> int:
+        """What is kept of one of ``points``, and of its parts while they are joined."""
+        assert self.kept is not None
+        return 3 * -(-self.copies * self.kept.nbytes // points)
+
+    @property
+    def narrow_bytes(self) -> int:
+        """Directions in the precision in which they are projected on, beside the inverse's; or their witness."""
+        if not self.projects or self.itemsize >= 8:
+            return 0
+        assert self.rank is not None
+        return 4 * self.rank * self.parameters
+
+    def projecting_bytes(self, samples: int) -> int:
+        """Projections of so many samples: gradients of some of them, in float64, where layers do not do."""
+        if not self.projects:
+            return 0
+        each = self.parameters * (8 + 2 * self.itemsize)
+        formed = max(each, min(2 * BUDGET, samples * each))
+        return formed + samples * (2 * self.sample_bytes + 6 * self.activations * self.itemsize)
+
+    @property
+    def factor_bytes(self) -> int:
+        """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries.
+
+        Where there are coefficients in their place: projections on directions and images, and what is made of them.
+        """
+        if self.projects:
+            assert self.rank is not None
+            return 8 * self.rank * (4 + 4 * self.copies)
+        return self.parameters * self.copies * (3 * self.itemsize + 6 * 8)

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dask_influence.execution.plan import format_seconds
+from dask_influence.execution.units import format_seconds
 from dask_influence.report.data import Samples
 from dask_influence.report.facts import Facts
 from dask_influence.report.scores import Own, Scores

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dask_influence import __version__
-from dask_influence.execution.plan import format_bytes
+from dask_influence.execution.units import format_bytes
 from dask_influence.report import figures, trust
 from dask_influence.report.asked import NAMES, Asked, Shown, seconds
 from dask_influence.report.facts import Facts

@@ -15,7 +15,8 @@ import xarray as xr
 
 from dask_influence.errors import ConfigurationError, InfluenceWarning, StoreError
 from dask_influence.execution.ledger import Ledger
-from dask_influence.execution.plan import Plan, expected_pieces
+from dask_influence.execution.pieces import expected_pieces
+from dask_influence.execution.plan import Plan
 from dask_influence.storage.results import open_influences
 from dask_influence.storage.stores import Location
 

@@ -24,7 +24,7 @@ from dask_influence.core.content import contents
 from dask_influence.core.objective import Objective, Tree
 from dask_influence.errors import DataWarning, IncompleteRunError
 from dask_influence.execution.base import Executor, Sealed
-from dask_influence.execution.tasks import torch_threads
+from dask_influence.execution.job import torch_threads
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location
 

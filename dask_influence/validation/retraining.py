@@ -14,8 +14,8 @@ from torch import nn
 from dask_influence.core.objective import Loss, Objective
 from dask_influence.errors import ConfigurationError, IncompleteRunError
 from dask_influence.execution.base import Sealed
+from dask_influence.execution.job import torch_threads
 from dask_influence.execution.resources import Resources
-from dask_influence.execution.tasks import torch_threads
 from dask_influence.influence import InfluenceFunctionModel
 from dask_influence.storage.sources import Source
 from dask_influence.storage.stores import Location

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dask_influence import DirectInfluence, GroupSum, SelfInfluence, TopK
-from dask_influence.execution.plan import format_bytes
+from dask_influence.execution.units import format_bytes
 
 TESTS, FEATURES, CLASSES = 200, 8, 4
 SIZES = (2**17, 2**21)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dask_influence import DirectInfluence, SelfInfluence, TopK
-from dask_influence.execution.plan import format_bytes
+from dask_influence.execution.units import format_bytes
 from dask_influence.report import report
 
 FEATURES, CLASSES, ROWS = 8, 4, 2**14

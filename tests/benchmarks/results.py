@@ -10,7 +10,7 @@ from statistics import median
 
 from rich.table import Table
 
-from dask_influence.execution.plan import format_bytes
+from dask_influence.execution.units import format_bytes
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dask_influence import ArnoldiInfluence, TopK
-from dask_influence.execution.plan import PROCESS_BYTES, format_bytes
+from dask_influence.execution.plan import PROCESS_BYTES
+from dask_influence.execution.units import format_bytes
 
 CLASSES, RANK = 10, 8
 TOLERANCE = 0.2

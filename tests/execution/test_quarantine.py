@@ -39,8 +39,8 @@ from dask_influence.errors import (
     StoreMismatchError,
 )
 from dask_influence.execution import quarantine
+from dask_influence.execution.job import Job
 from dask_influence.execution.shipping import Held
-from dask_influence.execution.tasks import Job
 from dask_influence.storage.results import described
 from tests import data
 
