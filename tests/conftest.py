@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import dask
 import pytest
 import torch
 from distributed import Client, LocalCluster
+from distributed.utils import get_mp_context
 from hypothesis import HealthCheck, settings
 
 # Before --doctest-modules imports them: suites and oracles that other tests call explain themselves
@@ -18,6 +20,14 @@ pytest.register_assert_rewrite("tests.contracts", "tests.oracles")
 # default of one thread per core in each of them is slower than one thread.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# Workers of the tests are forks of one process without threads, which has imported once what takes each
+# worker seconds of processor time. Those that the command line and the examples start are not: they are
+# started as users start them.
+dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+get_mp_context().set_forkserver_preload(
+    ["distributed", "torch._dynamo", "dask_influence.execution.quarantine"]
+)
 
 # The time of one example says nothing on a shared machine, and a failure must come back.
 settings.register_profile(

@@ -11,7 +11,6 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from tests import oracles
@@ -125,6 +124,8 @@ def mlp_classification() -> Case:
 
 def digits() -> tuple[Tensor, Tensor]:
     """scikit-learn's digits, pixels in [0, 1], shuffled with seed 0."""
+    from sklearn.datasets import load_digits  # here: each worker imports this file, and few need digits
+
     bunch = load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
     return torch.from_numpy(bunch.data / 16.0)[order], torch.from_numpy(bunch.target).long()[order]

@@ -302,16 +302,13 @@ def test_a_model_that_cannot_be_compiled_is_told_and_runs_without() -> None:
     assert torch.equal(found, plain.influences(*case.test, *case.train))
 
 
-def test_a_worker_without_a_compiler_is_refused_before_any_task(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_without_a_compiler_is_refused_before_any_task(tmp_path: Path) -> None:
     case = data.mlp_regression()
-    monkeypatch.setenv("PATH", str(tmp_path))  # what the worker inherits
+    path = {"PATH": str(tmp_path)}
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, env=path) as cluster,
         Client(cluster) as bare,
     ):
-        monkeypatch.undo()
         asked = DirectInfluence(
             case.model, case.loss, 0.1, compile=True, client=bare, artifacts=tmp_path / "artifacts"
         )

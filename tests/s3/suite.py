@@ -39,16 +39,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[Client]:
     """Two workers that find credentials in their environment."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in server.environment.items():
-            environment.setenv(name, value)
-        with (
-            LocalCluster(
-                n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="2GiB"
-            ) as cluster,
-            Client(cluster) as connected,
-        ):
-            yield connected
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            dashboard_address=None,
+            memory_limit="2GiB",
+            env=server.environment,
+        ) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
 
 
 def expected(case: data.Case, folder: Path) -> np.ndarray:
