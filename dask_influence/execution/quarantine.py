@@ -1,24 +1,27 @@
 """Quarantine: a task that took its worker with it is run again where it can only take a child process.
 
 Dask blames every task that a dying worker had, so most of those that end here are innocent. Each is
-run in a process forked from one that a worker starts for it: a process without threads, of which a
-fork is safe, and which imports torch once, but nothing of the user's: that may leave threads and locks.
-Where the fork dies, the next one tries the samples one at a time, says which before each, and then runs
-the task without those that killed its predecessors: a sample that is to blame costs one fork, where
-halving the task would cost one for each halving.
+run in a process forked from one that a worker starts, and keeps while one such task follows another: a
+process without threads, of which a fork is safe, and which imports torch once, for seconds, but nothing
+of the user's: that may leave threads and locks. Where the fork dies, the next one tries the samples one
+at a time, says which before each, and then runs the task without those that killed its predecessors: a
+sample that is to blame costs one fork, where halving the task would cost one for each halving.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,16 +72,49 @@ def _isolated(
     rest: tuple[Any, ...],
 ) -> Any:
     """``task(job, *rest)``, without the ``samples`` of which ``probe(sample, job, *rest)`` kills its process."""
-    with tempfile.TemporaryDirectory(prefix="dask-influence-") as folder:
-        with (Path(folder) / _CALL).open("wb") as stream:
-            pickle.dump(sys.path, stream)  # first: what unpickling the rest imports is found there
+    with tempfile.TemporaryDirectory(prefix="dask-influence-") as name:
+        folder = Path(name)
+        with (folder / _CALL).open("wb") as stream:
+            pickle.dump((sys.path, dict(os.environ)), stream)  # first: unpickling the rest imports modules
             stream.write(cloudpickle.dumps((task, probe, samples, job, rest)))
-        command = [sys.executable, "-m", "dask_influence.execution.quarantine", folder]
-        code = subprocess.run(command, env=_environment(), check=False).returncode
-        answer = Path(folder) / _ANSWER
-        if not answer.exists():
+        while (code := _ended(folder)) == 0:  # it had left before it saw the call
+            pass
+        if code is not None:
             raise ClusterError(f"a process that a worker began {_ending(code)}; look at the worker's log")
-        return _given(answer)
+        return _given(folder / _ANSWER)
+
+
+IDLE = 10.0
+"""Seconds that a process, which has torch in memory, waits for another call."""
+
+_waiting: list[subprocess.Popen[bytes]] = []
+"""Those that wait for one of this process."""
+
+
+def _ended(folder: Path) -> int | None:
+    """None once the call in ``folder`` is answered, or the exit code of the process that was to answer it."""
+    try:
+        process = _waiting.pop()
+    except IndexError:
+        command = [sys.executable, "-m", "dask_influence.execution.quarantine", str(IDLE)]
+        process = subprocess.Popen(command, env=_environment(), stdin=subprocess.PIPE, bufsize=0)
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has left
+        process.stdin.write(os.fsencode(folder) + b"\n")
+    while not (folder / _ANSWER).exists():
+        if process.poll() is not None:
+            process.stdin.close()
+            return process.returncode
+        time.sleep(_LOOK)
+    _waiting.append(process)
+    return None
+
+
+@atexit.register
+def _dismissed() -> None:
+    for process in _waiting:
+        with process:  # which closes its standard input and waits for its end
+            pass
 
 
 def _environment() -> dict[str, str]:
@@ -105,7 +141,10 @@ def _given(path: Path) -> Any:
 
 
 # -- in the process that a worker starts -----------------------------------------------
-_CALL, _ANSWER, _PROGRESS, _TASK = "call", "answer", "progress", "task"
+_LOOK = 0.02
+"""Seconds between two looks at a process."""
+
+_CALL, _RESULT, _ANSWER, _PROGRESS, _TASK = "call", "result", "answer", "progress", "task"
 
 
 def _searched(
@@ -115,10 +154,10 @@ def _searched(
     samples: range,
     job: Sealed,
     rest: tuple[Any, ...],
-) -> Any:
-    """The task's result, in as many forks as it takes."""
-    worker = os.getppid()
-    importlib.import_module("torch._dynamo")  # torch.func's first call does, for seconds
+    *,
+    worker: int,
+) -> None:
+    """Have the task's result written, by as many forks as it takes; none of it is read here."""
     poison: Missing = {}
     untried: Sequence[int] = ()  # the task is innocent, as a rule
     fork = _Fork(worker, folder, task, probe, untried, job, poison, rest)
@@ -139,7 +178,6 @@ def _searched(
                 f"more than {MOST_POISON} samples of one task each {fork.reason}, the first of them "
                 f"{min(poison)}: it is not the samples; look at the logs of the workers"
             )
-    return _given(folder / _ANSWER)
 
 
 class _Fork:
@@ -160,10 +198,10 @@ class _Fork:
         progress.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
-            _answer(folder / _ANSWER, _attempt, progress, *attempt)
+            _answer(folder / _RESULT, _attempt, progress, *attempt)
             os._exit(0)
         self.reason = _ending(_waited(child, worker))
-        self.answered = (folder / _ANSWER).exists()
+        self.answered = (folder / _RESULT).exists()
         said = progress.read_text().split() if progress.exists() else [_TASK]
         self.last = int(said[-1]) if said and said[-1] != _TASK else None
 
@@ -177,7 +215,7 @@ def _waited(child: int, worker: int) -> int:
         if os.getppid() != worker:
             os.kill(child, signal.SIGKILL)
             os._exit(1)
-        time.sleep(0.02)
+        time.sleep(_LOOK)
 
 
 def _answer(path: Path, function: Callable[..., Any], *arguments: Any) -> None:
@@ -207,12 +245,28 @@ def _attempt(
     return task(Held(replace(job.open(), poison=poison)), *rest)
 
 
-def _main(folder: Path) -> None:
+def _answered(folder: Path, worker: int) -> None:
     with (folder / _CALL).open("rb") as stream:
-        sys.path[:] = pickle.load(stream)
+        sys.path[:], environment = pickle.load(stream)
+        os.environ.clear()
+        os.environ.update(environment)
         call = pickle.load(stream)
-    _answer(folder / _ANSWER, _searched, folder, *call)
+    try:
+        _searched(folder, *call, worker=worker)
+    except Exception as error:  # noqa: BLE001 - it is raised again by the worker
+        _write(folder / _RESULT, None, error)
+    (folder / _RESULT).replace(folder / _ANSWER)  # this process is ready for the next
+
+
+def _main(idle: float) -> None:
+    """Answer the calls whose folders standard input names, until none has come for long or the worker is gone."""
+    worker = os.getppid()
+    importlib.import_module("torch._dynamo")  # torch.func's first call does, for seconds
+    with os.fdopen(os.dup(0)) as calls, Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)  # whatever a fork reads, it is no call
+        while select.select([calls], [], [], idle)[0] and (folder := calls.readline().rstrip("\n")):
+            _answered(Path(folder), worker)
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    _main(float(sys.argv[1]))

@@ -577,6 +577,33 @@ def test_exceptions_of_the_child_are_raised_here() -> None:
         quarantine._isolated(_raises, _kills, range(2), JOB, ())
 
 
+def _about(job: Any, name: str) -> tuple[int, str | None, str]:
+    return os.getppid(), os.environ.get(name), sys.stdin.read()
+
+
+def _kills_what_forked_it(job: Any) -> None:
+    os.kill(os.getppid(), 9)
+
+
+def test_one_process_answers_calls_for_as_long_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in the environment of its caller; after one that left, or was killed, there is another."""
+    monkeypatch.setattr(quarantine, "_waiting", [])
+    monkeypatch.setattr(quarantine, "IDLE", 0.5)
+
+    def ask() -> Any:
+        return quarantine._isolated(_about, _kills, range(1), JOB, ("INFLUENCE_TEST_OF_QUARANTINE",))
+
+    one, *told = ask()
+    assert told == [None, ""]
+    monkeypatch.setenv("INFLUENCE_TEST_OF_QUARANTINE", "later")
+    assert ask() == (one, "later", "")
+    (left,) = quarantine._waiting
+    assert (left.pid, left.wait(20)) == (one, 0)
+    with pytest.raises(ClusterError, match=r"a process that a worker began ended its process \(SIGKILL\)"):
+        quarantine._isolated(_kills_what_forked_it, _kills, range(1), JOB, ())
+    assert not quarantine._waiting
+
+
 def test_described() -> None:
     one = {"sample": 3, "id": 3, "reason": "why"}
     assert described({"test": [one], "train": [{**one, "id": "c"}]}) == (
