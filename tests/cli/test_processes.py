@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ Write = Callable[..., Path]
 
 SLOW = """
 import time
+from pathlib import Path
 import torch
 
 class Slow(torch.nn.Linear):
     def forward(self, x):
-        if SECONDS:
+        if SECONDS and Path("FOLDER", "slow").exists():
             time.sleep(SECONDS)
         return super().forward(x)
 
@@ -74,14 +75,22 @@ def expected(folder: Folder, job: Write, **sections: Any) -> np.ndarray[Any, Any
 
 
 def slow(folder: Folder, seconds: float = 0.03, **cluster: Any) -> dict[str, Any]:
-    """Sections of a job of many strips whose model takes its time."""
-    (folder.path / "cli_slow_model.py").write_text(SLOW)
+    """Sections of a job of many strips whose model takes its time for as long as :func:`hold` says so."""
+    (folder.path / "cli_slow_model.py").write_text(SLOW.replace("FOLDER", str(folder.path)))
     model = {
         "factory": "cli_slow_model:net",
         "arguments": {"seconds": seconds},
         "weights": "weights.safetensors",
     }
     return {"model": model, "cluster": cluster, "output": {"store": "scores.zarr", "tile_bytes": 80}}
+
+
+@contextmanager
+def hold(folder: Folder) -> Iterator[None]:
+    """Where there has to be time to see a run, or to end it."""
+    (folder.path / "slow").touch()
+    yield
+    (folder.path / "slow").unlink()
 
 
 def strips_done(folder: Folder) -> int:
@@ -95,10 +104,11 @@ def test_a_signal_stops_cleanly_and_the_same_call_goes_on(
     sections = slow(folder, workers=0)
     undisturbed = expected(folder, job, **sections)
     path = job(**sections)
-    process = command("run", path, DASK_INFLUENCE__STATUS_INTERVAL="0 s")
-    wait_for(lambda: strips_done(folder) >= 2, process)
-    process.send_signal(number)
-    code, _, err = finished(process)
+    with hold(folder):
+        process = command("run", path, DASK_INFLUENCE__STATUS_INTERVAL="0 s")
+        wait_for(lambda: strips_done(folder) >= 2, process)
+        process.send_signal(number)
+        code, _, err = finished(process)
     assert code == 128 + number, err
     assert "Traceback" not in err
     assert f"stopped by {number.name}; run the same job again" in err
@@ -118,10 +128,11 @@ def test_a_signal_stops_cleanly_and_the_same_call_goes_on(
 
 def test_ctrl_c_ends_the_workers_of_a_local_cluster(folder: Folder, job: Write) -> None:
     path = job(**slow(folder, 0.01, workers=2))
-    process = command("run", path)
-    wait_for(lambda: strips_done(folder) >= 1, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everyone in the group
-    code, _, err = finished(process)
+    with hold(folder):
+        process = command("run", path)
+        wait_for(lambda: strips_done(folder) >= 1, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everyone in the group
+        code, _, err = finished(process)
     assert code == 130, err
     end = time.monotonic() + 30
     while group_lives(process.pid):
@@ -146,13 +157,16 @@ def test_a_job_on_a_scheduler_survives_its_client(
     sections["output"]["storage_options"] = {"secret": "${CLI_SECRET}"}
     undisturbed = expected(folder, job, **sections)
     path = job(**sections)
-    process = command("run", path, "--scheduler-address", scheduler, DASK_INFLUENCE__STATUS_INTERVAL="0 s")
-    wait_for(lambda: strips_done(folder) >= 2, process)
-    told = invoke("status", path)  # another process than the one that runs it, from the store alone
-    assert told.exit_code == 3
-    assert f"by process {process.pid} on {socket.gethostname()}" in told.stdout
-    assert "strips" in told.stdout
-    process.kill()
+    with hold(folder):
+        process = command(
+            "run", path, "--scheduler-address", scheduler, DASK_INFLUENCE__STATUS_INTERVAL="0 s"
+        )
+        wait_for(lambda: strips_done(folder) >= 2, process)
+        told = invoke("status", path)  # another process than the one that runs it, from the store alone
+        assert told.exit_code == 3
+        assert f"by process {process.pid} on {socket.gethostname()}" in told.stdout
+        assert "strips" in told.stdout
+        process.kill()
     said = "".join(process.communicate())
     assert status_of(folder.path / "scores.zarr")["state"] == "running"
 
@@ -195,10 +209,12 @@ def test_workers_of_a_scheduler_verify(
 def test_metrics_are_served_while_a_run_goes_on(folder: Folder, job: Write) -> None:
     pytest.importorskip("prometheus_client", reason="the extra [metrics]")
     port = free_port()
-    process = command("run", job(**slow(folder, workers=0)), "--metrics-port", port, "--log-format", "json")
-    wait_for(lambda: strips_done(folder) >= 2, process)
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
-        said = answer.read().decode()
+    path = job(**slow(folder, workers=0))
+    with hold(folder):
+        process = command("run", path, "--metrics-port", port, "--log-format", "json")
+        wait_for(lambda: strips_done(folder) >= 2, process)
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+            said = answer.read().decode()
     assert "dask_influence_total{" in said
     assert 'stage="strips"' in said
     code, _, err = finished(process)
