@@ -40,6 +40,10 @@ NARROW_RESIDUAL = 32 * NARROW
 FEWEST_NARROW = 16
 """Rows from which float32 is tried: solves of fewer take the time of reading the factorisation."""
 
+RESTARTS_FOR_ALL = 60
+"""P divided by this: the restarts, of about ten solves each, that take as long as all eigenvalues. Where the least is
+not found by then, as among many that are next to it, all are computed."""
+
 LARGEST_LOOKED_AT = 2048
 """P up to which a run looks at the extreme eigenvalues for its record: a fraction of a second."""
 
@@ -212,7 +216,7 @@ class DirectInverse(Inverse):
         if size < 512:
             values = torch.linalg.eigvalsh(self.matrix)
             return values[0].item(), values[-1].item()
-        dense = self.matrix.numpy()
+        dense, restarts = self.matrix.numpy(), size // RESTARTS_FOR_ALL
         start = torch.ones(size, dtype=torch.float64).numpy()
         solve = LinearOperator(
             (size, size),
@@ -220,7 +224,9 @@ class DirectInverse(Inverse):
             dtype=np.float64,
         )
         try:
-            largest = eigsh(dense, k=1, which="LA", tol=1e-6, v0=start, return_eigenvectors=False)[0]
+            largest = eigsh(
+                dense, k=1, which="LA", tol=1e-6, v0=start, maxiter=restarts, return_eigenvectors=False
+            )[0]
             if self._pivots is not None:
                 raise ArpackNoConvergence("indefinite: no shift-invert at the lower end", [], [])
             # the eigenvalue of H next to −λ is its smallest one when H + λI is positive definite
@@ -232,6 +238,7 @@ class DirectInverse(Inverse):
                 which="LM",
                 tol=1e-6,
                 v0=start,
+                maxiter=restarts,
                 return_eigenvectors=False,
             )[0]
         except ArpackNoConvergence:

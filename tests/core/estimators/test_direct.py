@@ -120,3 +120,13 @@ def test_residuals_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     solution = without_rounds(inverse.solve(rows))
     assert len(solution.residuals()) == ROWS
     assert taken == [ROWS]
+
+
+def test_extreme_eigenvalues_take_no_longer_than_all_of_them(wide: list[int]) -> None:
+    """Also where many come close to the smallest one, as of a network with inputs that are hardly ever on."""
+    vectors = torch.linalg.qr(data.normal(1, SIZE, SIZE)).Q
+    values = torch.linspace(0, 1, SIZE, dtype=torch.float64) ** 4
+    found = DirectInverse(vectors @ values.diag() @ vectors.mT, DAMPING, DOUBLE).diagnostics()
+    assert found["smallest_eigenvalue"] == pytest.approx(0.0, abs=1e-6)
+    assert found["largest_eigenvalue"] == pytest.approx(1.0, rel=1e-6)
+    assert sum(wide) < SIZE / 2
