@@ -6,11 +6,12 @@ The layout is one array ``x`` and one array ``y``, or a group of arrays in their
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -20,6 +21,7 @@ import numpy as np
 import optree
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from dask_influence.errors import CorruptStoreError, DataError, StoreError
@@ -106,7 +108,10 @@ class ZarrSource(Source):
                 group = _open_group(self.location, self.argument)
                 self._arrays = optree.tree_map(lambda name: group[name], self._names)
             try:
-                return optree.tree_map(lambda array: native(np.asarray(array[start:stop])), self._arrays)
+                leaves, structure = optree.tree_flatten(self._arrays)
+                # all at once: zarr's own thread is waited for a single time
+                held = sync(_gathered(leaves, slice(start, stop)))
+                return optree.tree_unflatten(structure, [native(np.asarray(array)) for array in held])
             except (ValueError, RuntimeError) as error:
                 raise CorruptStoreError(
                     f"{self.argument}: samples {start} to {stop} of {self.location.url} cannot be decoded: "
@@ -120,6 +125,10 @@ class ZarrSource(Source):
         chunks = {key: mark for key, mark in listing.items() if key not in contents}
         record = json.dumps([contents, chunks], sort_keys=True)
         return hashlib.blake2b(record.encode(), digest_size=16).hexdigest()
+
+
+async def _gathered(arrays: Iterable[zarr.Array[Any]], samples: slice) -> list[Any]:
+    return await asyncio.gather(*(array.async_array.getitem(samples) for array in arrays))
 
 
 class _Arriving:

@@ -20,6 +20,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from dask_influence.core.curvature import matrix_sums
+from dask_influence.core.derived import derived
 from dask_influence.core.estimators.base import (
     Estimator,
     Inverse,
@@ -154,11 +155,17 @@ class DirectInverse(Inverse):
             return torch.linalg.solve_triangular(self._factor.mT, half, upper=True).mT
         return torch.linalg.ldl_solve(self._factor, self._pivots, rows.mT.contiguous()).mT
 
-    @cached_property
+    @property
     def _narrow(self) -> Blocked | None:
-        """The factorisation in float32, where that is for gradients of fewer digits and a matrix that allows it."""
+        """The factorisation in float32, where that is for gradients of fewer digits and a matrix that allows it.
+
+        Made once in a process, which gets another inverse of the same tensors with each task.
+        """
         if self._pivots is not None or self.precision < NARROW or len(self.matrix) <= SMALL:
             return None
+        return derived(self._factor, "narrow", self._narrowed)
+
+    def _narrowed(self) -> Blocked | None:
         factor, rows = Blocked.of(self._factor, torch.float32), self._probes.images.mT
         tried = factor.solve(rows.to(torch.float32, copy=True)).to(torch.float64)
         kept = self._probes.residuals(rows, tried) <= NARROW_RESIDUAL

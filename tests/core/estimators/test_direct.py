@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dask_influence.core import probes
+from dask_influence.core import probes, triangular
 from dask_influence.core.estimators import direct
 from dask_influence.core.estimators.base import without_rounds
 from dask_influence.core.estimators.direct import DirectInverse
@@ -130,3 +130,22 @@ def test_extreme_eigenvalues_take_no_longer_than_all_of_them(wide: list[int]) ->
     assert found["smallest_eigenvalue"] == pytest.approx(0.0, abs=1e-6)
     assert found["largest_eigenvalue"] == pytest.approx(1.0, rel=1e-6)
     assert sum(wide) < SIZE / 2
+
+
+def test_a_process_prepares_float32_once_for_all_inverses_of_one_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each task opens its own, of tensors that the process holds."""
+    matrix, _ = curvature(1e-1)
+    tensors, values = DirectInverse(matrix, DAMPING, SINGLE).state()
+    prepared, original = list[int](), triangular.Blocked.of
+
+    def of(factor: Tensor, dtype: torch.dtype) -> triangular.Blocked:
+        prepared.append(len(factor))
+        return original(factor, dtype)
+
+    monkeypatch.setattr(triangular.Blocked, "of", of)
+    rows = data.normal(2, ROWS, SIZE).float()
+    first, second = (without_rounds(DirectInverse.from_state(tensors, values).solve(rows)) for _ in range(2))
+    assert prepared == [SIZE]
+    assert torch.equal(first.factors, second.factors)
