@@ -7,7 +7,7 @@ rows x in place,
     x_k ← (x_k − Σ_{j<k} x_j L_kjᵀ) D_k⁻ᵀ,    and back    x_k ← (x_k − Σ_{j>k} x_j L_jk) D_k⁻¹.
 
 Its backward error has the condition of a diagonal block where that of substitution has 1 (Du Croz & Higham
-1992, "Stability of methods for matrix inversion", section 3.1): whoever solves looks at the residuals.
+1992, "Stability of methods for matrix inversion"): whoever solves looks at the residuals.
 """
 
 from __future__ import annotations

@@ -256,12 +256,12 @@ class Ledger:
     def _decode(self, key: str, data: bytes, advice: str = _REDO) -> dict[str, Any]:
         try:
             value = dict(json.loads(data))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise CorruptStoreError(
                 f"{key!r} of {self.location.url} is not a JSON object; {advice}"
             ) from None
         written = value.pop(_CHECKSUM, None)
-        if written is not None and written != _self_checksum(value):
+        if written is not None and all(written != _self_checksum(value, indent) for indent in _INDENTS):
             raise CorruptStoreError(
                 f"{key!r} of {self.location.url} is not what was written: its checksum differs; {advice}"
             )
@@ -311,10 +311,14 @@ def _signed(value: Mapping[str, Any]) -> bytes:
     return "{{\n{}\n}}".format(",\n".join(lines)).encode()
 
 
-def _self_checksum(value: Mapping[str, Any]) -> str:
+_INDENTS = (None, 1)
+"""Of what a checksum is taken; records that were begun before were indented throughout."""
+
+
+def _self_checksum(value: Mapping[str, Any], indent: int | None = None) -> str:
     # The state is a word of its own: a person may set it back to have a run looked at again.
-    return checksum(_encode({name: held for name, held in value.items() if name != "state"}))
+    return checksum(_encode({name: held for name, held in value.items() if name != "state"}, indent))
 
 
-def _encode(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
+def _encode(value: Any, indent: int | None = None) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=indent).encode()

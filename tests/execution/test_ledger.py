@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from dask_influence.errors import CorruptStoreError, StoreError
 from dask_influence.execution.ledger import Ledger, compare_fingerprints
+from dask_influence.storage.results import checksum
 from dask_influence.storage.stores import Location
 
 
@@ -46,6 +48,17 @@ def test_people_find_a_line_for_each_name(ledger: Ledger) -> None:
     assert [line.split(":")[0] for line in lines] == ["{", ' "checksum"', ' "seconds"', ' "shards"', "}"]
 
 
+def test_records_that_were_indented_are_read(ledger: Ledger) -> None:
+    """As they all were: a run that was begun then goes on."""
+    entry = {"seconds": 1.5, "shards": [["k", 1]]}
+    said = checksum(json.dumps(entry, sort_keys=True, indent=1).encode())
+    ledger.location.put("_run/ledger/a.json", json.dumps({**entry, "checksum": said}, indent=1).encode())
+    assert ledger.read("a") == entry
+    ledger.location.put("_run/ledger/a.json", json.dumps({**entry, "seconds": 2, "checksum": said}).encode())
+    with pytest.raises(CorruptStoreError, match="checksum differs"):
+        ledger.read("a")
+
+
 def test_failures_are_not_done_until_they_are(ledger: Ledger) -> None:
     ledger.record("a", {"error": "KilledWorker"})
     ledger.record("b", {"seconds": 1})
@@ -69,7 +82,7 @@ def test_names_that_are_refused(ledger: Ledger, name: str) -> None:
         ledger.record(name, {})
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff", 100_000 * b"["])
 def test_torn_records_are_named(ledger: Ledger, data: bytes) -> None:
     ledger.record("fine", {})
     ledger.location.put("_run/ledger/torn.json", data)
