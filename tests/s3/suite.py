@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
@@ -38,18 +39,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[Client]:
-    """Two workers that find credentials in their environment."""
-    with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            dashboard_address=None,
-            memory_limit="2GiB",
-            env=server.environment,
-        ) as cluster,
-        Client(cluster) as connected,
-    ):
-        yield connected
+    """Two workers that find credentials in their environment, as the client does: forks would not have them."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in server.environment.items():
+            environment.setenv(name, value)
+        with (
+            dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),
+            LocalCluster(
+                n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="2GiB"
+            ) as cluster,
+            Client(cluster) as connected,
+        ):
+            yield connected
 
 
 def expected(case: data.Case, folder: Path) -> np.ndarray:
