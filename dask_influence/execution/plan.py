@@ -356,7 +356,7 @@ class Plan:
     @property
     def solving_bytes(self) -> int:
         """Bytes of one factor task's own work: gradients, factors, residuals in float64, or projections."""
-        own = self.factor_rows * self.work.factor_bytes
+        own = self.factor_rows * self.work.point_bytes
         return own + self.work.projecting_bytes(min(self.batch, self.factor_rows))
 
     @property
@@ -586,7 +586,7 @@ def arrange(
     if len(Chunks(work.tests, query_rows)) > 1 and query_rows % rows:
         query_rows = max(rows, query_rows // rows * rows)  # no tile straddles two query blocks
     # in one process nothing certifies rows of pairs, so that no factor is formed
-    each = work.row_bytes if alone and work.paired is not None else work.factor_bytes
+    each = work.row_bytes if alone and work.paired is not None else work.point_bytes
     factor_rows = _factor_rows(work, share, each, spread)
     plan = Plan(work, query_rows, tile, tile[1], _batch(work), balanced(work.tests, factor_rows).size)
     rows_of_factors = _spread(plan.factor_rows, work.tests) if spread else plan.factor_rows
@@ -601,7 +601,7 @@ def _arrange_diagonal(work: Work, tile_bytes: int | None, memory_limit: int | No
     """Cut training points alone: factors of ``tile[1]`` of them are held at once."""
     share = DIRECTION_BYTES if memory_limit is None else min(DIRECTION_BYTES, memory_limit // 4)
     share = min(share, tile_bytes or (LARGEST_TILE if spread else share))
-    columns = balanced(work.trains, min(work.trains, max(1, share // work.factor_bytes))).size
+    columns = balanced(work.trains, min(work.trains, max(1, share // work.point_bytes))).size
     if spread:
         columns = _spread(columns, work.trains)
     plan = Plan(work, 1, (1, columns), columns, _batch(work), columns)
@@ -650,14 +650,14 @@ def _factor_rows(work: Work, share: int, each: int, spread: bool) -> int:
     rows = share // each
     if spread:
         rows = min(rows, max(FEWEST_FACTORS, FACTOR_BYTES // each))
-    if work.projects:  # a call for each batch anyway
+    if work.by_coefficients:  # a call for each batch anyway
         rows = min(rows, _batch(work))
     return min(work.tests, max(1, rows))
 
 
 def factors_at_once(work: Work) -> int:
     """Test points that one task may solve without much memory, where it need not leave some to others."""
-    return max(FEWEST_FACTORS, FACTOR_BYTES // work.factor_bytes)
+    return max(FEWEST_FACTORS, FACTOR_BYTES // work.point_bytes)
 
 
 def _spread(factor_rows: int, tests: int) -> int:

@@ -90,7 +90,7 @@ class Work:
         return math.prod(self.features)
 
     @property
-    def projects(self) -> bool:
+    def by_coefficients(self) -> bool:
         """Whether the test side is coefficients, for which no gradient need be formed."""
         return self.rank is not None and self.paired is None and not self.diagonal
 
@@ -110,26 +110,26 @@ class Work:
     @property
     def narrow_bytes(self) -> int:
         """Directions in the precision in which they are projected on, beside the inverse's; or their witness."""
-        if not self.projects or self.itemsize >= 8:
+        if not self.by_coefficients or self.itemsize >= 8:
             return 0
         assert self.rank is not None
         return 4 * self.rank * self.parameters
 
     def projecting_bytes(self, samples: int) -> int:
         """Projections of so many samples: gradients of some of them, in float64, where layers do not do."""
-        if not self.projects:
+        if not self.by_coefficients:
             return 0
         each = self.parameters * (8 + 2 * self.itemsize)
         formed = max(each, min(2 * BUDGET, samples * each))
         return formed + samples * (2 * self.sample_bytes + 6 * self.activations * self.itemsize)
 
     @property
-    def factor_bytes(self) -> int:
+    def point_bytes(self) -> int:
         """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries.
 
         Where there are coefficients in their place: projections on directions and images, and what is made of them.
         """
-        if self.projects:
+        if self.by_coefficients:
             assert self.rank is not None
             return 8 * self.rank * (4 + 4 * self.copies)
         return self.parameters * self.copies * (3 * self.itemsize + 6 * 8)

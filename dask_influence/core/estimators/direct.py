@@ -136,10 +136,11 @@ class DirectInverse(Inverse):
         Residuals are those of H itself and not of its factorisation, or bounds of them.
         """
         rows = gradients.to(torch.float64)
-        if len(rows) < FEWEST_NARROW or self._narrow is None:
+        narrow = None if len(rows) < FEWEST_NARROW else self._narrow
+        if narrow is None:
             factors = self._solve_rows(rows)
             return Solution(factors, partial(self._probes.residuals, rows, factors))
-        factors = self._narrow.solve(rows.to(torch.float32)).to(torch.float64)
+        factors = narrow.solve(rows.to(torch.float32)).to(torch.float64)
         residuals = self._probes.residuals(rows, factors)
         lost = ~(residuals <= NARROW_RESIDUAL)  # float32 may have overflown
         if lost.any():
