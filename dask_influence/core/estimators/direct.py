@@ -31,7 +31,7 @@ from dask_influence.core.estimators.base import (
 )
 from dask_influence.core.moments import Moments
 from dask_influence.core.probes import SMALL, Probes
-from dask_influence.core.triangular import Blocked
+from dask_influence.core.triangular import BLOCK, Blocked
 from dask_influence.errors import IndefiniteCurvatureWarning, SingularCurvatureError
 
 NARROW = torch.finfo(torch.float32).eps
@@ -260,8 +260,9 @@ class Direct(Estimator):
     """Exact Hessian: one pass over the data, P² float64 sums."""
 
     def inverse_bytes(self, system: System, regularizations: int = 1) -> int:
-        """H and a factorisation for each λ, float64, and that in float32."""
-        return (8 + 12 * regularizations) * system.size**2
+        """H and a factorisation for each λ, float64, and that in float32 with its diagonal blocks inverted."""
+        blocks = 4 * min(BLOCK, system.size) * system.size
+        return (8 + 12 * regularizations) * system.size**2 + regularizations * blocks
 
     def fit(self, system: System) -> Generator[Round, Moments, DirectInverse]:
         """One round: the matrix of the mean loss."""

@@ -9,8 +9,9 @@ from torch import Tensor
 from dask_influence.core import probes, triangular
 from dask_influence.core.estimators import direct
 from dask_influence.core.estimators.base import without_rounds
-from dask_influence.core.estimators.direct import DirectInverse
+from dask_influence.core.estimators.direct import Direct, DirectInverse
 from tests import data
+from tests.core.estimators import dense
 
 SIZE = 2 * probes.SMALL
 SINGLE, DOUBLE = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
@@ -149,3 +150,12 @@ def test_a_process_prepares_float32_once_for_all_inverses_of_one_state(
     first, second = (without_rounds(DirectInverse.from_state(tensors, values).solve(rows)) for _ in range(2))
     assert prepared == [SIZE]
     assert torch.equal(first.factors, second.factors)
+
+
+def test_plans_know_what_a_process_holds_of_an_inverse() -> None:
+    matrix, _ = curvature(1e-1)
+    inverse = DirectInverse(matrix, DAMPING, SINGLE)
+    narrow = inverse._narrow
+    assert narrow is not None
+    held = sum(tensor.nbytes for tensor in (matrix, inverse._factor, narrow.factor, *narrow.inverses))
+    assert held <= Direct().inverse_bytes(dense.system(SIZE, DAMPING, torch.float32)) <= 1.1 * held
