@@ -10,6 +10,7 @@ from dask_influence.core import probes, triangular
 from dask_influence.core.estimators import direct
 from dask_influence.core.estimators.base import without_rounds
 from dask_influence.core.estimators.direct import Direct, DirectInverse
+from dask_influence.core.estimators.sweep import SweepInverse
 from tests import data
 from tests.core.estimators import dense
 
@@ -159,3 +160,16 @@ def test_plans_know_what_a_process_holds_of_an_inverse() -> None:
     assert narrow is not None
     held = sum(tensor.nbytes for tensor in (matrix, inverse._factor, narrow.factor, *narrow.inverses))
     assert held <= Direct().inverse_bytes(dense.system(SIZE, DAMPING, torch.float32)) <= 1.1 * held
+
+
+def test_a_sweep_tells_the_residuals_of_each_regularization() -> None:
+    """Those of float32 solves differ from one to the next."""
+    matrix, _ = curvature(1e-1)
+    parts = [DirectInverse(matrix, value, SINGLE) for value in (DAMPING, 1.0)]
+    rows = data.normal(2, ROWS, SIZE).float()
+    each = [without_rounds(part.solve(rows)) for part in parts]
+    swept = without_rounds(SweepInverse(parts, ["weight"]).solve(rows))
+    for at, alone in enumerate(each):
+        assert torch.equal(swept.factors[at :: len(parts)], alone.factors)
+        assert torch.equal(swept.residuals()[at :: len(parts)], alone.residuals())
+    assert not torch.equal(each[0].residuals(), each[1].residuals())
