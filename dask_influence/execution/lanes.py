@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
+
+from dask_influence.execution.cores import cores_of, keeping_to
 
 T = TypeVar("T")
 
@@ -28,14 +31,21 @@ def lanes_of(threads: int) -> int:
     return max(1, torch.get_num_threads() // threads)
 
 
+_own = threading.local()
+
+
+def _number(numbers: Iterator[int]) -> None:
+    _own.lane = next(numbers)
+
+
 @functools.cache
-def pool(lanes: int) -> ThreadPoolExecutor:
+def _pool(lanes: int) -> ThreadPoolExecutor:
     """Threads that stay: to start some takes milliseconds beside others that compute."""
-    return ThreadPoolExecutor(lanes, thread_name_prefix="dask-influence")
+    return ThreadPoolExecutor(lanes, "dask-influence", initializer=_number, initargs=(itertools.count(),))
 
 
 # a child of this process has the pool, but none of its threads
-os.register_at_fork(after_in_child=pool.cache_clear)
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def in_lanes(calls: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
@@ -44,11 +54,17 @@ def in_lanes(calls: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
     if lanes == 1:
         yield from (call() for call in calls)
         return
-    coming, futures = iter(calls), deque[Future[T]]()
+    coming, futures, cores = iter(calls), deque[Future[T]](), cores_of(lanes)
+
+    def take(call: Callable[[], T]) -> T:
+        with keeping_to(cores, _own.lane):
+            return call()
+
     try:
         while True:
             futures.extend(
-                pool(lanes).submit(call) for call in itertools.islice(coming, AHEAD * lanes - len(futures))
+                _pool(lanes).submit(take, call)
+                for call in itertools.islice(coming, AHEAD * lanes - len(futures))
             )
             if not futures:
                 return
@@ -57,3 +73,53 @@ def in_lanes(calls: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
         for future in futures:
             future.cancel()
         wait(futures)
+
+
+class Shared:
+    """Calls that this thread and other lanes take from one queue, in order; none goes on after the ``with`` block.
+
+    Parameters
+    ----------
+    threads : int
+        Torch threads of a lane.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._others = lanes_of(threads) - 1
+        self._cores = cores_of(lanes_of(threads))
+        self._here = keeping_to(self._cores, 0)
+        self._queue = deque[Callable[[], None]]()
+        self._busy: list[Future[None]] = []
+
+    def add(self, calls: Iterable[Callable[[], None]]) -> None:
+        """Let the others begin with ``calls``, after those that were added before."""
+        self._queue.extend(calls)
+        self._busy += [_pool(self._others).submit(self._take_elsewhere) for _ in range(self._others)]
+
+    def finish(self) -> None:
+        """Take part until all is done."""
+        self._take()
+        for other in self._busy:
+            other.result()
+        self._busy.clear()
+
+    def __enter__(self) -> Self:
+        self._here.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._queue.clear()
+        wait(self._busy)
+        self._here.__exit__(None, None, None)
+
+    def _take_elsewhere(self) -> None:
+        with keeping_to(self._cores, 1 + _own.lane):
+            self._take()
+
+    def _take(self) -> None:
+        while True:
+            try:
+                call = self._queue.popleft()
+            except IndexError:
+                return
+            call()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from functools import partial
-from typing import Self
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from dask_influence.execution import tasks
 from dask_influence.execution.base import Solver
 from dask_influence.execution.drive import iterated_factors
 from dask_influence.execution.job import Job, computing
-from dask_influence.execution.lanes import in_lanes, lanes_of, pool
+from dask_influence.execution.lanes import Shared, in_lanes
 from dask_influence.execution.plan import FEWEST_FACTORS, Plan
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
@@ -91,41 +90,6 @@ def solved_rows(job: Job, solver: Solver, gradients: torch.Tensor, rows: int) ->
     return torch.cat([*in_lanes([partial(solve, part) for part in gradients.split(rows)], job.threads)])
 
 
-class _Shared:
-    """Calls that this thread and ``others`` take from one queue, in order; none goes on after the ``with`` block."""
-
-    def __init__(self, others: int) -> None:
-        self._others, self._queue = others, deque[Callable[[], None]]()
-        self._busy: list[Future[None]] = []
-
-    def add(self, calls: Iterable[Callable[[], None]]) -> None:
-        """Let the others begin with ``calls``, after those that were added before."""
-        self._queue.extend(calls)
-        self._busy += [pool(self._others).submit(self._take) for _ in range(self._others)]
-
-    def finish(self) -> None:
-        """Take part until all is done."""
-        self._take()
-        for other in self._busy:
-            other.result()
-        self._busy.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._queue.clear()
-        wait(self._busy)
-
-    def _take(self) -> None:
-        while True:
-            try:
-                call = self._queue.popleft()
-            except IndexError:
-                return
-            call()
-
-
 def _perturbations_by_chain(
     fit: Fit, test: Source, train: Source, plan: Plan, check: Callable[[], None]
 ) -> np.ndarray:
@@ -155,7 +119,7 @@ def _perturbations_by_chain(
             derivatives = chain.mixed_derivatives(solved.result(), out=part)
         tasks.refuse_non_finite(derivatives, train.argument, columns.start)
 
-    with _Shared(lanes_of(fit.threads) - 1) as lanes, computing(fit.model, fit.threads):
+    with Shared(fit.threads) as lanes, computing(fit.model, fit.threads):
         solving: list[tuple[Future[torch.Tensor], slice]] = []
         for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
             gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)

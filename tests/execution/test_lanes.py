@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
 import dask_influence as di
-from dask_influence.execution.lanes import AHEAD, in_lanes, lanes_of
+from dask_influence.execution import overlap
+from dask_influence.execution.cores import anywhere, cores_of, keeping_to
+from dask_influence.execution.lanes import AHEAD, Shared, in_lanes, lanes_of
 from dask_influence.execution.local import LocalExecutor
+from dask_influence.execution.overlap import Behind
 from tests import data
 
 
@@ -80,6 +84,74 @@ def test_an_error_drops_what_has_not_begun(two_threads: None) -> None:
     with pytest.raises(ZeroDivisionError, match="in a lane"):
         list(in_lanes([fails] + [later] * 1000, threads=1))
     assert len(ended) < 500
+
+
+@pytest.fixture
+def two_cores(two_threads: None) -> set[int]:
+    """Of a machine that has no more: lanes of more would not keep to them."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    if len(cores) != 2:
+        pytest.skip("this process has not two cores")
+    return cores
+
+
+def test_lanes_of_all_cores_keep_to_one_each_while_they_compute(two_cores: set[int]) -> None:
+    meet = threading.Barrier(2, timeout=60)
+
+    def call() -> tuple[int, set[int]]:
+        meet.wait()
+        return threading.get_native_id(), os.sched_getaffinity(0)
+
+    places = dict(in_lanes([call, call], threads=1))
+    assert set.union(*places.values()) == two_cores
+    assert [len(place) for place in places.values()] == [1, 1]
+    assert all(os.sched_getaffinity(thread) == two_cores for thread in places)
+
+
+def test_threads_that_lanes_start_are_anywhere(two_cores: set[int]) -> None:
+    """What reads ahead and writes behind is started by the first task that needs it, and stays."""
+
+    def call() -> set[int]:
+        overlap._pool.cache_clear()
+        with Behind[set[int]]() as behind:
+            behind.submit(lambda: os.sched_getaffinity(0))
+        return behind.results[0]
+
+    assert [*in_lanes([call], threads=1)] == [two_cores]
+
+
+def test_this_thread_shares_work_on_a_core_of_its_own(two_cores: set[int]) -> None:
+    meet, places = threading.Barrier(2, timeout=60), list[set[int]]()
+
+    def call() -> None:
+        meet.wait()
+        places.append(os.sched_getaffinity(0))
+
+    with Shared(1) as lanes:
+        lanes.add([call, call])
+        lanes.finish()
+    assert set.union(*places) == two_cores
+    assert [len(place) for place in places] == [1, 1]
+    assert os.sched_getaffinity(0) == two_cores
+
+
+def test_fewer_lanes_than_cores_are_placed_by_the_kernel(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda thread: {0, 1, 2, 5})
+    assert not cores_of(2)
+    torch.set_num_threads(4)
+    assert [*cores_of(4)] == [0, 1, 2, 5]
+    assert not cores_of(2)
+
+
+def test_cores_that_were_taken_away_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(thread: int, cores: Sequence[int]) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuses)
+    with keeping_to([0, 1], 1):
+        anywhere()
 
 
 @pytest.mark.parametrize("estimator", [di.DirectInfluence, di.CgInfluence, di.EkfacInfluence])

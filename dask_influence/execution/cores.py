@@ -1,0 +1,54 @@
+"""Cores: where threads that have all cores of the process between them compute.
+
+The kernel wakes threads that have slept for a tenth of a second on one core, and may take tens of
+milliseconds to part them: what is small takes as long as by one thread. So each keeps to a core of its
+own while it computes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+
+_all: Sequence[int] = ()
+"""Those of the process, once a thread keeps to one: threads that such a one starts are where it is."""
+
+
+def cores_of(threads: int) -> Sequence[int]:
+    """A core for each of the threads, where they are all that the process computes with and may run on; else none.
+
+    Fewer threads than cores are better placed by the kernel, which knows where other processes compute.
+    """
+    if not hasattr(os, "sched_setaffinity") or threads != torch.get_num_threads():
+        return ()
+    cores = sorted(os.sched_getaffinity(0))
+    return cores if len(cores) == threads else ()
+
+
+@contextmanager
+def keeping_to(cores: Sequence[int], number: int) -> Iterator[None]:
+    """The calling thread on ``cores[number]``, then on any of ``cores``; wherever it is without ``cores``."""
+    global _all
+    if not cores:
+        yield
+        return
+    _all = cores
+    _place(cores[number : number + 1])
+    try:
+        yield
+    finally:
+        _place(cores)
+
+
+def anywhere() -> None:
+    """The calling thread on any core, whichever thread has started it."""
+    if _all:
+        _place(_all)
+
+
+def _place(cores: Sequence[int]) -> None:
+    with suppress(OSError):  # a container may refuse, or have taken cores away: all goes as without
+        os.sched_setaffinity(0, cores)
