@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dask_influence import ArnoldiInfluence, DirectInfluence
-from dask_influence.core.estimators.arnoldi import _block
+from dask_influence.core.estimators.arnoldi import NEAR, _block
 from dask_influence.core.estimators.decomposition import Decomposition
 from tests import data, oracles
 
@@ -238,8 +238,10 @@ def test_small_blocks_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(single) <= 5 * 20
 
 
-def test_missed_pairs_are_looked_for_after_the_last_ones_converged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begun earlier, the search is over before pairs that are close to each other have parted."""
+def test_missed_pairs_are_looked_for_when_the_last_ones_have_nearly_converged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Begun much earlier, the search is over before pairs that are close to each other have parted."""
     case, tol, residuals = data.digits_mlp(), 1e-4, []
     add_random = Decomposition.add_random
 
@@ -254,7 +256,7 @@ def test_missed_pairs_are_looked_for_after_the_last_ones_converged(monkeypatch: 
         case.train
     )
     (began,) = residuals
-    assert began <= tol
+    assert tol < began <= NEAR * tol  # the search's own passes do the rest
     assert fitted.diagnostics["eigenpair_residual"] <= tol
 
 

@@ -242,12 +242,15 @@ class LowRankInverse(Inverse):
 
 
 CONFIRMATIONS = 4
-"""Passes spent after convergence on looking for pairs that were missed.
+"""Passes spent near convergence on looking for pairs that were missed.
 
 A Krylov space of B start vectors holds at most B vectors of an eigenspace, so eigenvalues of
 larger multiplicity (those of a linear layer under squared error, one for each output) would be
 found once too few. A fresh random block finds the others.
 """
+
+NEAR = 4.0
+"""Times the tolerance at which the search begins: its passes bring the pairs nearer, too."""
 
 PROBES = 2
 """Vectors that such a block has at the least: a single one may happen to miss what is looked for."""
@@ -356,19 +359,21 @@ class Arnoldi(Estimator):
             ritz = basis.ritz()
             scale = ritz.values[0].abs().clamp_min(torch.finfo(torch.float64).tiny).item()
             complete = basis.multiplied == system.size
-            converged = basis.multiplied >= self.rank and not self._open(ritz, tolerance * scale).any()
-            if complete or passes >= most or (converged and confirmed == CONFIRMATIONS):
+            farthest = ritz.residuals[: self.rank].max().item() / (tolerance * scale)
+            near = basis.multiplied >= self.rank and farthest <= NEAR
+            if complete or passes >= most or (near and farthest <= 1 and confirmed >= CONFIRMATIONS):
                 break
-            confirmed = confirmed + 1 if converged else 0
+            confirmed = confirmed + 1 if near else 0
+            confirming = 0 < confirmed <= CONFIRMATIONS
             wanted = probes * CONFIRMATIONS if confirmed == 1 else block
             if basis.multiplied + wanted > limit < system.size:
                 kept = ritz.rotation[:, : min((limit + self.rank) // 2, limit - wanted)]
                 basis.restart(kept)
                 random, ritz = random.turned(kept), basis.ritz()
-            count = probes if confirmed else block
+            count = probes if confirming else block
             if confirmed == 1 or basis.pending == 0:
                 basis.add_random(count)
-            elif confirmed:
+            elif confirming:
                 # a missed pair is, so far, one of those next to the ones kept
                 basis.favour(ritz.outside[:, self.rank : self.rank + count], 0.0)
             elif basis.multiplied >= self.rank:

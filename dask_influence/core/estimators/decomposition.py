@@ -4,9 +4,10 @@ Q holds the rows that have been multiplied by the symmetric C, F those that are 
 products left outside of Q, or random rows. All are orthonormal. M knows the rest, so that no
 image is held: a Ritz pair (θ, Qy) has the residual F S y, S the last rows of M, of length ‖S y‖,
 and its image is [Q F] M y. What an image has in common with Q is known from earlier products by
-symmetry, and subtracted from the few rows that it concerns (Lanczos 1950); a second subtraction
-from all rows takes what rounding left. Restarts keep Ritz vectors, which lose nothing: the
-decomposition stays one (Stewart 2001; Wu & Simon 2000).
+symmetry, and subtracted from the few rows that it concerns (Lanczos 1950). A second subtraction,
+from all rows, takes what rounding left. It is bound by reading them, so that a row which comes by
+itself waits for the next one: it is multiplied before that, and M follows. Restarts keep Ritz
+vectors, which lose nothing: the decomposition stays one (Stewart 2001; Wu & Simon 2000).
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class Decomposition:
         self._generator = generator
         self.multiplied = self.pending = 0
         """K and p."""
+        self._waiting = False
+        """Whether the only pending row is yet to be subtracted from, once more."""
 
     @property
     def size(self) -> int:
@@ -104,6 +107,8 @@ class Decomposition:
         count = min(count, self.size - self._length)
         if count == 0:
             return
+        if self._waiting:
+            self._settle(self._rows[:0])
         random = torch.randn(count, self.size, generator=self._generator, dtype=torch.float64)
         nothing = torch.zeros(self._length, count, dtype=torch.float64)
         fresh, _ = self._outside(random.to(self._rows.dtype), nothing)
@@ -143,19 +148,50 @@ class Decomposition:
         own = slice(start, self._length)
         known[own] = _overlap(self._rows[own], rows)
         self._subtract(rows, known, own)
-        fresh, coordinates = self._outside(rows, known)
+        taken = None
+        waits = self.pending == 1 and not self._waiting and bool(rows.norm() > CLEAR**2 * known.norm())
+        if waits:
+            taken = known[:0]
+        elif self._waiting:
+            common, length, taken = self._settle(rows)
+            known[:start] += common * known[start] + taken
+            known[start] *= length
+            # the image of what the row has become
+            known = (known - self.coefficients @ common / unit) / length
+            rows, taken = rows.div_(length), taken / length
+        fresh, coordinates = self._outside(rows, known, taken)
         self.multiplied, self.pending = start + count, self.pending - count
         self._append(fresh)
         self._coefficients[: self._length, start : start + count] = unit * torch.cat([known, coordinates])
+        self._waiting = waits and self.pending == 1
+
+    def _settle(self, beside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take what the row f that waits and the rows ``beside`` (b, P) have inside Q from them, by one reading of Q.
+
+        f was Q c + ν f' and becomes f'; returns c (K, 1), ν, and what was taken from the others (K, b).
+        """
+        start, inside = self.multiplied, slice(self.multiplied)
+        both = torch.cat([self.next(1), beside])
+        overlap = _overlap(self._rows[inside], both)
+        self._subtract(both, overlap, inside)
+        common, length = overlap[:, :1], both[0].norm().to(torch.float64)
+        self._rows[start] = both[0] / length
+        beside.copy_(both[1:])
+        coefficients = self.coefficients
+        coefficients[:start] += common * coefficients[start]
+        coefficients[start] *= length
+        self._waiting = False
+        return common, length, overlap[:, 1:]
 
     def _subtract(self, rows: Tensor, overlap: Tensor, held: slice) -> None:
         """Take ``overlap`` (K + p, b) with the rows ``held`` from ``rows`` (b, P)."""
         _subtract(rows, overlap[held].mT.to(rows.dtype), self._rows[held])
 
-    def _outside(self, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def _outside(self, rows: Tensor, known: Tensor, taken: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """An orthonormal basis (b', P) of what ``rows`` (b, P) have outside of [Q F], and their coordinates (b', b).
 
-        What they have inside is taken from them, and added to ``known`` (K + p, b), what has been taken before.
+        What they have inside is taken from them, and added to ``known`` (K + p, b), what has been taken before;
+        ``taken`` is of that what was last, by which to see whether it has to be done again.
         """
         held, coordinates = slice(self._length), torch.eye(len(rows), dtype=torch.float64)
         squares = rows.square().sum(1, dtype=torch.float64)
@@ -164,9 +200,10 @@ class Decomposition:
         squares += known.square().sum(0)
         noise = VANISHED * torch.finfo(rows.dtype).eps * squares.max().sqrt()
         for _ in range(ATTEMPTS):
-            overlap = _overlap(self._rows[held], rows)
-            self._subtract(rows, overlap, held)
-            known += overlap @ coordinates
+            if taken is None:
+                taken = _overlap(self._rows[held], rows)
+                self._subtract(rows, taken, held)
+                known += taken @ coordinates
             rows, own = _orthonormal(rows)
             left, lengths, right = torch.linalg.svd(own @ coordinates)
             clear = lengths > noise
@@ -174,8 +211,9 @@ class Decomposition:
             rows = left[:, : len(lengths)][:, clear].mT.to(rows.dtype) @ rows
             coordinates = (lengths[:, None] * right[: len(lengths)])[clear]
             remained = torch.linalg.svdvals(own)[: len(rows)]
-            if len(rows) == 0 or CLEAR * remained[-1] >= max(overlap.norm(), CLEAR**2 * remained[0]):
+            if len(rows) == 0 or CLEAR * remained[-1] >= max(taken.norm(), CLEAR**2 * remained[0]):
                 break
+            taken = None
         return rows, coordinates
 
     def _append(self, fresh: Tensor) -> None:
@@ -211,6 +249,7 @@ class Decomposition:
         for part in self._panels():
             self._rows[: len(whole), part] = whole @ self._rows[: self._length, part]
         self.multiplied, self.pending = count, len(outside)
+        self._waiting &= self.pending == 1
         self._coefficients.zero_()
         self._coefficients[: self._length, :count] = torch.cat([projected, outside])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dask_influence.core.estimators.arnoldi import Arnoldi, LowRankInverse
 from dask_influence.core.estimators.base import System
-from dask_influence.core.estimators.decomposition import Decomposition
+from dask_influence.core.estimators.decomposition import Decomposition, _overlap
 from dask_influence.core.moments import Moments
 from tests import data
 
@@ -77,6 +77,27 @@ def test_it_grows_the_same_in_panels(panel: int, dtype: torch.dtype, monkeypatch
     basis.add_random(2)
     grow(basis, matrix, 2, 5)
     check(basis, matrix, dtype)
+
+
+def test_rows_that_come_one_by_one_are_subtracted_from_in_twos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read Q is what that costs: half as often as there are rows, and a row that waits is no worse for it."""
+    matrix, basis, read = symmetric(), begun(), []
+
+    def overlap(held: Tensor, rows: Tensor) -> Tensor:
+        read.append(len(held))
+        return _overlap(held, rows)
+
+    monkeypatch.setattr("dask_influence.core.estimators.decomposition._overlap", overlap)
+    basis.add_random(1)
+    grow(basis, matrix, 1, 30)
+    assert sum(read) <= 0.55 * sum(range(1, 31)) + 30  # each image, beside that, with the row multiplied
+    check(basis, matrix)
+    grow(basis, matrix, 1)  # now one waits
+    basis.restart(basis.ritz().rotation[:, -9:])
+    grow(basis, matrix, 1, 2)
+    check(basis, matrix)
+    basis.add_random(2)
+    check(basis, matrix)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
