@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dask_influence.errors import CorruptStoreError, MissingObjectError
-from dask_influence.storage.results import RUN_KEY, checksum
+from dask_influence.storage import shapes
+from dask_influence.storage.results import MISSING, RUN_KEY, checksum
 from dask_influence.storage.stores import Location
 
 LEDGER = "_run/ledger"
@@ -29,6 +30,32 @@ _DONE, _FAILED = ".json", ".failed.json"
 _REDO = "delete it and run the same call again"
 _REPLACE = "pass overwrite=True to replace the run"
 _CHECKSUM = "checksum"
+
+_RUN: dict[str, shapes.Shape] = {
+    "solves": shapes.flag,
+    "objects": shapes.listed(shapes.record),
+    "metadata": shapes.mapped(shapes.text),
+    "missing": lambda sides: shapes.mapped(MISSING)(sides) and sides.keys() <= {"test", "train"},
+}
+_ENTRY: dict[str, shapes.Shape] = {
+    "shards": shapes.listed(shapes.record),
+    "part": shapes.record,
+    "rows": shapes.items(shapes.whole, shapes.whole),
+    "columns": shapes.items(shapes.whole, shapes.whole),
+    "merged": shapes.listed(shapes.text),
+    "digest": shapes.name,
+    "nbytes": shapes.whole,
+    "residual": shapes.listed(shapes.number),
+    "missing": shapes.listed(shapes.holding(sample=shapes.whole, reason=shapes.text)),
+    "seconds": shapes.number,
+    "ended": shapes.number,
+    "peak_bytes": shapes.whole,
+    "error": shapes.text,
+}
+"""What a run's record and its entries hold beside what is for people."""
+
+Misfit = Callable[[str, Mapping[str, Any]], str | None]
+"""What shows that an entry is not the one that was written under this name; None where nothing does."""
 
 
 _BATCH_ENTRIES, _BATCH_BYTES = 512, 4 * 2**20
@@ -77,6 +104,10 @@ def _name(key: str) -> str:
     return key.removeprefix(f"{LEDGER}/").partition(".")[0]
 
 
+def _any(name: str, entry: Mapping[str, Any]) -> None:
+    """Every entry fits."""
+
+
 def entry_key(name: str) -> str:
     """Where the entry of one piece of work is."""
     return f"{LEDGER}/{name}{_DONE}"
@@ -111,10 +142,10 @@ class Ledger:
         Raises
         ------
         CorruptStoreError
-            Where it is there but is not JSON.
+            Where it is there but is not JSON, or not of the shape that a run writes.
         """
         try:
-            return self._decode(RUN_KEY, self.location.get(RUN_KEY), _REPLACE)
+            return self._decode(RUN_KEY, self.location.get(RUN_KEY), _RUN, _REPLACE)
         except MissingObjectError:
             return None
 
@@ -132,9 +163,7 @@ class Ledger:
         kinds = {"state": str, "fingerprint": dict, "plan": dict}
         lacking = [name for name, kind in kinds.items() if not isinstance(run.get(name), kind)]
         if lacking:
-            raise CorruptStoreError(
-                f"{RUN_KEY!r} of {self.location.url} lacks {', '.join(lacking)}; {_REPLACE}"
-            )
+            raise self._corrupt(RUN_KEY, f"lacks {', '.join(lacking)}", _REPLACE)
         return run
 
     def write_run(self, run: Mapping[str, Any]) -> None:
@@ -160,11 +189,11 @@ class Ledger:
         Raises
         ------
         CorruptStoreError
-            Names the entry that is not JSON, and what to do about it.
+            Names the entry that is not one, and what to do about it.
         """
-        listed = self._listed(prefix)
-        fetched = self.location.get_many(listed.values())
-        return {name: self._decode(key, fetched[key]) for name, key in listed.items() if key in fetched}
+        keys = self._listed(prefix)
+        fetched = self.location.get_many(keys.values())
+        return {name: self._decode(key, fetched[key]) for name, key in keys.items() if key in fetched}
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The entry of one piece of work that was done, or None."""
@@ -174,16 +203,19 @@ class Ledger:
         except MissingObjectError:
             return None
 
-    def survey(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Entries that can be read, by name; and of those that cannot, what is wrong, by their key."""
+    def survey(self, misfit: Misfit = _any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Entries that can be read, by name; and of those that cannot, or are a ``misfit``, what is wrong, by key."""
         read: dict[str, dict[str, Any]] = {}
         torn: dict[str, str] = {}
-        listed = self._listed("")
-        fetched = self.location.get_many(listed.values())
-        for name, key in listed.items():
+        keys = self._listed("")
+        fetched = self.location.get_many(keys.values())
+        for name, key in keys.items():
             try:
                 if key in fetched:
-                    read[name] = self._decode(key, fetched[key])
+                    entry = self._decode(key, fetched[key])
+                    if not key.endswith(_FAILED):
+                        self._check(name, entry, misfit)
+                    read[name] = entry
             except CorruptStoreError as error:
                 torn[key] = str(error)
         return read, torn
@@ -196,7 +228,7 @@ class Ledger:
         """Remove the entry of one piece of work, which so is to be done again."""
         self.location.delete(entry_key(name))
 
-    def standing(self, folders: Iterable[str] = ("",)) -> Standing:
+    def standing(self, folders: Iterable[str] = ("",), misfit: Misfit = _any) -> Standing:
         """What is done and what of it lacks samples; pieces that lost a shard are forgotten.
 
         A shard is lost where it is missing or has another length than was recorded. Objects below
@@ -206,11 +238,12 @@ class Ledger:
         Raises
         ------
         CorruptStoreError
-            Names the entry that is not JSON, and what to do about it.
+            Names the entry that is not one, or is a ``misfit``, and what to do about it.
         """
         seen = _Seen((key, size) for folder in folders for key, size in self.location.sizes(folder))
         found = Standing(set(), {})
         for name, entry in self.stream():
+            self._check(name, entry, misfit)
             # what the listing does not show may have been written since
             if all((k, n) in seen or self.location.size(k) == n for k, n, _ in entry.get("shards", ())):
                 found.done.add(name)
@@ -253,19 +286,31 @@ class Ledger:
         )
         return {_name(key): key for key in keys}
 
-    def _decode(self, key: str, data: bytes, advice: str = _REDO) -> dict[str, Any]:
+    def _check(self, name: str, entry: Mapping[str, Any], misfit: Misfit) -> None:
+        wrong = misfit(name, entry)
+        if wrong is not None:
+            raise self._corrupt(entry_key(name), wrong)
+
+    def _decode(
+        self, key: str, data: bytes, expected: Mapping[str, shapes.Shape] = _ENTRY, advice: str = _REDO
+    ) -> dict[str, Any]:
         try:
-            value = dict(json.loads(data))
+            value = json.loads(data)
+            if not isinstance(value, dict):
+                raise TypeError
+            written = value.pop(_CHECKSUM, None)
+            signed = written is None or any(written == _self_checksum(value, indent) for indent in _INDENTS)
         except (ValueError, TypeError, RecursionError):
-            raise CorruptStoreError(
-                f"{key!r} of {self.location.url} is not a JSON object; {advice}"
-            ) from None
-        written = value.pop(_CHECKSUM, None)
-        if written is not None and all(written != _self_checksum(value, indent) for indent in _INDENTS):
-            raise CorruptStoreError(
-                f"{key!r} of {self.location.url} is not what was written: its checksum differs; {advice}"
-            )
+            raise self._corrupt(key, "is not a JSON object", advice) from None
+        if not signed:
+            raise self._corrupt(key, "is not what was written: its checksum differs", advice)
+        wrong = shapes.misshapen(value, expected)
+        if wrong:
+            raise self._corrupt(key, f"is not what a run writes: look at its {', '.join(wrong)}", advice)
         return value
+
+    def _corrupt(self, key: str, wrong: str, advice: str = _REDO) -> CorruptStoreError:
+        return CorruptStoreError(f"{key!r} of {self.location.url} {wrong}; {advice}")
 
 
 def compare_fingerprints(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

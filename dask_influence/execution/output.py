@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from dask_influence.errors import (
 from dask_influence.execution.base import Executor
 from dask_influence.execution.ledger import STATUS_KEY, Ledger, compare_fingerprints
 from dask_influence.execution.missing import MissingSamples, forget_missing
-from dask_influence.execution.pieces import RESIDUAL
+from dask_influence.execution.pieces import RESIDUAL, misfit, planned
 from dask_influence.execution.plan import Plan
 from dask_influence.execution.verify import same_metadata, verify_with
 from dask_influence.storage.results import (
@@ -124,7 +125,7 @@ class Output:
                 if repair is not None:
                     verify_with(self.location, repair, repair=True)
                     stored = self.ledger.read_begun() or stored
-                standing = self.ledger.standing(templates)
+                standing = self.ledger.standing(templates, partial(misfit, begun))
                 if repair is not None:
                     recorded, stored = stored.get("missing", {}), {**stored, "missing": {}}
                     self.ledger.write_run(stored)  # first: a reduction believes it
@@ -167,6 +168,12 @@ class Output:
             if key not in held or not same_metadata(run, key, held[key]):
                 self.location.put(key, text.encode())
         coordinates = {key: written for key, _, written in run.get("objects", ()) if key not in metadata}
+        foreign = sorted(coordinates.keys() - empty.keys())
+        if foreign:
+            raise CorruptStoreError(
+                f"{RUN_KEY!r} of {self.location.url} names objects that its run does not write "
+                f"({', '.join(foreign)}); pass overwrite=True to replace the run"
+            )
         held = self.location.get_many(coordinates)
         for key, written in coordinates.items():
             if key not in held or checksum(held[key]) != written:
@@ -243,7 +250,7 @@ class Output:
                 f"{self.location.url} already holds this run ({stored['state']}) and resume=False; "
                 "pass resume=True to continue it or overwrite=True to replace it"
             )
-        return Plan.from_json(stored["plan"])
+        return planned(stored)
 
     def complete(self) -> None:
         """Consolidate metadata, then say that the run is complete, or which samples it lacks."""

@@ -177,7 +177,12 @@ def solve_factors(
     progress("factors", done, len(chunks))
     for start, artifact, residual, bad in solved:
         index = start // chunks.size
-        entry = {"digest": artifact.digest, "nbytes": artifact.nbytes, "residual": list(residual)}
+        entry = {
+            "rows": [start, chunks[index].stop],
+            "digest": artifact.digest,
+            "nbytes": artifact.nbytes,
+            "residual": list(residual),
+        }
         if bad:
             output.missing.add("test", bad)
             entry["missing"] = output.missing.listed("test", start, chunks[index].stop)

@@ -136,6 +136,21 @@ class Tree:
             return strip_name(self.strip(node))
         return f"merge-{node.cell:06d}-{node.level}-{node.index:06d}"
 
+    def merge(self, name: str) -> Node | None:
+        """The merge with the ledger entry ``name``; None where there is none.
+
+        >>> tree = Tree(blocks=2, runs=17, axis="test")
+        >>> tree.merge("merge-000001-1-000001"), tree.merge("merge-000001-1-000002"), tree.merge("strip-000001")
+        (Node(cell=1, level=1, index=1), None, None)
+        """
+        numbers = name.split("-")[1:]
+        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+            return None
+        node = Node(*map(int, numbers))
+        known = node.cell < self.cells and 1 <= node.level <= self._depth
+        known = known and node.index < -(-self.leaves // FAN_IN**node.level)
+        return node if known and self.name(node) == name else None
+
 
 def strip_name(index: int) -> str:
     """Name of the ledger entry of a strip."""

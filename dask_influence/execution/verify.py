@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -18,7 +19,8 @@ from dask_influence.execution.artifacts import damaged_artifact
 from dask_influence.execution.base import Executor
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.ledger import Ledger, entry_key
-from dask_influence.execution.pieces import expected_pieces
+from dask_influence.execution.pieces import expected_pieces, misfit, planned
+from dask_influence.execution.plan import Plan
 from dask_influence.execution.units import format_bytes
 from dask_influence.storage.results import FINAL, GROUP_KEY, RUN_KEY, ShardRecord, damage, unfinished
 from dask_influence.storage.stores import Location
@@ -183,13 +185,14 @@ def verify_with(location: Location, executor: Executor | None, *, repair: bool =
     ledger = Ledger(location)
     try:
         run = ledger.read_begun()
+        plan = None if run is None else planned(run)
     except CorruptStoreError as error:
         return Verification(location.url, "unknown", 1, 0, (Damage(RUN_KEY, "run", str(error)),))
-    if run is None:
+    if run is None or plan is None:
         if not location.list("_run"):
             raise StoreError(f"{location.url} holds no run of dask_influence; check the URL")
         return Verification(location.url, "unknown", 1, 0, (Damage(RUN_KEY, "run", "is missing"),))
-    found = _Survey.of(location, ledger, run)
+    found = _Survey.of(location, ledger, run, plan)
     damaged = [*found.damaged, *_examined(location, executor, found)]
     damaged.sort(key=lambda one: one.key)
     report = Verification(
@@ -231,8 +234,8 @@ class _Survey:
     damaged: list[Damage] = field(default_factory=list)
 
     @classmethod
-    def of(cls, location: Location, ledger: Ledger, run: Mapping[str, Any]) -> _Survey:
-        entries, torn = ledger.survey()
+    def of(cls, location: Location, ledger: Ledger, run: Mapping[str, Any], plan: Plan) -> _Survey:
+        entries, torn = ledger.survey(partial(misfit, plan))
         survey = cls(entries)
         survey.read = 1 + len(entries) + len(torn)
         survey.damaged += [Damage(key, "ledger", wrong) for key, wrong in torn.items()]
@@ -240,7 +243,7 @@ class _Survey:
             for shard in entry.get("shards", ()):
                 survey._expect(ShardRecord(*shard), name)
         for key, nbytes, written in run.get("objects", ()):
-            if key not in run["metadata"]:
+            if key not in run.get("metadata", ()):
                 survey._expect(ShardRecord(key, nbytes, written), "coordinates")
         survey._look_at_metadata(location, run)
         survey._list_artifacts(location)

@@ -53,6 +53,7 @@ from dask_influence.errors import (
     MissingObjectError,
     StoreError,
 )
+from dask_influence.storage.shapes import Shape, anything, holding, listed, mapped, misshapen, text, whole
 from dask_influence.storage.stores import Location, store_errors
 
 FORMAT = "dask_influence"
@@ -68,6 +69,9 @@ FINAL = ("complete", "incomplete")
 
 FINISHED = ("state", "missing", "diagnostics")
 """Attributes of the group that a run adds when everything else is written."""
+
+MISSING = listed(holding(sample=whole, id=anything, reason=text))
+"""Shape of the missing samples of one side in a run's record."""
 
 LARGEST_CHUNK = 16 * 2**20
 """Tiles of more bytes become shards, so that a reader of one row decompresses a part."""
@@ -438,9 +442,11 @@ def unfinished(group: bytes) -> bytes:
     Raises
     ------
     ValueError
-        They are not JSON.
+        They are not a JSON object.
     """
     held = json.loads(group)
+    if not isinstance(held, dict) or not isinstance(held.get("attributes", {}), dict):
+        raise ValueError("metadata of a group are a JSON object, and so are its attributes")
     held.pop("consolidated_metadata", None)
     for name in FINISHED:
         held.get("attributes", {}).pop(name, None)
@@ -527,22 +533,32 @@ def _chunked(location: Location, how: Mapping[str, Any]) -> xr.Dataset:
 
 def _group_attributes(location: Location) -> dict[str, Any]:
     try:
-        return dict(json.loads(location.get("zarr.json")).get("attributes", {}))
+        held = _object(location, GROUP_KEY, {"attributes": mapped(anything)})
     except MissingObjectError:
         raise StoreError(
             f"{location.url} holds no Zarr group; check the URL, or write it with influences_to_zarr"
         ) from None
-    except ValueError as error:
-        raise CorruptStoreError(f"zarr.json of {location.url} is not JSON: {error}") from None
+    return dict(held.get("attributes", {}))
 
 
 def _run_record(location: Location, attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
-        return dict(json.loads(location.get(RUN_KEY)))
+        return _object(location, RUN_KEY, {"missing": mapped(MISSING)})
     except MissingObjectError:
         return attributes
-    except (ValueError, TypeError):
-        raise CorruptStoreError(f"{RUN_KEY!r} of {location.url} is not a JSON object") from None
+
+
+def _object(location: Location, key: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    try:
+        held = json.loads(location.get(key))
+    except (ValueError, RecursionError) as error:
+        raise CorruptStoreError(f"{key!r} of {location.url} is not JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise CorruptStoreError(f"{key!r} of {location.url} is not a JSON object")
+    wrong = misshapen(held, shapes)
+    if wrong:
+        raise CorruptStoreError(f"{key!r} of {location.url} is damaged: look at its {', '.join(wrong)}")
+    return held
 
 
 def described(missing: Mapping[str, Sequence[Mapping[str, Any]]], most: int = 10) -> str:

@@ -74,7 +74,10 @@ def make_up(store: Path) -> int:
                     os.link(model, target)
                 count += 1
                 shards.append([key, nbytes, checksum])
-        ledger.record(strip.name, {**first, "shards": shards})
+        own = {
+            name: [part.start, part.stop] for name, part in (("rows", strip.rows), ("columns", strip.columns))
+        }
+        ledger.record(strip.name, {**first, **own, "shards": shards})
     return count
 
 

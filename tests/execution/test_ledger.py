@@ -33,7 +33,7 @@ def test_run_record(ledger: Ledger) -> None:
 def test_entries(ledger: Ledger) -> None:
     assert ledger.entries() == {}
     assert ledger.done() == set()
-    written = {f"strip-{i:06d}": {"seconds": i / 7, "shards": [["k", i]]} for i in range(41)}
+    written = {f"strip-{i:06d}": {"seconds": i / 7, "shards": [["k", i, "crc"]]} for i in range(41)}
     for name, entry in written.items():
         ledger.record(name, entry)
     ledger.record("factors-0", {"digest": "a"})
@@ -43,14 +43,14 @@ def test_entries(ledger: Ledger) -> None:
 
 
 def test_people_find_a_line_for_each_name(ledger: Ledger) -> None:
-    ledger.record("a", {"shards": [["k", 1], ["l", 2]], "seconds": 1.5})
+    ledger.record("a", {"shards": [["k", 1, "crc"], ["l", 2, "crc"]], "seconds": 1.5})
     lines = ledger.location.get("_run/ledger/a.json").decode().splitlines()
     assert [line.split(":")[0] for line in lines] == ["{", ' "checksum"', ' "seconds"', ' "shards"', "}"]
 
 
 def test_records_that_were_indented_are_read(ledger: Ledger) -> None:
     """As they all were: a run that was begun then goes on."""
-    entry = {"seconds": 1.5, "shards": [["k", 1]]}
+    entry = {"seconds": 1.5, "shards": [["k", 1, "crc"]]}
     said = checksum(json.dumps(entry, sort_keys=True, indent=1).encode())
     ledger.location.put("_run/ledger/a.json", json.dumps({**entry, "checksum": said}, indent=1).encode())
     assert ledger.read("a") == entry
@@ -82,7 +82,7 @@ def test_names_that_are_refused(ledger: Ledger, name: str) -> None:
         ledger.record(name, {})
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff", 100_000 * b"["])
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"[]", b'""', b'[["a", 1]]', b"\xff", 100_000 * b"["])
 def test_torn_records_are_named(ledger: Ledger, data: bytes) -> None:
     ledger.record("fine", {})
     ledger.location.put("_run/ledger/torn.json", data)
@@ -156,6 +156,50 @@ def test_a_store_that_cannot_be_reached_is_not_an_empty_one() -> None:
     }
     with pytest.raises(StoreError, match="s3://bucket/run"):
         Ledger(Location.of("s3://bucket/run", options)).read_run()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shards", 5),
+        ("shards", [["k", 1]]),
+        ("shards", [["k", -1, "crc"]]),
+        ("shards", [["../k", 1, "crc"]]),
+        ("shards", [["", 1, "crc"]]),
+        ("part", "k"),
+        ("rows", [0, True]),
+        ("missing", [{"sample": "3", "reason": "NaN"}]),
+        ("missing", [3]),
+        ("digest", None),
+        ("residual", [None]),
+        ("seconds", "1.5"),
+    ],
+)
+def test_fields_of_another_shape_are_named(ledger: Ledger, field: str, value: object) -> None:
+    ledger.record("bad", {field: value})
+    named = rf"_run/ledger/bad\.json.*look at its {field}; delete it and run"
+    for read in (ledger.entries, ledger.standing, lambda: ledger.read("bad"), lambda: list(ledger.stream())):
+        with pytest.raises(CorruptStoreError, match=named):
+            read()
+    read, torn = ledger.survey()
+    assert (read, list(torn)) == ({}, ["_run/ledger/bad.json"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("solves", None),
+        ("objects", {"zarr.json": 3}),
+        ("metadata", {"zarr.json": {}}),
+        ("metadata", {"zarr.json": "\ud800"}),
+        ("missing", {"train": [{"sample": 3}]}),
+        ("missing", {"elsewhere": []}),
+    ],
+)
+def test_a_run_of_another_shape_is_named(ledger: Ledger, field: str, value: object) -> None:
+    ledger.write_run({"state": "running", "fingerprint": {}, "plan": {}, field: value})
+    with pytest.raises(CorruptStoreError, match=rf"_run/run\.json.*look at its {field}; pass overwrite=True"):
+        ledger.read_begun()
 
 
 # -- fingerprints -------------------------------------------------------------------------

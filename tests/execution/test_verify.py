@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from dask_influence import DirectInfluence, open_influences, verify
+from dask_influence import DirectInfluence, TopK, open_influences, verify
 from dask_influence.errors import CorruptStoreError, InfluenceWarning, StoreError, StoreMismatchError
 from dask_influence.execution import artifacts, tasks
 from dask_influence.execution import verify as module
@@ -218,6 +218,135 @@ def test_ledger_entries(run: Run, name: str, hurt: Callable[[Path], None]) -> No
     np.testing.assert_array_equal(run.call(repair=True).influence.values, run.scores)
     assert run.redone() <= {name, "residual"}
     assert verify(run.store)
+
+
+def copied(store: Path, name: str, over: str) -> str:
+    """Key of the entry that is another one's now."""
+    ledger = store / "_run" / "ledger"
+    (ledger / f"{over}.json").write_bytes((ledger / f"{name}.json").read_bytes())
+    return f"_run/ledger/{over}.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "over", "wrong"),
+    [
+        ("strip-000001", "strip-000002", "columns"),
+        ("strip-000001", "strip-000009", "no piece of its run"),
+        ("strip-000001", "note", "no piece of its run"),
+        ("strip-000001", "residual", "another piece"),
+        ("strip-000001", "factors-000000", "lacks residuals"),
+        ("factors-000000", "strip-000001", "lacks columns"),
+        ("factors-000000", "residual", "names no shards"),
+        ("residual", "strip-000001", "lacks rows and columns"),
+    ],
+)
+def test_an_entry_that_was_copied_over_another_name(run: Run, name: str, over: str, wrong: str) -> None:
+    """Its checksum is right, and what it names is there."""
+    key = copied(run.store, name, over)
+    (found,) = verify(run.store).damaged
+    assert (found.key, found.piece) == (key, "ledger")
+    assert wrong in found.wrong
+    with pytest.raises(CorruptStoreError, match=rf"{over}\.json.*delete it and run the same call again"):
+        run.call()
+    np.testing.assert_array_equal(run.call(repair=True).influence.values, run.scores)
+    assert run.redone() <= {over, "residual"}
+    assert verify(run.store)
+
+
+@pytest.mark.parametrize("name", ["strip-000001", "factors-000000", "residual"])
+def test_an_empty_entry_stands_for_nothing(run: Run, name: str) -> None:
+    key = f"_run/ledger/{name}.json"
+    (run.store / key).write_text("{}")
+    assert [(one.key, one.piece) for one in verify(run.store).damaged] == [(key, "ledger")]
+    with pytest.raises(CorruptStoreError, match=rf"{name}\.json"):
+        run.call()
+    np.testing.assert_array_equal(run.call(repair=True).influence.values, run.scores)
+    assert verify(run.store)
+
+
+def test_factors_of_another_run_of_test_points(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    model = DirectInfluence(case.model, case.loss, case.regularization).fit(case.train)
+    test = (case.test[0].repeat(2, 1), case.test[1].repeat(2, 1))  # two tasks of factors
+    first = model.influence_factors_to_zarr(tmp_path / "run", test).factors.values
+    key = copied(tmp_path / "run", "factors-000000", "factors-000001")
+    assert [one.key for one in verify(tmp_path / "run").damaged] == [key]
+    again = model.influence_factors_to_zarr(tmp_path / "run", test, repair=True)
+    np.testing.assert_array_equal(again.factors.values, first)
+    assert verify(tmp_path / "run")
+
+
+def test_entries_of_a_reduction_copied(tmp_path: Path) -> None:
+    case = data.mlp_regression()
+    model = DirectInfluence(case.model, case.loss, case.regularization).fit(case.train)
+    call = {"tile_bytes": 300, "reduce": TopK(3)}
+    first = model.influences_to_zarr(tmp_path / "run", case.test, case.train, **call)
+    names = sorted(path.stem for path in (tmp_path / "run" / "_run" / "ledger").iterdir())
+    (merge,) = (name for name in names if name.startswith("merge-"))
+    for name, over in ((merge, "strip-000001"), ("strip-000001", merge), ("strip-000001", "strip-000002")):
+        key = copied(tmp_path / "run", name, over)
+        assert [one.key for one in verify(tmp_path / "run").damaged] == [key]
+        again = model.influences_to_zarr(tmp_path / "run", case.test, case.train, repair=True, **call)
+        assert again.equals(first)
+        assert verify(tmp_path / "run")
+
+
+def test_entries_of_earlier_versions_are_as_written(run: Run) -> None:
+    """They carried no checksum, and those of factors no rows."""
+    for path in (run.store / "_run" / "ledger").iterdir():
+        entry = json.loads(path.read_text())
+        del entry["checksum"]
+        if path.stem.startswith("factors-"):
+            del entry["rows"]
+        path.write_text(json.dumps(entry))
+    assert verify(run.store).ok
+    before = run.read()
+    np.testing.assert_array_equal(run.call().influence.values, run.scores)
+    assert run.read() == before
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        {"shards": 5},
+        {"shards": [["influence/c/0/0", 1]]},
+        {"shards": []},
+        {"missing": [{"sample": 1_000, "id": 1_000, "reason": "NaN"}]},
+        {"rows": "all"},
+    ],
+)
+def test_an_entry_of_another_shape(run: Run, hurt: dict[str, Any]) -> None:
+    path = run.store / "_run" / "ledger" / "strip-000001.json"
+    entry = {name: held for name, held in json.loads(path.read_text()).items() if name != "checksum"}
+    path.write_text(json.dumps({**entry, **hurt}))
+    assert [one.piece for one in verify(run.store).damaged] == ["ledger"]
+    with pytest.raises(CorruptStoreError, match=r"strip-000001\.json"):
+        run.call()
+    np.testing.assert_array_equal(run.call(repair=True).influence.values, run.scores)
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        {"plan": {}},
+        {"plan": {"work": 5}},
+        {"plan": {"tile": "large"}},
+        {"plan": {"more": 1}},
+        {"objects": 5},
+        {"objects": [["elsewhere", 5, "crc32:0"]], "metadata": {}},
+        {"missing": {"train": 5}},
+    ],
+)
+def test_a_run_of_another_shape(run: Run, hurt: dict[str, Any]) -> None:
+    path = run.store / "_run" / "run.json"
+    record = {name: held for name, held in json.loads(path.read_text()).items() if name != "checksum"}
+    if "more" in hurt.get("plan", {}) or "tile" in hurt.get("plan", {}):
+        hurt = {"plan": {**record["plan"], **hurt["plan"]}}
+    path.write_text(json.dumps({**record, **hurt}))
+    assert not verify(run.store)
+    with pytest.raises(CorruptStoreError, match=r"run\.json"):
+        run.call()
+    np.testing.assert_array_equal(run.call(overwrite=True).influence.values, run.scores)
 
 
 @damages
