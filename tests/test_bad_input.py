@@ -34,6 +34,7 @@ from dask_influence.errors import (
     LossError,
     MemoryLimitError,
     NotFittedError,
+    PoisonedSamplesError,
     SampleMixingError,
     SingularCurvatureError,
     StoreError,
@@ -313,6 +314,42 @@ def test_samples_of_later_dask_chunks_are_named_by_their_place_in_all_of_them(es
         ):
             with pytest.raises(DataError, match=told):
                 ask().compute(scheduler="synchronous")
+
+
+def positive() -> tuple[Any, data.Pair, data.Pair]:
+    """A Poisson model, data on which it is positive, and the same with sample 4 where it is negative: a loss of NaN."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, 0.4)
+    x, y = data.normal(31, 23, 3).abs(), torch.ones(23, 1).double()
+    bad = x.clone()
+    bad[4] = -9.0
+    return net, (x, y), (bad, y)
+
+
+@pytest.mark.parametrize("mode", ["up", "perturbation"])
+@pytest.mark.parametrize(
+    "estimator",
+    [DirectInfluence, ArnoldiInfluence, CgInfluence, EkfacInfluence],
+    ids=lambda kind: kind.__name__,
+)
+def test_a_loss_that_is_nan_where_its_gradient_is_not(tmp_path: Path, estimator: Any, mode: str) -> None:
+    """Scores refuse what a fit refuses, at no pass more: also after samples of their shape have been seen."""
+    net, good, bad = positive()
+    how = {"curvature": "empirical_fisher", **({"rank": 3} if estimator is ArnoldiInfluence else {})}
+    loss = nn.PoissonNLLLoss(log_input=False)
+    with pytest.raises(DataError, match=r"nan|NaN"):
+        estimator(net, loss, 1.0, **how).fit(bad)
+    model = estimator(net, loss, 1.0, **how).fit(good)
+    for test, train, side in ((good, bad, "train"), (bad, good, "test")):
+        model.influences(*good, *good, mode=mode)
+        with pytest.raises(DataError, match="sample 4 is not finite, or its loss is not"):
+            model.influences(*test, *train, mode=mode)
+        with pytest.raises(
+            PoisonedSamplesError, match="sample 4: its loss or gradient is not finite"
+        ) as refused:
+            model.influences_to_zarr(tmp_path / side, test, train, mode=mode)
+        assert [one["sample"] for one in refused.value.missing[side]] == [4]
 
 
 # -- the loss -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -104,6 +104,7 @@ class Chain:
                     step.write_gradients(rows, written)
             for name in rows.keys() - written:
                 rows[name].zero_()
+            self.loss.mark(result)
         return result
 
     def mixed_derivatives(self, directions: Tensor, out: Tensor | None = None) -> Tensor:
@@ -118,6 +119,7 @@ class Chain:
             for start in range(0, len(directions), block):
                 part = slice(start, start + block)
                 self._mixed(self.objective.unflatten(directions[part]), result[part])
+            self.loss.mark(result.transpose(0, 1))
         return result.transpose(0, 1)
 
     def _mixed(self, along: Along, result: Tensor) -> None:
@@ -381,12 +383,19 @@ class Loss:
             self._output = output.detach().requires_grad_()
             total = objective.loss(self._output, y) * len(output)
             self._adjoint = _derivative(total, self._output, keep=twice)
+        self._total, self._each = total.detach(), partial(objective.losses, output, y)
         self.adjoint, size = self._adjoint.detach(), math.prod(output.shape[1:])
         self._matrices: Tensor | None = None
         if twice and size <= SMALL_OUTPUT:
             unit = torch.eye(size, dtype=output.dtype, device=output.device)
             seeds = unit[:, None].expand(-1, len(output), -1).reshape(size, *output.shape)
             self._matrices = self._times(seeds).reshape(size, len(output), size).transpose(0, 1).contiguous()
+
+    def mark(self, rows: Tensor) -> None:
+        """NaN in the ``rows`` (n, ...) of samples whose loss is not finite, whatever its derivatives are."""
+        if not self._total.isfinite():
+            with differentiation():
+                rows[~self._each().isfinite()] = torch.nan
 
     def _times(self, tangents: Tensor) -> Tensor:
         return _derivative(self._adjoint, self._output, seeds=tangents)

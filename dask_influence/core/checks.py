@@ -61,12 +61,13 @@ def check_loss(objective: Objective, x: Tree, y: Tree) -> None:
     dask_influence.errors.LossError: loss is a sum over samples; use reduction='mean'
     """
     check_kind(objective.module)
+    samples = leading_size(y)
     x, y = _few(x, y)
     with differentiation(), fused(), torch.no_grad():
         output = _output(objective, x)
         value = _scalar(objective, output, y)
         _check_repeatable(objective, x, output)
-        _check_mean(objective, y, output, value)
+        _check_mean(objective, y, output, value, samples)
         _check_independent(objective, x, output)
 
 
@@ -93,10 +94,11 @@ def check_samples(objective: Objective, x: Tree, y: Tree) -> None:
     Traceback (most recent call last):
     dask_influence.errors.DataError: loss is NaN or infinite for samples [0, 1, 2]; look for NaN or inf in ...
     """
+    samples = leading_size(y)
     x, y = _few(x, y)
     with differentiation(), fused(), torch.no_grad():
         output = _output(objective, x)
-        _check_mean(objective, y, output, _scalar(objective, output, y))
+        _check_mean(objective, y, output, _scalar(objective, output, y), samples)
 
 
 def _few(x: Tree, y: Tree) -> tuple[Tree, Tree]:
@@ -164,7 +166,7 @@ def _explained(objective: Objective, output: Any, y: Tree, failure: Exception) -
     )
 
 
-def _check_mean(objective: Objective, y: Tree, output: Any, value: Tensor) -> None:
+def _check_mean(objective: Objective, y: Tree, output: Any, value: Tensor, samples: int) -> None:
     count = leading_size(y)
     leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     if any(leaf.dim() == 0 or len(leaf) != count for leaf in leaves):
@@ -177,7 +179,7 @@ def _check_mean(objective: Objective, y: Tree, output: Any, value: Tensor) -> No
     if each.shape != (leading_size(y),):
         raise LossError(f"loss of one sample has shape {tuple(each.shape[1:])}; it must be a scalar")
     if not (value.isfinite() & each.isfinite().all()):
-        bad = torch.nonzero(~each.isfinite()).flatten().tolist()
+        bad = torch.nonzero(~each[:samples].isfinite()).flatten().tolist()  # of one sample there are two
         where = f"for samples {bad[:8]}" if bad else f"for the batch of the first {len(each)} samples"
         raise DataError(
             f"loss is NaN or infinite {where}; look for NaN or inf in x, y and the model's weights there"

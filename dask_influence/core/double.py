@@ -64,6 +64,7 @@ def _seeds(objective: Objective, x: Tree, y: Tree) -> tuple[Tensor, ...] | None:
             return None
         narrow_losses, narrow = _differentiated(objective, outputs, y, objective.dtype)
     same = _same(narrow_losses, losses, _numbers(outputs), rounding(objective.dtype) ** 0.5)
+    narrow = [b.masked_fill(_beside(~narrow_losses.isfinite(), b), torch.nan) for b in narrow]
     pairs = zip(wide, narrow, strict=True)
     return tuple(torch.where(_beside(same, a), a.to(b.dtype), b) for a, b in pairs)
 

@@ -19,7 +19,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from dask_influence.core import compiled, multiply
 from dask_influence.core.chain import Chain
@@ -228,16 +228,34 @@ def _gradient_chain(objective: Objective, theta: Theta, x: Tree, y: Tree) -> Ten
 
 
 def _gradient_vmap(objective: Objective, theta: Theta, x: Tree, y: Tree) -> Tensor:
-    per_sample = vmap(grad(objective.sample_loss), in_dims=(None, 0, 0))(theta, x, y)
-    return objective.flatten(per_sample, 1)
+    of_each = vmap(grad_and_value(objective.sample_loss), in_dims=(None, 0, 0))
+    per_sample, losses = of_each(theta, x, y)
+    return _marked(objective.flatten(per_sample, 1), losses)
 
 
 def _gradient_loop(objective: Objective, theta: Theta, x: Tree, y: Tree) -> Tensor:
-    rows = []
+    rows, losses = [], []
     for j in range(leading_size(y)):
         one_x, one_y = (optree.tree_map(lambda a, j=j: a[j : j + 1], tree) for tree in (x, y))
-        rows.append(total_gradient(objective, theta, one_x, one_y))
-    return torch.stack(rows)
+        with _recording(*theta.values()) as leaves:
+            loss = objective.total_loss(_named(objective, leaves), one_x, one_y)
+            rows.append(_flat(_backward(loss, leaves)).detach())
+        losses.append(loss.detach())
+    return _marked(torch.stack(rows), torch.stack(losses))
+
+
+def _marked(rows: Tensor, losses: Tensor) -> Tensor:
+    """``rows`` (n, ...), of which those are not finite whose loss is not: its derivatives may be nevertheless.
+
+    One number of each, in place: what is made of a row is not finite then either.
+    """
+    rows[:, :1] += 0 * losses[:, None]
+    return rows
+
+
+def _added(rows: Tensor, losses: Tensor) -> Tensor:
+    """The same of short rows, out of place: columns that depend on no direction may be one in memory."""
+    return rows + 0 * losses[:, None]
 
 
 def _pullback(function: Callable[[Any], Tensor], at: Any) -> tuple[Tensor, Callable[[Any], Any]]:
@@ -287,8 +305,9 @@ def _directional_forward(objective: Objective, theta: Theta, x: Tree, y: Tree, v
     def losses(p: Theta) -> Tensor:
         return objective.sample_losses(p, x, y)
 
-    along = vmap(lambda v: jvp(losses, (theta,), (v,))[1], out_dims=1)
-    return along(objective.unflatten(vectors))
+    along = vmap(lambda v: jvp(losses, (theta,), (v,)), out_dims=(None, 1))  # type: ignore[arg-type]
+    found: Any = along(objective.unflatten(vectors))
+    return _added(found[1], found[0])
 
 
 def _directional_forward_loop(
@@ -297,43 +316,58 @@ def _directional_forward_loop(
     def losses(p: Theta) -> Tensor:
         return objective.sample_losses(p, x, y)
 
-    columns = [jvp(losses, (theta,), (v,))[1] for v in _tangents(objective, vectors)]
-    return torch.stack(columns, 1)
+    found: list[Any] = [jvp(losses, (theta,), (v,)) for v in _tangents(objective, vectors)]
+    return _marked(torch.stack([column for _, column in found], 1), found[0][0])
 
 
 def _directional_weights(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
     losses, pull = _pullback(lambda p: objective.sample_losses(p, x, y), theta)
     _, push = _pullback(lambda u: pull(u)[0], torch.zeros_like(losses))
-    return vmap(lambda v: push(v)[0], out_dims=1)(objective.unflatten(vectors))
+    return _added(vmap(lambda v: push(v)[0], out_dims=1)(objective.unflatten(vectors)), losses)
 
 
 def _directional_weights_loop(
     objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor
 ) -> Tensor:
-    columns = []
+    columns, losses = [], vectors.new_zeros(leading_size(y))
     for vector in vectors:
         with _recording(*theta.values()) as leaves:
             losses = objective.sample_losses(_named(objective, leaves), x, y)
             weights = torch.zeros_like(losses, requires_grad=True)
             gradient = _flat(_backward(losses, leaves, weights, keep=True))
             columns.append(_backward(gradient, [weights], vector)[0].detach())
-    return torch.stack(columns, 1)
+    return _marked(torch.stack(columns, 1), losses.detach())
 
 
 # -- their gradients in the input ------------------------------------------------------
-def _input_loss(objective: Objective, x: Tree, y: Tree) -> Callable[[Theta, Tensor], Tensor]:
-    return lambda p, leaf: objective.total_loss(p, with_input(x, leaf), y)
+_Valued = tuple[Tensor, Tensor]
+"""What is wanted, and the loss on the way to it."""
 
 
-def _mixed_of(objective: Objective, theta: Theta, x: Tree, y: Tree) -> dict[str, Callable[[Theta], Tensor]]:
+def _input_loss(objective: Objective, x: Tree, y: Tree) -> Callable[[Theta, Tensor], _Valued]:
+    """The loss as a function of θ and the input, twice: to be differentiated, and to be looked at."""
+
+    def loss(p: Theta, leaf: Tensor) -> _Valued:
+        value = objective.total_loss(p, with_input(x, leaf), y)
+        return value, value.detach()
+
+    return loss
+
+
+def _mixed_of(objective: Objective, theta: Theta, x: Tree, y: Tree) -> dict[str, Callable[[Theta], _Valued]]:
     """For each order, the function v ↦ ∇x ⟨v, ∇θ Σ_j ℓ(z_j)⟩, shape (n, *features)."""
     loss, leaf = _input_loss(objective, x, y), input_leaf(x)
 
-    def forward_over_reverse(v: Theta) -> Tensor:
-        return jvp(lambda p: grad(loss, argnums=1)(p, leaf), (theta,), (v,))[1]
+    def pushed(function: Callable[[Theta], _Valued], v: Theta) -> _Valued:
+        result: Any = jvp(function, (theta,), (v,), has_aux=True)
+        return result[1], result[2]
 
-    def reverse_over_forward(v: Theta) -> Tensor:
-        return grad(lambda a: jvp(lambda p: loss(p, a), (theta,), (v,))[1])(leaf)
+    def forward_over_reverse(v: Theta) -> _Valued:
+        return pushed(lambda p: grad(loss, argnums=1, has_aux=True)(p, leaf), v)
+
+    def reverse_over_forward(v: Theta) -> _Valued:
+        result: _Valued = grad(lambda a: pushed(lambda p: loss(p, a), v), has_aux=True)(leaf)
+        return result
 
     return {"forward_over_reverse": forward_over_reverse, "reverse_over_forward": reverse_over_forward}
 
@@ -341,7 +375,8 @@ def _mixed_of(objective: Objective, theta: Theta, x: Tree, y: Tree) -> dict[str,
 def _mixed_batched(order: str) -> Callable[..., Tensor]:
     def form(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
         of = _mixed_of(objective, theta, x, y)[order]
-        return vmap(of, out_dims=1)(objective.unflatten(vectors))
+        rows, total = vmap(of, out_dims=(1, None))(objective.unflatten(vectors))  # type: ignore[arg-type]
+        return _without_losses(rows, total, objective, theta, x, y)
 
     return form
 
@@ -349,25 +384,39 @@ def _mixed_batched(order: str) -> Callable[..., Tensor]:
 def _mixed_looped(order: str) -> Callable[..., Tensor]:
     def form(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
         of = _mixed_of(objective, theta, x, y)[order]
-        return torch.stack([of(v) for v in _tangents(objective, vectors)], 1)
+        parts = [of(v) for v in _tangents(objective, vectors)]
+        rows = torch.stack([part for part, _ in parts], 1)
+        return _without_losses(rows, parts[0][1], objective, theta, x, y)
 
     return form
 
 
 def _mixed_reverse(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
     loss = _input_loss(objective, x, y)
-    _, pull = _pullback(lambda leaf: grad(loss)(theta, leaf), input_leaf(x))
-    return vmap(lambda v: pull(v)[0], out_dims=1)(objective.unflatten(vectors))
+    result: Any = vjp(lambda leaf: grad(loss, has_aux=True)(theta, leaf), input_leaf(x), has_aux=True)
+    _, pull, total = result
+    rows = vmap(lambda v: pull(v)[0], out_dims=1)(objective.unflatten(vectors))
+    return _without_losses(rows, total, objective, theta, x, y)
 
 
 def _mixed_reverse_loop(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:
-    columns = []
+    columns, total = [], vectors.new_zeros(())
     for vector in vectors:
         with _recording(input_leaf(x), *theta.values()) as (leaf, *leaves):
-            loss = _input_loss(objective, x, y)(_named(objective, leaves), leaf)
+            loss, total = _input_loss(objective, x, y)(_named(objective, leaves), leaf)
             gradient = _flat(_backward(loss, leaves, keep=True))
             columns.append(_backward(gradient, [leaf], vector)[0].detach())
-    return torch.stack(columns, 1)
+    return _without_losses(torch.stack(columns, 1), total, objective, theta, x, y)
+
+
+def _without_losses(
+    rows: Tensor, total: Tensor, objective: Objective, theta: Theta, x: Tree, y: Tree
+) -> Tensor:
+    """NaN in the rows of samples whose loss is not finite, whatever its derivatives are; their ``total`` tells."""
+    if total.isfinite():
+        return rows
+    bad = ~objective.sample_losses(theta, x, y).isfinite()
+    return rows.masked_fill(bad.reshape(-1, *(1,) * (rows.dim() - 1)), torch.nan)
 
 
 def _mixed_chain(objective: Objective, theta: Theta, x: Tree, y: Tree, vectors: Tensor) -> Tensor:

@@ -98,6 +98,10 @@ class Outputs:
             leaves[i] = part.reshape(shape)
         return self.objective.loss(pytree.tree_unflatten(leaves, self.structure), self.y) * len(flat)
 
+    def losses(self) -> Tensor:
+        """ℓ(f_j, y_j) of each sample, (n,)."""
+        return self.objective.losses(pytree.tree_unflatten(self.leaves, self.structure), self.y)
+
     def in_double(self) -> Outputs:
         """The same outputs in float64, where the gradient of the loss tells one family from another."""
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import optree
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad_and_value
 
 from dask_influence.core.content import octets
 from dask_influence.core.families import Likelihood, recognise
@@ -190,9 +190,13 @@ class Expectation:
 
 
 def _gradient(outputs: Outputs) -> Tensor:
-    """∂ℓ_j/∂f_j at the targets given, (n, K)."""
-    of: Callable[[Tensor], Tensor] = grad(outputs.loss)
-    return of(outputs.flat)
+    """∂ℓ_j/∂f_j at the targets given, (n, K); NaN where ℓ_j is not finite."""
+    of: Callable[[Tensor], tuple[Tensor, Tensor]] = grad_and_value(outputs.loss)
+    rows, total = of(outputs.flat)
+    if not total.isfinite():
+        rows = rows.clone()
+        rows[~outputs.losses().isfinite()] = torch.nan
+    return rows
 
 
 def _roots(outputs: Outputs) -> Tensor:

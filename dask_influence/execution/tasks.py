@@ -405,7 +405,7 @@ def pieces(samples: range, most: int) -> Iterator[tuple[int, int]]:
 
 
 def refuse_non_finite(rows: Tensor, argument: str, start: int, missing: Missing | None = None) -> np.ndarray:
-    """Places of the samples, counted from ``start``, whose row holds NaN or inf.
+    """Places of the samples, counted from ``start``, whose row holds NaN or inf, as where their loss does.
 
     They are added to ``missing``; where that is None, the first one is refused by its name.
     """
@@ -414,12 +414,12 @@ def refuse_non_finite(rows: Tensor, argument: str, start: int, missing: Missing 
     bad = np.flatnonzero((~rows.isfinite().flatten(1).all(dim=1)).cpu().numpy())
     if len(bad) and missing is None:
         raise DataError(
-            f"{argument}: the gradient of sample {start + int(bad[0])} is not finite; "
-            "look at its loss, or leave the sample out"
+            f"{argument}: the gradient of sample {start + int(bad[0])} is not finite, or its loss is not; "
+            "look at its input and its target, or leave the sample out"
         )
     for place in bad.tolist():
         assert missing is not None
-        missing.setdefault(start + place, "its gradient is not finite")
+        missing.setdefault(start + place, "its loss or gradient is not finite")
     return bad
 
 

@@ -40,6 +40,15 @@ def test_float32_rounding_passes(scale: float) -> None:
     check_loss(specimen.objective().to(dtype=torch.float32), scale * x.float(), y)
 
 
+@pytest.mark.parametrize("checked", [check_loss, check_samples])
+def test_one_sample_is_named_once(checked: Callable[..., None]) -> None:
+    """It is looked at twice, since one alone cannot tell a sum from a mean."""
+    objective = Objective.of(nn.Linear(6, 1).double(), F.mse_loss)
+    with pytest.raises(DataError, match=r"samples \[0\];"):
+        checked(objective, X[:1], torch.full((1, 1), torch.nan).double())
+    checked(objective, X[:1], torch.ones(1, 1).double())
+
+
 # -- other samples of an objective that has passed -----------------------------------------
 def check_more(model: nn.Module, loss: Callable[[Any, Any], Any], x: Any = X, y: Any = LABELS) -> None:
     check_samples(Objective.of(model.double(), loss), x, y)

@@ -591,6 +591,40 @@ def test_a_loss_that_cannot_be_vmapped_is_taken_sample_by_sample() -> None:
     assert oracles.relative_error(actual, expected) <= 1e-12
 
 
+def poisson(output: Tensor, target: Tensor) -> Tensor:
+    """NaN below zero, where its derivatives 1 − y/f and y/f² are finite."""
+    return F.poisson_nll_loss(output, target, log_input=False)
+
+
+@pytest.mark.parametrize(
+    ("derivative", "form"),
+    [(name, form) for name in ("gradient", "directional", "mixed") for form in forms.FORMS[name]],
+)
+def test_a_sample_whose_loss_is_not_finite_has_no_finite_derivative(derivative: str, form: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(1.0)
+    net[2].bias.data.fill_(0.0)
+    objective = Objective.of(net, poisson)
+    x, y = torch.tensor([[1.0, 2.0], [-1.0, -2.0], [3.0, 1.0]]).double(), torch.ones(3, 1).double()
+    vectors, chosen = data.normal(3, 2, objective.size), Forms(**{derivative: form})
+
+    def value(bad: bool) -> Tensor:
+        own = x if bad else x[[0, 0, 2]]  # of as many samples, or rounding might differ
+        if derivative == "gradient":
+            return forms.sample_gradients(objective, own, y, chosen)
+        function = {"directional": forms.directional_derivatives, "mixed": forms.mixed_derivatives}[
+            derivative
+        ]
+        return function(objective, own, y, vectors, chosen)
+
+    found, healthy = value(bad=True), value(bad=False)
+    assert healthy.isfinite().all()
+    assert found.flatten(1).isfinite().all(1).tolist() == [True, False, True]
+    assert torch.equal(found[[0, 2]], healthy[[0, 2]])
+
+
 def test_input_leaf_is_the_one_floating_tensor() -> None:
     dense, ids = torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
     assert derivatives.input_leaf(dense) is dense

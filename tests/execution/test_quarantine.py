@@ -155,7 +155,7 @@ def entries(store: Path) -> dict[str, Any]:
     ("value", "reason"),
     [
         (float("nan"), "its x holds NaN or inf"),
-        (MARK, "its gradient is not finite"),
+        (MARK, "its loss or gradient is not finite"),
         (STRANGE, "it raises KeyError: 'no such sample'"),
     ],
     ids=["input", "gradient", "raises"],
