@@ -46,10 +46,20 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch with one thread, whatever the environment says: tasks of this process run one after the other."""
+    yield from _torch_threads(1)
+
+
+@pytest.fixture
 def two_threads() -> Iterator[None]:
     """torch with two threads, whatever the environment says."""
+    yield from _torch_threads(2)
+
+
+def _torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
 

@@ -380,7 +380,7 @@ def test_without_repair_a_flipped_byte_is_not_looked_for(run: Run) -> None:
     assert not verify(run.store)
 
 
-def test_a_run_that_was_interrupted_is_as_written_so_far(tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_is_as_written_so_far(tmp_path: Path, one_thread: None) -> None:
     case = data.mlp_regression()
     model = DirectInfluence(case.model, case.loss, case.regularization).fit(case.train)
 
