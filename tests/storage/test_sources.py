@@ -28,7 +28,7 @@ from torch.utils.data import (
 )
 
 from dask_influence.errors import CorruptStoreError, DataError, DataWarning, StoreError
-from dask_influence.storage import samples
+from dask_influence.storage import samples, staging
 from dask_influence.storage.sources import (
     ArraySource,
     DaskSource,
@@ -432,6 +432,69 @@ def test_lost_chunk_of_staged_samples_does_not_read_as_zero(tmp_path: Path) -> N
     x, y = staged.read(0, 3)
     assert np.isnan(x).all()
     assert (y < -1e9).all()
+
+
+# -- what is remembered of staged samples --------------------------------------------------
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Ranges that are read from a store, by a process that remembers nothing yet."""
+    staging._RECENT.clear()
+    ranges, real = list[tuple[int, int]](), ZarrSource._decoded
+
+    def counting(self: ZarrSource, start: int, stop: int) -> Any:
+        ranges.append((start, stop))
+        return real(self, start, stop)
+
+    monkeypatch.setattr(ZarrSource, "_decoded", counting)
+    return ranges
+
+
+def test_staged_samples_are_read_once_by_a_process(tmp_path: Path, decoded: list[tuple[int, int]]) -> None:
+    """By content: wherever they are staged again. Whoever reads them may write into them."""
+    for folder in ("first", "again"):
+        staged = stage(as_source((X, Y)), Location.of(tmp_path / folder), 4)
+        for one in (staged, pickle.loads(pickle.dumps(staged))):
+            x, y = one.read(3, 9)
+            np.testing.assert_array_equal(x, X[3:9])
+            np.testing.assert_array_equal(y, Y[3:9])
+            x[:], y[:] = 0, 0
+    assert decoded == [(3, 9)]
+    staged.read(3, 8)
+    assert decoded == [(3, 9), (3, 8)]
+
+
+def test_what_may_have_been_missing_is_not_remembered(tmp_path: Path, decoded: list[tuple[int, int]]) -> None:
+    for number, (x, y) in enumerate([(X, Y), (np.arange(11.0)[:, None], Y % 2 == 0)]):
+        location = Location.of(tmp_path / str(number))
+        staged = stage(as_source((x, y)), location, 11)
+        chunks = {key: location.get(key) for key in location.list() if "/y/c/" in key}
+        for key in chunks:
+            location.delete(key)
+        assert (staged.read(0, 11)[1] != y).any()
+        for key, content in chunks.items():
+            location.put(key, content)
+        np.testing.assert_array_equal(staged.read(0, 11)[1], y)
+    assert len(decoded) == 4
+
+
+def test_large_batches_are_not_remembered(
+    tmp_path: Path, decoded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged = stage(as_source((X, Y)), Location.of(tmp_path), 4)
+    monkeypatch.setattr(staging, "RECENT", 4 * 4 * staged.nbytes_per_sample)
+    for _ in range(2):
+        staged.read(0, 3)
+        staged.read(0, 4)
+    assert decoded == [(0, 3), (0, 4), (0, 4)]
+
+
+def test_a_group_of_the_users_is_read_each_time(tmp_path: Path, decoded: list[tuple[int, int]]) -> None:
+    """It may be written to."""
+    staged = stage(as_source((X, Y)), Location.of(tmp_path), 4)
+    own = ZarrSource(staged.location)
+    for _ in range(2):
+        own.read(0, 4)
+    assert len(decoded) == 2
 
 
 # -- staging ------------------------------------------------------------------------------
