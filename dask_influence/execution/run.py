@@ -258,7 +258,8 @@ def surviving(
     """
     suspects: list[tuple[Any, ...]] = []
     yield from executor.map(task, calls, suspects.append, threads=threads)
-    yield from executor.map(isolated, suspects, threads=threads)
+    if suspects:  # to ask a cluster how many it takes at once is a question to its scheduler
+        yield from executor.map(isolated, suspects, threads=threads)
 
 
 # -- scores ----------------------------------------------------------------------------
