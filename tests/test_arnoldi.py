@@ -260,6 +260,21 @@ def test_missed_pairs_are_looked_for_when_the_last_ones_have_nearly_converged(
     assert fitted.diagnostics["eigenpair_residual"] <= tol
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("rank", [6, 8, 12, 20])
+def test_pairs_beyond_the_rank_of_the_curvature(rank: int, dtype: torch.dtype) -> None:
+    """Forty features that span five dimensions, and a bias: the Krylov space ends early."""
+    x = (data.normal(85, 200, 5) @ data.normal(86, 5, 40)).to(dtype)
+    y, model = data.normal(87, 200, 1).to(dtype), data.seeded(lambda: torch.nn.Linear(40, 1)).to(dtype)
+    how = (model, torch.nn.functional.mse_loss, 1e-2)
+    exact = DirectInfluence(*how).fit((x, y)).influences(x[:20], y[:20], x, y)
+    for tol in (1e-3, 1e-6):
+        fitted = ArnoldiInfluence(*how, rank=rank, complement=True, tol=tol).fit((x, y))
+        found = fitted.influences(x[:20], y[:20], x, y)
+        assert oracles.relative_error(found, exact) <= (1e-9 if dtype == torch.float64 else 1e-5)
+        assert fitted.diagnostics["positive_definite"]
+
+
 @pytest.mark.parametrize(
     ("rank", "pass_cost", "block"), [(20, 0.1, 1), (20, 1.0, 3), (1, 1.0, 1), (100, 1.0, 7), (600, 4.0, 16)]
 )

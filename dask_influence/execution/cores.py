@@ -1,8 +1,7 @@
-"""Cores: where threads that have all cores of the process between them compute.
+"""Cores: threads that have all cores of the process between them compute on one each.
 
 The kernel wakes threads that have slept for a tenth of a second on one core, and may take tens of
-milliseconds to part them: what is small takes as long as by one thread. So each keeps to a core of its
-own while it computes.
+milliseconds to part them: what is small takes as long as by one thread.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
-
-_all: Sequence[int] = ()
-"""Those of the process, once a thread keeps to one: threads that such a one starts are where it is."""
 
 
 def cores_of(threads: int) -> Sequence[int]:
@@ -30,23 +26,18 @@ def cores_of(threads: int) -> Sequence[int]:
 
 @contextmanager
 def keeping_to(cores: Sequence[int], number: int) -> Iterator[None]:
-    """The calling thread on ``cores[number]``, then on any of ``cores``; wherever it is without ``cores``."""
-    global _all
+    """The calling thread on ``cores[number]``, then on any of ``cores``; wherever it is without ``cores``.
+
+    Threads and processes that it starts meanwhile stay where it is.
+    """
     if not cores:
         yield
         return
-    _all = cores
     _place(cores[number : number + 1])
     try:
         yield
     finally:
         _place(cores)
-
-
-def anywhere() -> None:
-    """The calling thread on any core, whichever thread has started it."""
-    if _all:
-        _place(_all)
 
 
 def _place(cores: Sequence[int]) -> None:

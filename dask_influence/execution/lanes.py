@@ -48,13 +48,17 @@ def _pool(lanes: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def in_lanes(calls: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
-    """Results of the calls, in their order, of which a few are begun ahead; none is left running when one raises."""
+def in_lanes(calls: Iterable[Callable[[], T]], threads: int, *, apart: bool = False) -> Iterator[T]:
+    """Results of the calls, in their order, of which a few are begun ahead; none is left running when one raises.
+
+    Lanes that are kept ``apart`` have a core each (:mod:`~dask_influence.execution.cores`): for calls that start
+    neither threads nor processes, which would stay there.
+    """
     lanes = lanes_of(threads)
     if lanes == 1:
         yield from (call() for call in calls)
         return
-    coming, futures, cores = iter(calls), deque[Future[T]](), cores_of(lanes)
+    coming, futures, cores = iter(calls), deque[Future[T]](), cores_of(lanes) if apart else ()
 
     def take(call: Callable[[], T]) -> T:
         with keeping_to(cores, _own.lane):
@@ -82,11 +86,13 @@ class Shared:
     ----------
     threads : int
         Torch threads of a lane.
+    apart : bool
+        As in :func:`in_lanes`.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, apart: bool = False) -> None:
         self._others = lanes_of(threads) - 1
-        self._cores = cores_of(lanes_of(threads))
+        self._cores = cores_of(lanes_of(threads)) if apart else ()
         self._here = keeping_to(self._cores, 0)
         self._queue = deque[Callable[[], None]]()
         self._busy: list[Future[None]] = []

@@ -21,7 +21,7 @@ from dask_influence.execution.lanes import Shared, in_lanes
 from dask_influence.execution.plan import FEWEST_FACTORS, Plan
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
-from dask_influence.storage.sources import Source
+from dask_influence.storage.sources import ArraySource, Source
 
 FEWEST_SAMPLES = 256
 """Samples of a piece: to differentiate fewer at once costs more than another thread saves."""
@@ -55,6 +55,11 @@ def influences_in_memory(
     )
 
 
+def _held(source: Source) -> bool:
+    """Whether samples are there, and to read them starts no threads or processes of a library or a user."""
+    return isinstance(source, ArraySource)
+
+
 def _job(fit: Fit, source: Source) -> Job:
     return Job(fit.model, source, source.argument, fit.threads)
 
@@ -76,7 +81,8 @@ def factors_in_memory(
         bounds = (chunk.start, chunk.stop, batch)
         return tasks.closed_factors(job, solver, *bounds, project=project, certify=False).rows
 
-    return torch.cat([*in_lanes([partial(solve, chunk) for chunk in chunks], fit.threads)])
+    calls = [partial(solve, chunk) for chunk in chunks]
+    return torch.cat([*in_lanes(calls, fit.threads, apart=_held(source))])
 
 
 def solved_rows(job: Job, solver: Solver, gradients: torch.Tensor, rows: int) -> torch.Tensor:
@@ -87,7 +93,8 @@ def solved_rows(job: Job, solver: Solver, gradients: torch.Tensor, rows: int) ->
         with job.running():
             return tasks.solved(inverse, part, project=False, certify=False).rows
 
-    return torch.cat([*in_lanes([partial(solve, part) for part in gradients.split(rows)], job.threads)])
+    calls = [partial(solve, part) for part in gradients.split(rows)]
+    return torch.cat([*in_lanes(calls, job.threads, apart=True)])
 
 
 def _perturbations_by_chain(
@@ -119,7 +126,7 @@ def _perturbations_by_chain(
             derivatives = chain.mixed_derivatives(solved.result(), out=part)
         tasks.refuse_non_finite(derivatives, train.argument, columns.start)
 
-    with Shared(fit.threads) as lanes, computing(fit.model, fit.threads):
+    with Shared(fit.threads, apart=_held(test) and _held(train)) as lanes, computing(fit.model, fit.threads):
         solving: list[tuple[Future[torch.Tensor], slice]] = []
         for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
             gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)
@@ -187,7 +194,8 @@ def score_columns(
             scores[:, place] = tasks.tile_of(query, derivatives, slice(None))
 
     pieces = [piece for strip in strips for piece in (_pieces(strip) if job.threads == 1 else [strip])]
-    deque(in_lanes([partial(score, piece) for piece in pieces], job.threads), maxlen=0)
+    calls = [partial(score, piece) for piece in pieces]
+    deque(in_lanes(calls, job.threads, apart=_held(job.source)), maxlen=0)
 
 
 def _pieces(columns: range) -> Iterator[range]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, Self, TypeVar
 
-from dask_influence.execution.cores import anywhere
 from dask_influence.storage.samples import Pair
 from dask_influence.storage.sources import Source
 
@@ -24,7 +23,7 @@ _MOST_THREADS = 32
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """Threads that stay: to start some takes milliseconds beside others that compute."""
-    return ThreadPoolExecutor(_MOST_THREADS, "dask-influence-overlap", initializer=anywhere)
+    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="dask-influence-overlap")
 
 
 # a child of this process has the pool, but none of its threads

@@ -149,13 +149,14 @@ class Decomposition:
         known[own] = _overlap(self._rows[own], rows)
         self._subtract(rows, known, own)
         taken = None
-        waits = self.pending == 1 and not self._waiting and bool(rows.norm() > CLEAR**2 * known.norm())
+        waits = self.pending == 1 and not self._waiting and self._may_wait(rows, known, unit)
         if waits:
             taken = known[:0]
         elif self._waiting:
             common, length, taken = self._settle(rows)
-            known[:start] += common * known[start] + taken
+            known[:start] += common * known[start]
             known[start] *= length
+            known += taken
             # the image of what the row has become
             known = (known - self.coefficients @ common / unit) / length
             rows, taken = rows.div_(length), taken / length
@@ -165,10 +166,20 @@ class Decomposition:
         self._coefficients[: self._length, start : start + count] = unit * torch.cat([known, coordinates])
         self._waiting = waits and self.pending == 1
 
+    def _may_wait(self, rows: Tensor, known: Tensor, unit: float) -> bool:
+        """Whether what is left of an image is long beside C, so that little of it is rounding, which may be inside Q.
+
+        An image is not enough to tell: that of a row which C makes nothing of is rounding altogether.
+        """
+        left, taken = unit * rows.norm().item(), unit * known.norm().item()
+        seen = self.coefficients.abs().max().item() if self.multiplied else 0.0
+        return left > CLEAR**2 * max(seen, math.hypot(left, taken))
+
     def _settle(self, beside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take what the row f that waits and the rows ``beside`` (b, P) have inside Q from them, by one reading of Q.
 
-        f was Q c + ν f' and becomes f'; returns c (K, 1), ν, and what was taken from the others (K, b).
+        f was Q c + ν f' and becomes f'; returns c (K, 1), ν, and what was taken from the others (K + 1, b), which
+        have nothing of f' either.
         """
         start, inside = self.multiplied, slice(self.multiplied)
         both = torch.cat([self.next(1), beside])
@@ -177,11 +188,14 @@ class Decomposition:
         common, length = overlap[:, :1], both[0].norm().to(torch.float64)
         self._rows[start] = both[0] / length
         beside.copy_(both[1:])
+        own = slice(start, start + 1)
+        rest = _overlap(self._rows[own], beside)
+        _subtract(beside, rest.mT.to(beside.dtype), self._rows[own])
         coefficients = self.coefficients
         coefficients[:start] += common * coefficients[start]
         coefficients[start] *= length
         self._waiting = False
-        return common, length, overlap[:, 1:]
+        return common, length, torch.cat([overlap[:, 1:], rest])
 
     def _subtract(self, rows: Tensor, overlap: Tensor, held: slice) -> None:
         """Take ``overlap`` (K + p, b) with the rows ``held`` from ``rows`` (b, P)."""

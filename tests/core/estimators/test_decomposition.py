@@ -81,7 +81,7 @@ def test_it_grows_the_same_in_panels(panel: int, dtype: torch.dtype, monkeypatch
 
 def test_rows_that_come_one_by_one_are_subtracted_from_in_twos(monkeypatch: pytest.MonkeyPatch) -> None:
     """To read Q is what that costs: half as often as there are rows, and a row that waits is no worse for it."""
-    matrix, basis, read = symmetric(), begun(), []
+    matrix, basis, read = symmetric(size=200), begun(size=200), []
 
     def overlap(held: Tensor, rows: Tensor) -> Tensor:
         read.append(len(held))
@@ -90,7 +90,7 @@ def test_rows_that_come_one_by_one_are_subtracted_from_in_twos(monkeypatch: pyte
     monkeypatch.setattr("dask_influence.core.estimators.decomposition._overlap", overlap)
     basis.add_random(1)
     grow(basis, matrix, 1, 30)
-    assert sum(read) <= 0.55 * sum(range(1, 31)) + 30  # each image, beside that, with the row multiplied
+    assert sum(held for held in read if held > 1) <= 0.55 * sum(range(1, 31))
     check(basis, matrix)
     grow(basis, matrix, 1)  # now one waits
     basis.restart(basis.ritz().rotation[:, -9:])
@@ -98,6 +98,22 @@ def test_rows_that_come_one_by_one_are_subtracted_from_in_twos(monkeypatch: pyte
     check(basis, matrix)
     basis.add_random(2)
     check(basis, matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("tail", [0.0, 1e-12, 1e-8, 1e-6])
+def test_rows_that_are_mostly_rounding_do_not_wait(tail: float, dtype: torch.dtype) -> None:
+    """What is left of the image of a row that C makes little of may lie inside Q, all of it."""
+    vectors = torch.linalg.qr(data.normal(6, SIZE, SIZE))[0]
+    values = tail * torch.linspace(1, 0.5, SIZE, dtype=torch.float64)
+    values[:3] = torch.tensor([3.0, 2.0, 1.0])
+    matrix, basis = (vectors * values) @ vectors.mT, begun(dtype)
+    for _ in range(20):
+        if basis.pending == 0:
+            basis.add_random(1)
+        grow(basis, matrix, 1)
+        check(basis, matrix, dtype)
+    assert basis.ritz().values[:3] == pytest.approx([3.0, 2.0, 1.0], rel=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
