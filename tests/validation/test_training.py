@@ -27,7 +27,8 @@ def test_reaches_the_minimum_with_its_penalty() -> None:
     model = Training(LINEAR, LOSS, optimizer, steps=3, regularization=LAMBDA)(*TRAIN, seed=0)
     expected = ridge(*TRAIN)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
+        # its line search compares losses, of which half of the digits tell the place
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-8)
     assert not model.training
 
 
