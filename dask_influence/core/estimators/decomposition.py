@@ -108,7 +108,7 @@ class Decomposition:
         if count == 0:
             return
         if self._waiting:
-            self._settle(self._rows[:0])
+            self._settle(self._rows.new_empty(1, self.size))
         random = torch.randn(count, self.size, generator=self._generator, dtype=torch.float64)
         nothing = torch.zeros(self._length, count, dtype=torch.float64)
         fresh, _ = self._outside(random.to(self._rows.dtype), nothing)
@@ -140,7 +140,8 @@ class Decomposition:
         """
         start, count = self.multiplied, len(images)
         unit = 2.0 ** (math.frexp(max(map(abs, map(float, images.aminmax()))))[1] - 1)
-        rows = images.to(self._rows.dtype, copy=True).div_(unit)
+        both = self._rows.new_empty(self._waiting + count, self.size)  # with room for the row that waits
+        rows = torch.div(images, unit, out=both[-count:])
         known = torch.zeros(self._length, count, dtype=torch.float64)
         known[:start] = self._coefficients[start : start + count, :start].mT / unit  # C is symmetric
         concerned = known.any(dim=1).nonzero()
@@ -153,7 +154,7 @@ class Decomposition:
         if waits:
             taken = known[:0]
         elif self._waiting:
-            common, length, taken = self._settle(rows)
+            common, length, taken = self._settle(both)
             known[:start] += common * known[start]
             known[start] *= length
             known += taken
@@ -175,22 +176,21 @@ class Decomposition:
         seen = self.coefficients.abs().max().item() if self.multiplied else 0.0
         return left > CLEAR**2 * max(seen, math.hypot(left, taken))
 
-    def _settle(self, beside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take what the row f that waits and the rows ``beside`` (b, P) have inside Q from them, by one reading of Q.
+    def _settle(self, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take what the row f that waits and the other rows of ``both`` (1 + b, P) have inside Q from them.
 
-        f was Q c + ν f' and becomes f'; returns c (K, 1), ν, and what was taken from the others (K + 1, b), which
-        have nothing of f' either.
+        By one reading of Q; the first row of ``both`` is overwritten. f was Q c + ν f' and becomes f'. Returns
+        c (K, 1), ν, and what was taken from the others (K + 1, b), which have nothing of f' either.
         """
         start, inside = self.multiplied, slice(self.multiplied)
-        both = torch.cat([self.next(1), beside])
+        own, others = slice(start, start + 1), both[1:]
+        both[:1] = self._rows[own]
         overlap = _overlap(self._rows[inside], both)
         self._subtract(both, overlap, inside)
         common, length = overlap[:, :1], both[0].norm().to(torch.float64)
-        self._rows[start] = both[0] / length
-        beside.copy_(both[1:])
-        own = slice(start, start + 1)
-        rest = _overlap(self._rows[own], beside)
-        _subtract(beside, rest.mT.to(beside.dtype), self._rows[own])
+        torch.div(both[:1], length, out=self._rows[own])
+        rest = _overlap(self._rows[own], others)
+        _subtract(others, rest.mT.to(both.dtype), self._rows[own])
         coefficients = self.coefficients
         coefficients[:start] += common * coefficients[start]
         coefficients[start] *= length
@@ -208,7 +208,7 @@ class Decomposition:
         ``taken`` is of that what was last, by which to see whether it has to be done again.
         """
         held, coordinates = slice(self._length), torch.eye(len(rows), dtype=torch.float64)
-        squares = rows.square().sum(1, dtype=torch.float64)
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
         if not squares.any():
             return rows[:0], coordinates[:0]
         squares += known.square().sum(0)
@@ -219,11 +219,13 @@ class Decomposition:
                 self._subtract(rows, taken, held)
                 known += taken @ coordinates
             rows, own = _orthonormal(rows)
-            left, lengths, right = torch.linalg.svd(own @ coordinates)
+            coordinates = own @ coordinates
+            left, lengths, right = torch.linalg.svd(coordinates)
             clear = lengths > noise
             clear[self.size - self._length :] = False  # P dimensions have no room for more
-            rows = left[:, : len(lengths)][:, clear].mT.to(rows.dtype) @ rows
-            coordinates = (lengths[:, None] * right[: len(lengths)])[clear]
+            if len(rows) > 1 or not clear.all():  # a single row has nothing to be turned to
+                rows = left[:, : len(lengths)][:, clear].mT.to(rows.dtype) @ rows
+                coordinates = (lengths[:, None] * right[: len(lengths)])[clear]
             remained = torch.linalg.svdvals(own)[: len(rows)]
             if len(rows) == 0 or CLEAR * remained[-1] >= max(taken.norm(), CLEAR**2 * remained[0]):
                 break
