@@ -91,6 +91,8 @@ DIGITS_CHUNKS, LARGE_CHUNKS = {"chunks": (60, 128)}, {"chunks": (64, 256)}
 ALL_DIGITS = {"tests": 360}
 PERTURBED = {"tests": 64, "trains": 512}
 ARNOLDI = {"rank": 20, "tol": 1e-3}
+"""The peer's pairs have true residuals of 2e-6 to 7e-5 then, ours those that are asked for."""
+AS_TRUE = {"tol": 1e-5}
 TIGHT_ARNOLDI = {"tol": 1e-10}
 PEER_BLOCK_CG = {"rtol": 1e-4, "solve_simultaneously": True}
 CG = {"rtol": 1e-6}
@@ -123,7 +125,7 @@ def _low_rank(tests: int, factor: float, *, complement: bool = False, loosened: 
         f"{tests:,} x 4,096 scores" + ", complement kept" * complement + ", relative error 1e-4" * loosened,
         factor,
         "large",
-        Ask("scores", "ArnoldiInfluence", ARNOLDI | kept | tolerance, {"tests": tests}),
+        Ask("scores", "ArnoldiInfluence", ARNOLDI | AS_TRUE | kept | tolerance, {"tests": tests}),
         theirs,
         check="tolerance" if loosened else "values",
         allowed=1e-4 if loosened else PAIRS,
