@@ -218,7 +218,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         problems.make(Path(name))
         session = Session(sides := Sides(pythons, Path(name), args.threads), args.repeats)
-        for target in chosen(args.only, args.quick, pythons):
+        # clusters last: workers that are idle take turns on the cores, too
+        for target in sorted(chosen(args.only, args.quick, pythons), key=Target.on_cluster):
             file = kept / f"{target.name}.json"
             if args.again or not file.exists():
                 print(f"{target.name}: {target.title}", flush=True)

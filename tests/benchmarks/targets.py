@@ -85,6 +85,10 @@ class Target:
     loosened: str = ""
     scaled: int = 1
 
+    def on_cluster(self) -> bool:
+        """Whether the sides start workers for it."""
+        return self.ours.work.startswith("cluster")
+
 
 DIRECT = "DirectInfluence"
 DIGITS_CHUNKS, LARGE_CHUNKS = {"chunks": (60, 128)}, {"chunks": (64, 256)}
