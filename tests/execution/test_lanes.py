@@ -126,6 +126,24 @@ def test_lanes_that_may_start_threads_are_not_kept_to_cores(two_cores: set[int])
     assert not pinned()
 
 
+@pytest.mark.parametrize("mode", ["up", "perturbation"])
+def test_calls_in_memory_keep_their_lanes_apart(
+    two_cores: set[int], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    case, places, real = data.mlp_classification(), list[list[int]](), os.sched_setaffinity
+
+    def watching(thread: int, cores: Sequence[int]) -> None:
+        places.append([*cores])
+        real(thread, cores)
+
+    infl = di.DirectInfluence(case.model, case.loss, 0.1, chunk_size=5).fit(case.train)
+    monkeypatch.setattr(os, "sched_setaffinity", watching)
+    few_x, few_y = (part[:4] for part in case.train)
+    infl.influences(few_x, few_y, *case.train, mode=mode)
+    assert min(map(len, places), default=0) == 1
+    assert os.sched_getaffinity(0) == two_cores
+
+
 def test_this_thread_shares_work_on_a_core_of_its_own(two_cores: set[int]) -> None:
     meet, places = threading.Barrier(2, timeout=60), list[set[int]]()
 

@@ -464,17 +464,18 @@ def test_staged_samples_are_read_once_by_a_process(tmp_path: Path, decoded: list
 
 
 def test_what_may_have_been_missing_is_not_remembered(tmp_path: Path, decoded: list[tuple[int, int]]) -> None:
-    for number, (x, y) in enumerate([(X, Y), (np.arange(11.0)[:, None], Y % 2 == 0)]):
+    cases = [(X, Y, 0), (X, Y + 1, 1), (np.arange(11.0)[:, None], Y % 2 == 0, 1)]
+    for number, (*pair, lost) in enumerate(cases):
         location = Location.of(tmp_path / str(number))
-        staged = stage(as_source((x, y)), location, 11)
-        chunks = {key: location.get(key) for key in location.list() if "/y/c/" in key}
+        staged = stage(as_source(tuple(pair)), location, 11)
+        chunks = {key: location.get(key) for key in location.list() if f"/{'xy'[lost]}/c/" in key}
         for key in chunks:
             location.delete(key)
-        assert (staged.read(0, 11)[1] != y).any()
+        assert (staged.read(0, 11)[lost] != pair[lost]).any()
         for key, content in chunks.items():
             location.put(key, content)
-        np.testing.assert_array_equal(staged.read(0, 11)[1], y)
-    assert len(decoded) == 4
+        np.testing.assert_array_equal(staged.read(0, 11)[lost], pair[lost])
+    assert len(decoded) == 6
 
 
 def test_large_batches_are_not_remembered(

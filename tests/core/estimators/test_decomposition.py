@@ -100,6 +100,23 @@ def test_rows_that_come_one_by_one_are_subtracted_from_in_twos(monkeypatch: pyte
     check(basis, matrix)
 
 
+def test_it_stays_a_decomposition_where_a_row_that_waits_has_much_inside() -> None:
+    """As of products that are symmetric to a few digits only: what is taken from it later stands in M."""
+    size = 120
+    matrix, basis = symmetric(size=size) + 1e-4 * data.normal(7, size, size), begun(size=size)
+    basis.add_random(1)
+    for _ in range(6):
+        grow(basis, matrix, 1)
+        rows = basis._rows[: basis.multiplied + 1]
+        assert 1e-6 < (rows[:-1] @ rows[-1]).abs().max() < 1e-1 or basis.multiplied == 1
+        assert (basis.coefficients.mT @ rows - rows[:-1] @ matrix).abs().max() <= 1e-13
+        grow(basis, matrix, 1)
+        check(basis, matrix)
+    grow(basis, matrix, 1)
+    basis.add_random(1)
+    check(basis, matrix)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("tail", [0.0, 1e-12, 1e-8, 1e-6])
 def test_rows_that_are_mostly_rounding_do_not_wait(tail: float, dtype: torch.dtype) -> None:
