@@ -154,8 +154,14 @@ class Counted:
 
 
 @MODES
-def test_dask_graph_does_the_work_of_each_chunk_once(mode: str) -> None:
-    """The work is a sum over chunks of either side, not over their pairs."""
+@pytest.mark.parametrize("together", [True, False])
+def test_dask_graph_does_the_work_of_each_chunk_once(
+    mode: str, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work is a sum over chunks of either side, not over their pairs; of small ones that over all samples."""
+    if not together:
+        monkeypatch.setattr(lazy, "COLUMNS_AT_ONCE", 1)
+        monkeypatch.setattr(lazy, "factors_at_once", lambda work: 1)
     case = data.mlp_regression()
     fitted = DirectInfluence(case.model, Counted(), case.regularization).fit(case.train)
 
@@ -169,6 +175,9 @@ def test_dask_graph_does_the_work_of_each_chunk_once(mode: str) -> None:
 
     work(31, 43)  # the first query of a mode also checks the derivative that it needs
     whole, many_tests, many_trains, many = work(31, 43), work(4, 43), work(31, 6), work(4, 6)
+    if together:
+        assert whole == many_tests == many_trains == many
+        return
     assert whole < many_tests < many
     assert whole < many_trains < many
     assert many - many_tests == many_trains - whole

@@ -24,7 +24,6 @@ from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
 from dask_influence.core.estimators import System
-from dask_influence.core.objective import leading_size
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Model, Sealed, Solver
 from dask_influence.execution.drive import Passes, iterated_factors
@@ -114,8 +113,8 @@ def lazy_factors(
 ) -> list[tuple[Delayed, tuple[int, ...]]]:
     """Factors (or coefficients) of the test chunks, each solved once, with the sizes of the chunks that a task solves.
 
-    Small chunks are solved together, where that takes no passes: a triangular solve of few rows costs
-    little less than one of many. Each is differentiated by itself.
+    Small chunks are differentiated and solved together, where that takes no passes: one of few rows costs
+    little less than one of many.
     """
     shared = delayed(_Shared(fit.model, fit.threads), pure=False)
     closed = fit.scorer if project else fit.solver
@@ -265,24 +264,17 @@ def _factors(
     batch: int,
     project: bool,
 ) -> torch.Tensor:
-    """Factors of the test points of ``blocks``, differentiated block by block and solved ``rows`` at a time."""
-    job, chunks = shared.job(_joined(blocks), start, "test (x, y)"), _places(blocks, start)
-    bounds = chunks[0].start, chunks[-1].stop, batch
+    """Factors of the test points of ``blocks``, solved ``rows`` at a time."""
+    job = shared.job(_joined(blocks), start, "test (x, y)")
+    bounds = start, len(job.source), batch
     if project and not isinstance(solver, _Iterated):
         return tasks.closed_factors(job, solver, *bounds, project=True, certify=False).rows
     with job.running():
         take = tasks.precise_gradients if isinstance(solver, _Iterated) else tasks.query_gradients
-        parts = [take(job, chunk.start, chunk.stop, batch) for chunk in chunks]
-        gradients = torch.cat(parts)
+        gradients = take(job, *bounds)
         if isinstance(solver, _Iterated):
             return solver.factors(gradients)
     return solved_rows(job, solver, gradients, rows)
-
-
-def _places(blocks: Sequence[Any], start: int) -> list[range]:
-    """Samples of consecutive blocks, of which the first begins with sample ``start``; there may be empty ones."""
-    bounds = itertools.accumulate((leading_size(block[1]) for block in blocks), initial=start)
-    return [range(low, high) for low, high in pairwise(bounds) if high > low]
 
 
 def _joined(blocks: Sequence[Any]) -> Any:
@@ -305,14 +297,15 @@ def _strip(
     features: tuple[int, ...],
     perturbation: bool,
 ) -> np.ndarray:
-    """Scores of all test points against the training samples of ``blocks``, each block differentiated once."""
-    job, chunks = shared.job(_joined(blocks), start, "x, y"), _places(blocks, start)
+    """Scores of all test points against the training samples of ``blocks``, each differentiated once."""
+    job = shared.job(_joined(blocks), start, "x, y")
     inverse = None if solver is None else solver.inverse()
     with job.running():
         query = tasks.Query.of(factors, inverse, shared.model.problem())
     dtype = tasks.stored_dtype(shared.model.problem().objective.dtype)
-    scores = np.empty((len(factors), chunks[-1].stop - start, *features), dtype)
-    score_columns(job, query, chunks, batch, scores, perturbation, first=start)
+    columns = range(start, len(job.source))
+    scores = np.empty((len(factors), len(columns), *features), dtype)
+    score_columns(job, query, [columns], batch, scores, perturbation, first=start)
     return scores
 
 
