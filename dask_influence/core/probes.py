@@ -30,6 +30,9 @@ QUANTILE = 2 * float(gammaincinv(COUNT / 2, FAILURE))
 SMALL = 8 * COUNT
 """P up to which products with the matrix itself cost no more than drawing from them would save."""
 
+PANEL = 64
+"""Rows that are widened at a time: their copies stay in the cache."""
+
 
 @dataclass(frozen=True, eq=False)
 class Probes:
@@ -56,11 +59,15 @@ class Probes:
         return cls(vectors, torch.addmm(vectors, matrix, vectors, beta=shift))
 
     def residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
-        """‖A s − g‖ / ‖g‖ of rows s and g, (n, P) float64; 0 where g = 0.
+        """‖A s − g‖ / ‖g‖ of rows s and g, (n, P), in float64; 0 where g = 0.
 
         The norm itself where Ω is the identity, else a bound of it that is about 3.5 times as large and too
         small with probability 10⁻¹².
         """
+        panels = zip(gradients.split(PANEL), factors.split(PANEL), strict=True)
+        return torch.cat([self._residuals(*(side.to(torch.float64) for side in panel)) for panel in panels])
+
+    def _residuals(self, gradients: Tensor, factors: Tensor) -> Tensor:
         seen = torch.addmm(factors @ self.images, gradients, self.vectors, alpha=-1)
         drawn = self.vectors.shape[1] < len(self.vectors)
         found = seen.norm(dim=1) / (QUANTILE**0.5 if drawn else 1.0)

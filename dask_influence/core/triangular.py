@@ -1,10 +1,12 @@
-"""Solves by a Cholesky factor as matrix products, with its diagonal blocks inverted beforehand.
+"""Solves by a Cholesky factor as matrix products, with blocks on its diagonal inverted beforehand.
 
 A triangular solve of many rows spends its flops in products with what lies off the diagonal, and is
-slowed down by what lies on it. With D_k⁻¹ of the blocks D_k on the diagonal all of it is products: of
-rows x in place,
+slowed down by what lies on it. Cut in halves, L = [[L₁₁, 0], [L₂₁, L₂₂]], it is a solve, a product and a solve,
 
-    x_k ← (x_k − Σ_{j<k} x_j L_kjᵀ) D_k⁻ᵀ,    and back    x_k ← (x_k − Σ_{j>k} x_j L_jk) D_k⁻¹.
+    x₁ ← x₁ L₁₁⁻ᵀ,    x₂ ← (x₂ − x₁ L₂₁ᵀ) L₂₂⁻ᵀ,    and back    x₂ ← x₂ L₂₂⁻¹,    x₁ ← (x₁ − x₂ L₂₁) L₁₁⁻¹,
+
+and halves of halves down to blocks D on the diagonal of which D⁻¹ is known: all of it is products, the largest
+of them as large as can be (Elmroth, Gustavson, Jonsson & Kågström 2004, "Recursive blocked algorithms").
 
 Its backward error has the condition of a diagonal block where that of substitution has 1 (Du Croz & Higham
 1992, "Stability of methods for matrix inversion"): whoever solves looks at the residuals.
@@ -17,8 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 384
-"""Columns of a block: enough for products at full speed, few beside P."""
+BLOCK = 320
+"""Columns of a block at the most: enough for products at full speed, few beside P."""
+
+ALIGNED = 16
+"""Columns of which halves hold a multiple: what processors multiply at once."""
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,25 +36,25 @@ class Blocked:
     ----------
     factor : Tensor
         L (P, P), lower triangular.
-    inverses : tuple of Tensor
-        D_k⁻¹, of BLOCK rows each but for the last.
+    inverses : dict of (int, int) to Tensor
+        D⁻¹ by where D begins and ends, of at most BLOCK rows each.
     """
 
     factor: Tensor
-    inverses: tuple[Tensor, ...]
+    inverses: dict[Span, Tensor]
 
     @classmethod
     def of(cls, factor: Tensor, dtype: torch.dtype) -> Blocked:
         """In another dtype than ``factor`` has, in which the blocks are inverted."""
-        blocks = [factor[own, own] for own in _blocks(len(factor))]
-        inverses = (
-            torch.linalg.solve_triangular(block, torch.eye(len(block), dtype=block.dtype), upper=False)
-            for block in blocks
-        )
-        return cls(factor.to(dtype), tuple(inverse.to(dtype) for inverse in inverses))
+        inverses = {}
+        for low, high in _blocks((0, len(factor))):
+            block = factor[low:high, low:high]
+            identity = torch.eye(len(block), dtype=block.dtype)
+            inverses[low, high] = torch.linalg.solve_triangular(block, identity, upper=False).to(dtype)
+        return cls(factor.to(dtype), inverses)
 
     def solve(self, rows: Tensor) -> Tensor:
-        """(L Lᵀ)⁻¹ x of the rows x (n, P), which are overwritten.
+        """(L Lᵀ)⁻¹ x of the rows x (n, P).
 
         Examples
         --------
@@ -55,17 +62,41 @@ class Blocked:
         >>> Blocked.of(lower, torch.float32).solve(torch.tensor([[4.0, 3.0]]))
         tensor([[0.5000, 1.0000]])
         """
-        whole = list(zip(_blocks(len(self.factor)), self.inverses, strict=True))
-        for own, inverse in whole:
-            before = slice(own.start)
-            rows[:, own] = (
-                rows[:, own].addmm_(rows[:, before], self.factor[own, before].mT, alpha=-1) @ inverse.mT
-            )
-        for own, inverse in reversed(whole):
-            after = slice(own.stop, None)
-            rows[:, own] = rows[:, own].addmm_(rows[:, after], self.factor[after, own], alpha=-1) @ inverse
-        return rows
+        found, half = rows.clone(), torch.empty_like(rows)
+        self._forward(found, half, (0, len(self.factor)))
+        self._back(half, found, (0, len(self.factor)))
+        return found
+
+    def _forward(self, rows: Tensor, found: Tensor, span: Span) -> None:
+        """x L⁻ᵀ in the columns of ``span``; ``rows`` are written to."""
+        if span in self.inverses:
+            torch.mm(rows[:, slice(*span)], self.inverses[span].mT, out=found[:, slice(*span)])
+            return
+        first, second = _halves(span)
+        low, high = slice(*first), slice(*second)
+        self._forward(rows, found, first)
+        rows[:, high].addmm_(found[:, low], self.factor[high, low].mT, alpha=-1)
+        self._forward(rows, found, second)
+
+    def _back(self, rows: Tensor, found: Tensor, span: Span) -> None:
+        """x L⁻¹ in the columns of ``span``; ``rows`` are written to."""
+        if span in self.inverses:
+            torch.mm(rows[:, slice(*span)], self.inverses[span], out=found[:, slice(*span)])
+            return
+        first, second = _halves(span)
+        low, high = slice(*first), slice(*second)
+        self._back(rows, found, second)
+        rows[:, low].addmm_(found[:, high], self.factor[high, low], alpha=-1)
+        self._back(rows, found, first)
 
 
-def _blocks(size: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+def _halves(span: Span) -> tuple[Span, Span]:
+    low, high = span
+    middle = low + -(-(high - low) // (2 * ALIGNED)) * ALIGNED
+    return (low, middle), (middle, high)
+
+
+def _blocks(span: Span) -> list[Span]:
+    if span[1] - span[0] <= BLOCK:
+        return [span]
+    return [block for half in _halves(span) for block in _blocks(half)]

@@ -147,7 +147,7 @@ class Solution:
     Attributes
     ----------
     factors : Tensor
-        (C + λI)⁻¹ g_i as rows (n, P), float64.
+        (C + λI)⁻¹ g_i as rows (n, P), in float64, or in the arithmetic of gradients that hold fewer digits.
     residuals : callable
         ‖(C + λI) s_i − g_i‖ / ‖g_i‖ (n,), or None where that needs a pass; computed where it is asked for.
     """
@@ -188,7 +188,7 @@ class Inverse(ABC):
 
     @abstractmethod
     def solve(self, gradients: Tensor) -> Generator[Round, Moments, Solution]:
-        """Influence factors (C + λI)⁻¹ g_i for rows g_i: (n, P) → (n, P), float64."""
+        """Influence factors (C + λI)⁻¹ g_i for rows g_i of any precision: (n, P) → (n, P)."""
 
     @property
     def residuals_need_rounds(self) -> bool:

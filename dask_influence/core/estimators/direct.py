@@ -135,17 +135,20 @@ class DirectInverse(Inverse):
 
         Residuals are those of H itself and not of its factorisation, or bounds of them.
         """
-        rows = gradients.to(torch.float64)
-        narrow = None if len(rows) < FEWEST_NARROW else self._narrow
+        narrow = None if len(gradients) < FEWEST_NARROW else self._narrow
         if narrow is None:
+            rows = gradients.to(torch.float64)
             factors = self._solve_rows(rows)
             return Solution(factors, partial(self._probes.residuals, rows, factors))
-        factors = narrow.solve(rows.to(torch.float32)).to(torch.float64)
-        residuals = self._probes.residuals(rows, factors)
+        # gradients in float32 get factors in float32: as wide ones they would only be copied to and fro
+        held = torch.promote_types(gradients.dtype, torch.float32)
+        factors = narrow.solve(gradients.to(torch.float32)).to(held)
+        residuals = self._probes.residuals(gradients, factors)
         lost = ~(residuals <= NARROW_RESIDUAL)  # float32 may have overflown
         if lost.any():
-            factors[lost] = self._solve_rows(rows[lost])
-            residuals[lost] = self._probes.residuals(rows[lost], factors[lost])
+            rows, factors = gradients[lost].to(torch.float64), factors.to(torch.float64)
+            factors[lost] = wide = self._solve_rows(rows)
+            residuals[lost] = self._probes.residuals(rows, wide)
         return Solution.measured(factors, residuals)
         yield  # no round is needed, but the contract is a generator
 
@@ -168,7 +171,7 @@ class DirectInverse(Inverse):
 
     def _narrowed(self) -> Blocked | None:
         factor, rows = Blocked.of(self._factor, torch.float32), self._probes.images.mT
-        tried = factor.solve(rows.to(torch.float32, copy=True)).to(torch.float64)
+        tried = factor.solve(rows.to(torch.float32))
         kept = self._probes.residuals(rows, tried) <= NARROW_RESIDUAL
         return factor if kept.all() else None
 

@@ -52,10 +52,13 @@ def test_what_is_known_to_float32_is_solved_in_it(wide: list[int]) -> None:
     solution = without_rounds(inverse.solve(rows))
     factors = solution.factors
     assert wide == []
-    assert factors.dtype == torch.float64
-    off = (factors - exact(matrix, rows.double())).norm(dim=1) / factors.norm(dim=1)
+    assert factors.dtype == torch.float32
+    off = (factors.double() - exact(matrix, rows.double())).norm(dim=1) / factors.norm(dim=1)
     assert 1e-9 < float(off.max()) < 2e-6
     assert float(solution.residuals().max()) <= direct.NARROW_RESIDUAL
+    again = without_rounds(inverse.solve(rows.double()))
+    assert torch.equal(again.factors, factors.double())
+    assert torch.equal(again.residuals(), solution.residuals())
 
 
 def test_a_row_that_loses_more_is_solved_in_float64(wide: list[int]) -> None:
@@ -158,7 +161,9 @@ def test_plans_know_what_a_process_holds_of_an_inverse() -> None:
     inverse = DirectInverse(matrix, DAMPING, SINGLE)
     narrow = inverse._narrow
     assert narrow is not None
-    held = sum(tensor.nbytes for tensor in (matrix, inverse._factor, narrow.factor, *narrow.inverses))
+    held = sum(
+        tensor.nbytes for tensor in (matrix, inverse._factor, narrow.factor, *narrow.inverses.values())
+    )
     assert held <= Direct().inverse_bytes(dense.system(SIZE, DAMPING, torch.float32)) <= 1.1 * held
 
 
