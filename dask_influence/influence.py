@@ -589,6 +589,7 @@ class InfluenceFunctionModel:
             memory_limit=memory_limit
             if worker_memory is None or memory_limit is not None
             else cluster.memory_limit,
+            one_by_one=workers is None and self._resources.one_by_one(fitted.problem),
         )
         return Forecast.of(plan, fitted.speed, cluster)
 

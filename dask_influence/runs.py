@@ -162,7 +162,11 @@ def score_run(
     """Scores (N, M, *features) or what ``reduction`` keeps of them, from test data or from factors in a store."""
     ids = _ids(fitted, test, train, test_ids, train_ids)
     reduced = _reduced(fitted, test, train, mode, reduction, ids)
-    limits = {"tile_bytes": tile_bytes, "memory_limit": target.memory_limit}
+    limits = {
+        "tile_bytes": tile_bytes,
+        "memory_limit": target.memory_limit,
+        "one_by_one": target.resources.one_by_one(fitted.problem),
+    }
     plan = target.fitting(_plan(fitted, test, train, mode, reduced, **limits))
     digests = {"train": train.digest()} if test is None else {"test": test.digest(), "train": train.digest()}
     asked = {} if reduction is None else {"reduce": reduction.identity()}
@@ -201,7 +205,7 @@ def score_plan(
     train: Source,
     mode: InfluenceMode,
     reduction: Reduction | None,
-    **limits: int | None,
+    **limits: Any,
 ) -> Plan:
     """How :func:`score_run` would cut the work."""
     ids = _ids(fitted, test, train, None, None)
@@ -233,7 +237,7 @@ def _plan(
     train: Source,
     mode: InfluenceMode,
     reduced: Reduced | None,
-    **limits: int | None,
+    **limits: Any,
 ) -> Plan:
     kept = None if reduced is None else reduced.kept
     if limits.get("tile_bytes") is None:

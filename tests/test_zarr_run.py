@@ -32,7 +32,7 @@ from dask_influence.errors import (
     StoreError,
     StoreMismatchError,
 )
-from dask_influence.execution import artifacts, plan, reduce_tasks, tasks
+from dask_influence.execution import artifacts, plan, reduce_tasks, resources, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.lanes import lanes_of
@@ -125,6 +125,28 @@ def test_ledger_lists_every_tile_with_its_length(tmp_path: Path) -> None:
     for key, content in shards(store).items():
         assert f'{key.removeprefix("influence/")}"' in text, key
         assert f" {len(content)}" in text.replace(":", ": "), key
+
+
+@pytest.mark.usefixtures("two_threads")
+@MODES
+def test_one_process_takes_few_strips_for_a_large_model(
+    tmp_path: Path, mode: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forecast for the process knows it, and one for a cluster that of the cluster."""
+    monkeypatch.setattr(resources, "LARGE_MODEL", 1)
+    case, shared, own = data.mlp_regression(), tmp_path / "shared", tmp_path / "own"
+    expected = direct(case, client).influences_to_zarr(
+        shared, case.test, case.train, mode=mode, tile_bytes=TILE
+    )
+    model = direct(case)
+    scores = model.influences_to_zarr(own, case.test, case.train, mode=mode, tile_bytes=TILE)
+    counts = [sum(name.startswith("strip") for name in ledger(store)) for store in (shared, own)]
+    assert counts[0] > counts[1] == 1
+    how = {"mode": mode, "tile_bytes": TILE}
+    assert model.plan(case.test, case.train, **how).strips == counts[1]
+    assert model.plan(case.test, case.train, workers=2, **how).strips == counts[0]
+    difference = scores.influence.values - expected.influence.values
+    assert np.linalg.norm(difference) <= EXACT * np.linalg.norm(expected.influence.values)
 
 
 @pytest.mark.parametrize("complement", [False, True], ids=["dropped", "woodbury"])

@@ -1,13 +1,14 @@
-"""Overlap: the next samples are read and the last tile is written while a task computes.
+"""Overlap: the next samples are read and the last tiles are written while a task computes.
 
-Neither computes, but waits for a store or for a codec, which leave the interpreter to others. One of
-each is under way for a task, at most; a plan counts them.
+Neither computes, but waits for a store or for a codec, which leave the interpreter to others. A plan
+counts how many are under way for a task.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, Self, TypeVar
@@ -31,36 +32,36 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class Behind(Generic[T]):
-    """Calls that are made in order, each while its caller goes on to the next; none outlives the ``with`` block.
+    """Calls that are made while their caller goes on, ``most`` of them at once; none outlives the ``with`` block.
 
     Attributes
     ----------
     results : list
-        Of the calls that are done, in their order; of all of them once the block has ended.
+        Of the calls that are done, in the order in which they were given; of all of them once the block has ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 1) -> None:
         self.results: list[T] = []
-        self._last: Future[T] | None = None
+        self._most, self._made = most, deque[Future[T]]()
 
     def submit(self, call: Callable[[], T]) -> None:
-        """Begin with ``call`` when the one before is done; raises what that one raised."""
-        self._finish()
-        self._last = _pool().submit(call)
+        """Begin with ``call`` when there are less than ``most``; raises what one before raised."""
+        self._finish(self._most - 1)
+        self._made.append(_pool().submit(call))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        elif self._last is not None:
-            wait([self._last])
+        try:
+            if kind is None:
+                self._finish(0)
+        finally:
+            wait(self._made)
 
-    def _finish(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            self.results.append(last.result())
+    def _finish(self, most: int) -> None:
+        while len(self._made) > most:
+            self.results.append(self._made.popleft().result())
 
 
 class Ahead(Source):

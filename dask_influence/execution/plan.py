@@ -43,10 +43,14 @@ MODEST_TILE = 2**21
 """Tiles of a short run are as large as its strips up to here, where writing one more object costs little."""
 HELD_BYTES = 32 * 2**20
 """Bytes of derivatives up to which small tiles share a product: each product reads all directions."""
+WRITTEN_BYTES, MOST_WRITTEN = 8 * 2**20, 4
+"""Bytes of tiles that a task writes at once, and how many of them, at the most: each mostly waits for the store."""
 FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
 STRIP_SECONDS, FEWEST_STRIPS = 2.0, 16
 """What a strip takes at most, and strips of work that takes less: the last one is what other workers wait for."""
+BATCHES = 4
+"""Batches of a strip that no other worker waits for: all tiles but the last batch's are written beside computing."""
 FEWEST_TILES, SHORTEST_SECONDS = 8, 0.025
 """Tiles of a short run, so that workers share it, unless each were a task shorter than what starting it costs."""
 PROCESS_BYTES = 480 * 2**20
@@ -262,20 +266,31 @@ class Plan:
             *of_call, features=work.width if work.features else None
         )
         joining = derivatives if columns > samples else 0
-        # the tile, its bytes on their way through the codecs, and the product that made it; of a reduction the
-        # tile, its copy in another order, and the product
-        writing = 3 * work.copies * self.tile_bytes + 3 * self.part_bytes
+        writing = self._tiles_bytes + 3 * self.part_bytes
         return derivatives + max(self._written_behind_bytes + max(differentiating, joining), writing)
 
     @property
+    def written_at_once(self) -> int:
+        """Tiles that one task has on their way to the store at once."""
+        if self.work.kept is not None:
+            return 1
+        return max(1, min(MOST_WRITTEN, WRITTEN_BYTES // (self.work.copies * self.tile_bytes)))
+
+    @property
+    def _tiles_bytes(self) -> int:
+        """Tiles, their bytes on their way through the codecs, and the product that makes the next one.
+
+        Of a reduction the tile, its copy in another order, and the product.
+        """
+        return (1 + 2 * self.written_at_once) * self.work.copies * self.tile_bytes
+
+    @property
     def _written_behind_bytes(self) -> int:
-        """The last tile of a column, and its bytes, on their way to the store while the next is differentiated."""
+        """The last tiles of a column, and their bytes, on their way to the store while the next is differentiated."""
         columns = min(self.strip_columns, self.work.trains)
-        return (
-            0
-            if self.work.kept is not None or columns <= self.tile[1]
-            else 2 * self.work.copies * self.tile_bytes
-        )
+        if self.work.kept is not None or columns <= self.tile[1]:
+            return 0
+        return 2 * self.written_at_once * self.work.copies * self.tile_bytes
 
     @property
     def scoring_bytes(self) -> int:
@@ -337,8 +352,7 @@ class Plan:
         wide = (
             2 * self.tile[0] * self.tile[1] * work.copies * size.itemsize
         )  # a part of the product, and their sum
-        tiles = 3 * work.copies * self.tile_bytes + wide
-        return held + rows + reading + tiles + 3 * self.part_bytes + watching
+        return held + rows + reading + self._tiles_bytes + wide + 3 * self.part_bytes + watching
 
     @property
     def part_bytes(self) -> int:
@@ -535,6 +549,7 @@ def arrange(
     memory_limit: int | None = None,
     spread: bool = True,
     alone: bool = False,
+    one_by_one: bool = False,
 ) -> Plan:
     """Cut ``work`` into query blocks, tiles and strips.
 
@@ -552,6 +567,8 @@ def arrange(
     alone : bool
         One process does the work and keeps the scores: tiles as large as they may be, a
         strip for each, since nobody waits for a share.
+    one_by_one : bool
+        Strips are computed one after the other: several batches each, where one task may hold as much.
 
     Examples
     --------
@@ -594,7 +611,8 @@ def arrange(
     if work.kept is not None and work.kept.axis == "train":
         most = share // work.kept_bytes(work.trains)
         strip_columns = min(strip_columns, max(1, most // tile[1]) * tile[1])
-    return Plan(work, query_rows, tile, strip_columns, plan.batch, rows_of_factors)
+    plan = Plan(work, query_rows, tile, strip_columns, plan.batch, rows_of_factors)
+    return _longer(plan, memory_limit) if one_by_one and work.kept is None else plan
 
 
 def _arrange_diagonal(work: Work, tile_bytes: int | None, memory_limit: int | None, *, spread: bool) -> Plan:
@@ -643,6 +661,13 @@ def _strip_columns(plan: Plan) -> int:
     columns = -(-plan.work.trains // plan.tile[1])
     runs = min(columns, -(-_strips_wanted(plan) // plan.passes), max(1, MOST_STRIPS // plan.passes))
     return plan.tile[1] * -(-columns // runs)
+
+
+def _longer(plan: Plan, memory_limit: int | None) -> Plan:
+    """With strips of several batches, unless they take too much memory."""
+    tiles = min(-(-plan.work.trains // plan.tile[1]), BATCHES * plan.batch // plan.tile[1])
+    longer = replace(plan, strip_columns=max(plan.strip_columns, tiles * plan.tile[1]))
+    return longer if memory_limit is None or longer.peak_bytes <= memory_limit else plan
 
 
 def _factor_rows(work: Work, share: int, each: int, spread: bool) -> int:

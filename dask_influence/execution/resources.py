@@ -110,7 +110,7 @@ class Resources:
         threads = self.threads(problem)
         job = Job(executor.model(problem, self.device), reachable, "train", threads)
         held = _sample_bytes(problem)
-        whole = BUDGET // (held + source.nbytes_per_sample) if self._alone(problem) else 0
+        whole = BUDGET // (held + source.nbytes_per_sample) if self.one_by_one(problem) else 0
         return Passes(executor, executor.seal(job), chunks, threads, held, whole)
 
     def options(self, *, compiled: bool, matmul_precision: str) -> Options:
@@ -124,9 +124,9 @@ class Resources:
         """
         if settings.text("torch-threads") is not None:
             return settings.count("torch-threads")
-        return torch.get_num_threads() if self._alone(problem) else 1
+        return torch.get_num_threads() if self.one_by_one(problem) else 1
 
-    def _alone(self, problem: Problem) -> bool:
+    def one_by_one(self, problem: Problem) -> bool:
         """Whether tasks run one after the other in this process, each with all of its torch threads."""
         asked = settings.text("torch-threads") is not None
         return not asked and self.client is None and problem.objective.size >= LARGE_MODEL

@@ -268,10 +268,9 @@ def _formed(
 
 def solved(inverse: Inverse, gradients: Tensor, *, project: bool, certify: bool) -> Factors:
     """Factors of test points with these gradients (n, P), or their coefficients."""
-    wide = gradients.to(torch.float64)
-    solution = None if project and not certify else without_rounds(inverse.solve(wide))
+    solution = None if project and not certify else without_rounds(inverse.solve(gradients))
     residual = solution.residuals() if certify and solution is not None else None
-    rows = inverse.coefficients(wide) if project or solution is None else solution.factors
+    rows = inverse.coefficients(gradients) if project or solution is None else solution.factors
     return Factors.of(rows.to(gradients.dtype), residual)
 
 
@@ -537,7 +536,11 @@ def score_strip(job: Sealed, scoring: Sealed, index: int) -> Missing:
     if written is not None:  # by a worker that was lost before it could say so, or for another client
         return {one["sample"]: one["reason"] for one in written.get("missing", ())}
     missing = Missing()
-    with opened.running(), closing(run.ahead(opened.source, strip)) as source, _Writing() as writing:
+    with (
+        opened.running(),
+        closing(run.ahead(opened.source, strip)) as source,
+        _Writing(run.plan.written_at_once) as writing,
+    ):
         query, ahead = run.query(strip.rows, opened.model.problem()), replace(opened, source=source)
         for held in run.plan.together(strip):
             derivatives = derivatives_of(ahead, query, held, run.plan.batch, run.perturbation, missing)

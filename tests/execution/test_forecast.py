@@ -16,7 +16,15 @@ from dask_influence.core.objective import Objective
 from dask_influence.core.problem import prepare
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.forecast import TASKS_PER_SECOND, Cluster, Forecast, Speed, calibrate
-from dask_influence.execution.plan import HELD_BYTES, PROCESS_BYTES, Plan, arrange
+from dask_influence.execution.plan import (
+    BATCHES,
+    HELD_BYTES,
+    MOST_WRITTEN,
+    PROCESS_BYTES,
+    WRITTEN_BYTES,
+    Plan,
+    arrange,
+)
 from dask_influence.execution.work import Kept, Work
 
 LARGE = Work(
@@ -191,3 +199,34 @@ def test_a_diagonal_costs_a_factor_for_each_training_sample() -> None:
     assert forecast.compute_seconds == pytest.approx(10**4 + forecast.derivative_seconds)
     assert forecast.tasks == forecast.strips
     assert sum(len(forecast.strip(i).columns) for i in range(forecast.strips)) == 10**7
+
+
+SKETCHED = Work(2_048, 4_096, (), 820_874, 20, 4, 1_482, 2**20)
+
+
+def test_strips_that_nobody_waits_for_are_of_several_batches() -> None:
+    shared, own = arrange(SKETCHED), arrange(SKETCHED, one_by_one=True)
+    assert own.strip_columns > (BATCHES - 1) * own.batch > 2 * shared.strip_columns
+    assert replace(own, strip_columns=shared.strip_columns) == shared
+    assert [*itertools.chain.from_iterable(own.strip(at).columns for at in range(own.strips))] == [
+        *range(SKETCHED.trains)
+    ]
+    few = replace(SKETCHED, trains=100)
+    assert arrange(few, one_by_one=True).strips == 1
+
+
+def test_strips_are_no_longer_than_memory_allows() -> None:
+    shared, own = arrange(SKETCHED), arrange(SKETCHED, one_by_one=True)
+    assert shared.peak_bytes < own.peak_bytes
+    for limit in (shared.peak_bytes, own.peak_bytes - 1):
+        assert arrange(SKETCHED, memory_limit=limit, one_by_one=True) == arrange(SKETCHED, memory_limit=limit)
+    assert arrange(SKETCHED, memory_limit=own.peak_bytes, one_by_one=True) == own
+
+
+def test_few_bytes_are_written_at_once() -> None:
+    small, large = (arrange(SKETCHED, tile_bytes=size) for size in (2**18, 2**25))
+    assert small.written_at_once == MOST_WRITTEN
+    assert large.written_at_once == 1
+    assert small.written_at_once * small.tile_bytes <= WRITTEN_BYTES
+    reduced = Kept("TopK(10)", "test", 2_048 * 10 * 12, diagonal=False)
+    assert arrange(replace(SKETCHED, kept=reduced)).written_at_once == 1

@@ -1,10 +1,12 @@
-"""Reading ahead and writing behind: in order, one of each at a time, and nothing is lost."""
+"""Reading ahead and writing behind: in order, as many at a time as are allowed, and nothing is lost."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,22 +62,29 @@ def test_what_reading_ahead_raises_is_raised_where_it_is_asked_for() -> None:
             ahead.read(4, 12)
 
 
-def test_calls_go_on_behind_their_caller_one_at_a_time() -> None:
-    go, running, most = threading.Event(), [0], [0]
+@pytest.mark.parametrize("allowed", [1, 3])
+def test_calls_go_on_behind_their_caller_a_few_at_a_time(allowed: int) -> None:
+    go, lock, running, most = threading.Event(), threading.Lock(), [0], [0]
 
     def call(number: int) -> int:
-        running[0] += 1
-        most[0] = max(most[0], running[0])
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
         go.wait(60)
-        running[0] -= 1
+        with lock:
+            running[0] -= 1
         return number
 
-    with Behind[int]() as behind:
-        behind.submit(lambda: call(1))  # returns, although the call does not
+    with Behind[int](allowed) as behind:
+        for number in range(allowed):
+            behind.submit(partial(call, number))  # returns, although the call does not
+        while most[0] < allowed:
+            time.sleep(0.001)
         go.set()
-        behind.submit(lambda: call(2))
-    assert behind.results == [1, 2]
-    assert most == [1]
+        for number in range(allowed, 9):
+            behind.submit(partial(call, number))
+    assert behind.results == [*range(9)]
+    assert most == [allowed]
 
 
 def behind_of(*calls: Callable[[], int]) -> list[int]:

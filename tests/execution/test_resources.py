@@ -31,5 +31,5 @@ def test_who_takes_the_whole_machine(
     monkeypatch.setattr(resources, "check_client", lambda _: None)
     own, problem = Resources(Mock() if with_client else None, "cpu", None, None, False), Mock()
     problem.objective.size = size
-    assert own._alone(problem) is alone
+    assert own.one_by_one(problem) is alone
     assert own.threads(problem) == (torch.get_num_threads() if alone else 1)
