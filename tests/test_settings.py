@@ -123,7 +123,7 @@ def test_chunks_are_those_of_the_configuration() -> None:
 def test_workers_follow_the_client_whatever_their_own_configuration(tmp_path: Path) -> None:
     torch_threads = {"DASK_INFLUENCE__TORCH_THREADS": "nonsense"}
     infl, data = problem()
-    alone = infl.fit(data).influences(*data, *data)
+    alone = infl.fit(data).influences_to_zarr(tmp_path / "alone", data, data).influence.values
     with (
         LocalCluster(
             n_workers=1, threads_per_worker=1, dashboard_address=None, env=torch_threads, memory_limit="2GiB"

@@ -1,7 +1,8 @@
 """Execution: how the sums, factors and tiles are computed, by whom, and what is left behind.
 
 From the top: ``run`` (a run that writes to a store) and ``reduce`` (one that keeps a reduction of
-the scores), ``memory`` and ``lazy`` (the same in this process's memory, or as a dask array);
+the scores), ``memory`` and ``lazy`` (the same in this process's memory, or as a dask array), and
+``side_by_side`` (in memory, where no factor takes a pass);
 ``resources`` (which executor, how many threads, what pieces); ``verify`` (everything stored against
 its record); ``drive`` (rounds of a fit); ``dask`` and ``local`` (the executors); ``tasks`` and
 ``reduce_tasks`` (what a worker runs); ``blame`` (which samples fail it, where it raises);

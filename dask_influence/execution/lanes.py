@@ -102,6 +102,11 @@ class Shared:
         self._queue.extend(calls)
         self._busy += [_pool(self._others).submit(self._take_elsewhere) for _ in range(self._others)]
 
+    def relieve(self, most: int) -> None:
+        """Take part until no more than ``most`` calls wait for somebody to begin."""
+        while len(self._queue) > most:
+            self._take_one()
+
     def finish(self) -> None:
         """Take part until all is done."""
         self._take()
@@ -123,9 +128,13 @@ class Shared:
             self._take()
 
     def _take(self) -> None:
-        while True:
-            try:
-                call = self._queue.popleft()
-            except IndexError:
-                return
-            call()
+        while self._take_one():
+            pass
+
+    def _take_one(self) -> bool:
+        try:
+            call = self._queue.popleft()
+        except IndexError:  # another lane was faster
+            return False
+        call()
+        return True

@@ -5,21 +5,19 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from functools import partial
 
 import numpy as np
 import torch
 
-from dask_influence.core import directional
-from dask_influence.core.chain import Chain
 from dask_influence.execution import tasks
 from dask_influence.execution.base import Solver
 from dask_influence.execution.drive import iterated_factors
 from dask_influence.execution.job import Job, computing
-from dask_influence.execution.lanes import Shared, in_lanes
+from dask_influence.execution.lanes import in_lanes
 from dask_influence.execution.plan import FEWEST_FACTORS, Plan
 from dask_influence.execution.run import Fit
+from dask_influence.execution.side_by_side import scores_side_by_side, step_of
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import ArraySource, Source
 
@@ -41,13 +39,10 @@ def influences_in_memory(
 
     ``check`` refuses training data that cannot be used, before any of them are.
     """
-    if (
-        perturbation
-        and not project
-        and not fit.inverse.needs_rounds
-        and fit.model.problem().forms.mixed == "chain"
-    ):
-        return _perturbations_by_chain(fit, test, train, plan, check)
+    if not project and not fit.inverse.needs_rounds:
+        step = step_of(fit, train, plan, perturbation=perturbation)
+        if step is not None:
+            return scores_side_by_side(fit, test, train, plan, step, check)
     check()
     factors = factors_in_memory(fit, test, test.argument, plan.factor_rows, plan.batch, project=project)
     return scores_in_memory(
@@ -58,10 +53,6 @@ def influences_in_memory(
 def _held(source: Source) -> bool:
     """Whether samples are there, and to read them starts no threads or processes of a library or a user."""
     return isinstance(source, ArraySource)
-
-
-def _job(fit: Fit, source: Source) -> Job:
-    return Job(fit.model, source, source.argument, fit.threads)
 
 
 def factors_in_memory(
@@ -95,51 +86,6 @@ def solved_rows(job: Job, solver: Solver, gradients: torch.Tensor, rows: int) ->
 
     calls = [partial(solve, part) for part in gradients.split(rows)]
     return torch.cat([*in_lanes(calls, job.threads, apart=True)])
-
-
-def _perturbations_by_chain(
-    fit: Fit, test: Source, train: Source, plan: Plan, check: Callable[[], None]
-) -> np.ndarray:
-    """Perturbations (N, M, *features): lanes solve chunks of test points, then go on to their scores.
-
-    This thread is one of the lanes, and differentiates, which only one can do at a time, while the others
-    multiply: first the gradients of the test points, then what the training samples of a batch need.
-    """
-    problem, work = fit.model.problem(), plan.work
-    scores = np.empty((work.tests, work.trains, *work.features), dtype=fit.score_dtype)
-    queries, inverse = _job(fit, test), fit.solver.inverse()
-
-    def solve(gradients: torch.Tensor, solved: Future[torch.Tensor]) -> None:
-        try:
-            with computing(fit.model, fit.threads):
-                factors = tasks.solved(inverse, gradients, project=False, certify=False)
-                directions = tasks.Query.of(factors.rows, None, problem).directions
-                assert isinstance(directions, torch.Tensor)
-                solved.set_result(directions)
-        except BaseException as error:
-            solved.set_exception(error)  # another lane may wait for it
-            raise
-
-    def score(chain: Chain, solved: Future[torch.Tensor], rows: slice, columns: range) -> None:
-        part = torch.from_numpy(scores[rows, columns.start : columns.stop])
-        with computing(fit.model, fit.threads):
-            derivatives = chain.mixed_derivatives(solved.result(), out=part)
-        tasks.refuse_non_finite(derivatives, train.argument, columns.start)
-
-    with Shared(fit.threads, apart=_held(test) and _held(train)) as lanes, computing(fit.model, fit.threads):
-        solving: list[tuple[Future[torch.Tensor], slice]] = []
-        for batch in Chunks(work.tests, max(plan.batch, plan.factor_rows)):
-            gradients = tasks.query_gradients(queries, batch.start, batch.stop, plan.batch)
-            for chunk in Chunks(len(batch), plan.factor_rows):
-                solved = Future[torch.Tensor]()
-                solving.append((solved, slice(batch.start + chunk.start, batch.start + chunk.stop)))
-                lanes.add([partial(solve, gradients[chunk.start : chunk.stop], solved)])
-        check()
-        for columns in Chunks(work.trains, plan.batch):
-            chain = _job(fit, train).computed(directional.chain_of, columns.start, columns.stop)
-            lanes.add(partial(score, chain, solved, rows, columns) for solved, rows in solving)
-            lanes.finish()
-    return scores
 
 
 def _by_rounds(fit: Fit, job: Job, chunk: range, batch: int) -> torch.Tensor:

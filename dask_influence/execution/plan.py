@@ -274,7 +274,9 @@ class Plan:
         """Tiles that one task has on their way to the store at once."""
         if self.work.kept is not None:
             return 1
-        return max(1, min(MOST_WRITTEN, WRITTEN_BYTES // (self.work.copies * self.tile_bytes)))
+        rows, columns = min(self.query_rows, self.work.tests), min(self.strip_columns, self.work.trains)
+        tiles = -(-rows // self.tile[0]) * -(-columns // self.tile[1])
+        return max(1, min(tiles, MOST_WRITTEN, WRITTEN_BYTES // (self.work.copies * self.tile_bytes)))
 
     @property
     def _tiles_bytes(self) -> int:

@@ -1,10 +1,13 @@
-"""Perturbations in memory: chunks of test points and batches of training samples, in lanes."""
+"""Scores in memory: chunks of test points and batches of training samples, in lanes."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,13 @@ import torch
 
 from dask_influence import DirectInfluence
 from dask_influence.core import directional
+from dask_influence.core.directional import Way
+from dask_influence.core.problem import Problem
 from dask_influence.errors import DataError
-from dask_influence.execution import memory, tasks
+from dask_influence.execution import memory, side_by_side, tasks
 from dask_influence.execution.plan import Plan
 from dask_influence.execution.run import Fit
+from dask_influence.execution.side_by_side import Step
 from dask_influence.storage.sources import Source
 from tests import data, oracles
 
@@ -27,43 +33,53 @@ def fitted() -> DirectInfluence:
     return DirectInfluence(CASE.model, CASE.loss, 0.05).fit(CASE.train)
 
 
+MODES = pytest.mark.parametrize("mode", ["up", "perturbation"])
+
+
 @pytest.fixture
 def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three test points and five training samples at a time."""
-    whole = memory._perturbations_by_chain
+    """Three test points and five training samples at a time, whose gradients are formed."""
+    whole = memory.scores_side_by_side
 
-    def cut(fit: Fit, test: Source, train: Source, plan: Plan, check: Callable[[], None]) -> np.ndarray:
-        return whole(fit, test, train, dataclasses.replace(plan, factor_rows=3, batch=5), check)
+    def cut(
+        fit: Fit, test: Source, train: Source, plan: Plan, step: Step, check: Callable[[], None]
+    ) -> np.ndarray:
+        small = dataclasses.replace(plan, factor_rows=3, batch=5), dataclasses.replace(step, samples=5)
+        return whole(fit, test, train, *small, check)
 
-    monkeypatch.setattr(memory, "_perturbations_by_chain", cut)
+    monkeypatch.setattr(memory, "scores_side_by_side", cut)
+    monkeypatch.setattr(directional, "chosen", lambda *_: Way.GRADIENTS)
 
 
 @pytest.mark.usefixtures("in_small_parts")
 @pytest.mark.parametrize("threads", [1, 2])
+@MODES
 def test_parts_are_put_together_and_threads_given_back(
-    fitted: DirectInfluence, threads: int, monkeypatch: pytest.MonkeyPatch
+    fitted: DirectInfluence, mode: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chains = []
-    monkeypatch.setattr(
-        directional, "chain_of", lambda *a, of=directional.chain_of: chains.append(a) or of(*a)
-    )
+    prepared = []
+    for name in ("chain_of", "gradients"):
+        of = getattr(directional, name)
+        monkeypatch.setattr(directional, name, lambda *a, of=of: prepared.append(len(a[2])) or of(*a))
     test, train = ((x[:n], y[:n]) for (x, y), n in ((CASE.test, 7), (CASE.train, 13)))
     inverse = oracles.inverse(oracles.hessian(CASE.model, CASE.loss, *CASE.train), 0.05)
-    expected = oracles.perturbation(CASE.model, CASE.loss, inverse, test, train)
+    of_mode = oracles.perturbation if mode == "perturbation" else oracles.up
+    expected = of_mode(CASE.model, CASE.loss, inverse, test, train)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        value = fitted.influences(*test, *train, mode="perturbation")
+        value = fitted.influences(*test, *train, mode=mode)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     assert oracles.relative_error(value, expected) <= 1e-9
-    assert len(chains) == 3  # each training sample once, whatever the chunks of test points
+    assert prepared == [3, 3, 1, 5, 5, 3]  # each sample once, whatever the chunks of the other side
 
 
 @pytest.mark.usefixtures("in_small_parts")
+@MODES
 def test_a_sample_without_a_finite_derivative_is_named(
-    fitted: DirectInfluence, monkeypatch: pytest.MonkeyPatch
+    fitted: DirectInfluence, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoiled(rows: torch.Tensor, *args: object) -> object:
         if args[:2] == ("x, y", 5):  # the second batch
@@ -74,11 +90,14 @@ def test_a_sample_without_a_finite_derivative_is_named(
     monkeypatch.setattr(tasks, "refuse_non_finite", spoiled)
     test = tuple(a[:7] for a in CASE.test)
     with pytest.raises(DataError, match="x, y: the gradient of sample 7 is not finite"):
-        fitted.influences(*test, *(a[:13] for a in CASE.train), mode="perturbation")
+        fitted.influences(*test, *(a[:13] for a in CASE.train), mode=mode)
 
 
 @pytest.mark.usefixtures("in_small_parts")
-def test_no_lane_goes_on_after_an_error(fitted: DirectInfluence, monkeypatch: pytest.MonkeyPatch) -> None:
+@MODES
+def test_no_lane_goes_on_after_an_error(
+    fitted: DirectInfluence, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Training data are refused while other lanes solve."""
     running: list[str] = []
 
@@ -95,10 +114,75 @@ def test_no_lane_goes_on_after_an_error(fitted: DirectInfluence, monkeypatch: py
     torch.set_num_threads(2)
     try:
         with pytest.raises(DataError, match="x, y"):
-            fitted.influences(*test, x[:, :2], y, mode="perturbation")
+            fitted.influences(*test, x[:, :2], y, mode=mode)
         assert running.count("begun") == running.count("done")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("in_small_parts", "two_threads")
+def test_few_samples_are_differentiated_before_others_need_them(
+    fitted: DirectInfluence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: gradients wait for no more than one batch of products to begin."""
+    ahead, most, lock = [0], [0], threading.Lock()
+
+    def formed(problem: Problem, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with lock:
+            ahead[0] += len(y) == 5
+            most[0] = max(most[0], ahead[0])
+        return gradients(problem, x, y)
+
+    def multiplied(rows: torch.Tensor, factors: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        time.sleep(0.002)
+        with lock:
+            ahead[0] -= 1
+        return product(rows, factors, out)
+
+    gradients, product = directional.gradients, side_by_side._multiplied
+    monkeypatch.setattr(directional, "gradients", formed)
+    monkeypatch.setattr(side_by_side, "_multiplied", multiplied)
+    fitted.influences(*(a[:3] for a in CASE.test), *(a[:35] for a in CASE.train))
+    assert ahead == [0]
+    assert 1 < most[0] <= 4  # one in each lane, one that waits, one that is being formed
+
+
+@MODES
+def test_models_of_half_precision(mode: str) -> None:
+    """Numpy has no bfloat16: its scores are kept in it until they are complete."""
+    model = copy.deepcopy(CASE.model).to(torch.bfloat16)
+    x, y = CASE.train[0].to(torch.bfloat16), CASE.train[1]
+    half = DirectInfluence(model, CASE.loss, 0.05).fit((x, y)).influences(x[:20], y[:20], x, y, mode=mode)
+    assert half.dtype == torch.bfloat16
+    whole = DirectInfluence(copy.deepcopy(model).double(), CASE.loss, 0.05).fit((x.double(), y))
+    expected = whole.influences(x[:20].double(), y[:20], x.double(), y, mode=mode)
+    assert oracles.relative_error(half.double(), expected) <= 0.1
+
+
+@MODES
+def test_scores_elsewhere_are_brought_here(
+    fitted: DirectInfluence, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of an accelerator, which cannot write to this memory."""
+    test = tuple(a[:7] for a in CASE.test)
+    expected = fitted.influences(*test, *CASE.train, mode=mode)
+    given, whole = [], memory.scores_side_by_side
+
+    def elsewhere(*arguments: Any) -> np.ndarray:
+        *others, step, check = arguments
+
+        def scores(prepared: Any, factors: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+            given.append(out)
+            return step.scores(prepared, factors, None)
+
+        return whole(*others, dataclasses.replace(step, scores=scores), check)
+
+    monkeypatch.setattr(memory, "scores_side_by_side", elsewhere)
+    monkeypatch.setattr(directional, "chosen", lambda *_: Way.GRADIENTS)
+    monkeypatch.setattr(side_by_side, "_here", lambda device: False)
+    found = fitted.influences(*test, *CASE.train, mode=mode)
+    assert set(given) == {None}
+    assert oracles.relative_error(found, expected) <= 1e-9
 
 
 # -- scores ----------------------------------------------------------------------------
@@ -115,11 +199,11 @@ def test_scores_of_small_models_are_cut_the_same_whatever_the_threads(
     whole = directional.directional_derivatives
     monkeypatch.setattr(directional, "directional_derivatives", counted)
     monkeypatch.setattr(memory, "FEWEST_SAMPLES", 5)
-    before, found = torch.get_num_threads(), []
+    before, found, factors = torch.get_num_threads(), [], fitted.influence_factors(*CASE.test)
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(fitted.influences(*CASE.test, *CASE.train).numpy())
+            found.append(fitted.influences_from_factors(factors, *CASE.train).numpy())
     finally:
         torch.set_num_threads(before)
     size = -(-len(CASE.train[1]) // 4)
