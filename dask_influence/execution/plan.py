@@ -51,8 +51,9 @@ STRIP_SECONDS, FEWEST_STRIPS = 2.0, 16
 """What a strip takes at most, and strips of work that takes less: the last one is what other workers wait for."""
 BATCHES = 4
 """Batches of a strip that no other worker waits for: all tiles but the last batch's are written beside computing."""
-FEWEST_TILES, SHORTEST_SECONDS = 8, 0.025
-"""Tiles of a short run, so that workers share it, unless each were a task shorter than what starting it costs."""
+FEWEST_TILES, SHORTEST_SECONDS = 8, 0.1
+"""Tiles of a short run, so that workers share it, unless each were a task that takes little beside what it costs to
+start, write and list one: a hundredth of a second."""
 PROCESS_BYTES = 480 * 2**20
 """What a worker takes before it has done anything: interpreter, torch, Dask, Zarr (CPU build of torch 2.13, Linux)."""
 
