@@ -155,7 +155,7 @@ def to_tensors(batch: Any, objective: Objective) -> Any:
 
     def convert(array: np.ndarray) -> Tensor:
         # torch's own memory: aligned the same wherever the array came from, hence the same bits
-        tensor = torch.tensor(array)
+        tensor = torch.from_numpy(array).clone()
         return tensor.to(objective.device, objective.dtype if tensor.is_floating_point() else None)
 
     return optree.tree_map(convert, batch)
