@@ -220,6 +220,8 @@ class _Shared:
 class _Block(Source):
     """One chunk of the data that begins with sample ``start`` and is numbered so, as errors name samples."""
 
+    held = True
+
     def __init__(self, block: Any, start: int, argument: str) -> None:
         self._own, self._start = ArraySource(*block, argument=argument), start
         super().__init__(start + len(self._own), self._own.spec, None, argument)

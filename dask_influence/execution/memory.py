@@ -19,7 +19,7 @@ from dask_influence.execution.plan import FEWEST_FACTORS, Plan
 from dask_influence.execution.run import Fit
 from dask_influence.execution.side_by_side import scores_side_by_side, step_of
 from dask_influence.grid import Chunks
-from dask_influence.storage.sources import ArraySource, Source
+from dask_influence.storage.sources import Source
 
 FEWEST_SAMPLES = 256
 """Samples of a piece: to differentiate fewer at once costs more than another thread saves."""
@@ -50,11 +50,6 @@ def influences_in_memory(
     )
 
 
-def _held(source: Source) -> bool:
-    """Whether samples are there, and to read them starts no threads or processes of a library or a user."""
-    return isinstance(source, ArraySource)
-
-
 def factors_in_memory(
     fit: Fit, source: Source, argument: str, rows: int, batch: int, *, project: bool
 ) -> torch.Tensor:
@@ -73,7 +68,7 @@ def factors_in_memory(
         return tasks.closed_factors(job, solver, *bounds, project=project, certify=False).rows
 
     calls = [partial(solve, chunk) for chunk in chunks]
-    return torch.cat([*in_lanes(calls, fit.threads, apart=_held(source))])
+    return torch.cat([*in_lanes(calls, fit.threads, apart=source.held)])
 
 
 def solved_rows(job: Job, solver: Solver, gradients: torch.Tensor, rows: int) -> torch.Tensor:
@@ -141,7 +136,7 @@ def score_columns(
 
     pieces = [piece for strip in strips for piece in (_pieces(strip) if job.threads == 1 else [strip])]
     calls = [partial(score, piece) for piece in pieces]
-    deque(in_lanes(calls, job.threads, apart=_held(job.source)), maxlen=0)
+    deque(in_lanes(calls, job.threads, apart=job.source.held), maxlen=0)
 
 
 def _pieces(columns: range) -> Iterator[range]:

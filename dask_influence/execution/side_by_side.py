@@ -30,7 +30,7 @@ from dask_influence.execution.lanes import Shared, lanes_of
 from dask_influence.execution.plan import Plan
 from dask_influence.execution.run import Fit
 from dask_influence.grid import Chunks
-from dask_influence.storage.sources import ArraySource, Source
+from dask_influence.storage.sources import Source
 
 SAMPLES = 512
 """Samples differentiated at once: many enough that a call costs little, few enough that others soon have work."""
@@ -110,8 +110,7 @@ def scores_side_by_side(
             if out is None:
                 part.copy_(derivatives.transpose(0, 1))
 
-    apart = all(isinstance(side, ArraySource) for side in (test, train))
-    with Shared(fit.threads, apart=apart) as lanes, computing(fit.model, fit.threads):
+    with Shared(fit.threads, apart=test.held and train.held) as lanes, computing(fit.model, fit.threads):
         solving: list[tuple[Future[Tensor], slice]] = []
         together = max(1, min(SAMPLES, plan.batch) // plan.factor_rows) * plan.factor_rows
         for group in Chunks(work.tests, together):

@@ -70,6 +70,9 @@ class Source(ABC):
     portable: bool = False
     """Whether another process can read the samples by itself, from the pickle of this source."""
 
+    held: bool = False
+    """Whether the samples are in this process, so that to read them starts no threads or processes of others."""
+
     def __init__(self, length: int, spec: Pair, chunk_size: int | None, argument: str) -> None:
         self.spec = spec
         self.chunk_size = chunk_size

@@ -128,6 +128,8 @@ class ArraySource(Source):
         The numpy arrays.
     """
 
+    held = True
+
     def __init__(self, x: Any, y: Any, *, chunk_size: int | None = None, argument: str = "data") -> None:
         self.data = _pair_of(x, y, lambda leaf, name: as_numpy(leaf, name, argument), argument)
         super().__init__(*spec_of(self.data, argument), chunk_size, argument)

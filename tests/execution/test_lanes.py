@@ -126,9 +126,10 @@ def test_lanes_that_may_start_threads_are_not_kept_to_cores(two_cores: set[int])
     assert not pinned()
 
 
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("mode", ["up", "perturbation"])
 def test_calls_in_memory_keep_their_lanes_apart(
-    two_cores: set[int], monkeypatch: pytest.MonkeyPatch, mode: str
+    two_cores: set[int], monkeypatch: pytest.MonkeyPatch, mode: str, lazy: bool
 ) -> None:
     case, places, real = data.mlp_classification(), list[list[int]](), os.sched_setaffinity
 
@@ -139,7 +140,11 @@ def test_calls_in_memory_keep_their_lanes_apart(
     infl = di.DirectInfluence(case.model, case.loss, 0.1, chunk_size=5).fit(case.train)
     monkeypatch.setattr(os, "sched_setaffinity", watching)
     few_x, few_y = (part[:4] for part in case.train)
-    infl.influences(few_x, few_y, *case.train, mode=mode)
+    if lazy:
+        x, y = (da.from_array(part.numpy(), chunks=(5, *part.shape[1:])) for part in case.train)
+        infl.influences(few_x, few_y, x, y, mode=mode).compute(scheduler="synchronous")
+    else:
+        infl.influences(few_x, few_y, *case.train, mode=mode)
     assert min(map(len, places), default=0) == 1
     assert os.sched_getaffinity(0) == two_cores
 
