@@ -88,12 +88,16 @@ class Shared:
         Torch threads of a lane.
     apart : bool
         As in :func:`in_lanes`.
+    abandon : callable, optional
+        Called where the block raises, before other lanes are waited for: to end what they wait for.
     """
 
-    def __init__(self, threads: int, *, apart: bool = False) -> None:
+    def __init__(
+        self, threads: int, *, apart: bool = False, abandon: Callable[[], None] = lambda: None
+    ) -> None:
         self._others = lanes_of(threads) - 1
         self._cores = cores_of(lanes_of(threads)) if apart else ()
-        self._here = keeping_to(self._cores, 0)
+        self._here, self._abandon = keeping_to(self._cores, 0), abandon
         self._queue = deque[Callable[[], None]]()
         self._busy: list[Future[None]] = []
 
@@ -118,8 +122,10 @@ class Shared:
         self._here.__enter__()
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._queue.clear()
+        if kind is not None:
+            self._abandon()
         wait(self._busy)
         self._here.__exit__(None, None, None)
 

@@ -60,13 +60,19 @@ def step_of(fit: Fit, train: Source, plan: Plan, *, perturbation: bool) -> Step 
     problem = fit.model.problem()
     if perturbation:
         return Step(directional.chain_of, _mixed, plan.batch) if problem.forms.mixed == "chain" else None
-    objective = problem.objective
-    fitting = gradients_at_once(objective.size, objective.dtype.itemsize, BUDGET)
-    count = min(SAMPLES, plan.batch, fitting, plan.work.trains)
+    objective, count = problem.objective, min(_at_once(problem, plan), plan.work.trains)
     samples = optree.tree_map(lambda spec: torch.empty(()).expand(count, *spec.shape), train.spec[0])
-    directions = torch.empty((), dtype=objective.dtype).expand(plan.work.tests, objective.size)
+    directions = torch.empty((), dtype=objective.dtype, device=objective.device).expand(
+        plan.work.tests, objective.size
+    )
     formed = directional.chosen(problem, samples, directions) is Way.GRADIENTS
     return Step(directional.gradients, _multiplied, count) if formed else None
+
+
+def _at_once(problem: Problem, plan: Plan) -> int:
+    """Samples of which gradients are formed at once."""
+    objective = problem.objective
+    return min(SAMPLES, plan.batch, gradients_at_once(objective.size, objective.dtype.itemsize, BUDGET))
 
 
 def _here(device: torch.device) -> bool:
@@ -110,9 +116,17 @@ def scores_side_by_side(
             if out is None:
                 part.copy_(derivatives.transpose(0, 1))
 
-    with Shared(fit.threads, apart=test.held and train.held) as lanes, computing(fit.model, fit.threads):
-        solving: list[tuple[Future[Tensor], slice]] = []
-        together = max(1, min(SAMPLES, plan.batch) // plan.factor_rows) * plan.factor_rows
+    solving: list[tuple[Future[Tensor], slice]] = []
+
+    def abandon() -> None:
+        for solved, _ in solving:
+            solved.cancel()  # by an interrupt it may have been taken and never begun, and a lane waits for it
+
+    with (
+        Shared(fit.threads, apart=test.held and train.held, abandon=abandon) as lanes,
+        computing(fit.model, fit.threads),
+    ):
+        together = max(1, _at_once(problem, plan) // plan.factor_rows) * plan.factor_rows
         for group in Chunks(work.tests, together):
             gradients = tasks.query_gradients(queries, group.start, group.stop, plan.batch)
             for own in Chunks(len(group), plan.factor_rows):

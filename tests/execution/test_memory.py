@@ -7,6 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from dask_influence.core.directional import Way
 from dask_influence.core.problem import Problem
 from dask_influence.errors import DataError
 from dask_influence.execution import memory, side_by_side, tasks
+from dask_influence.execution.lanes import Shared
 from dask_influence.execution.plan import Plan
 from dask_influence.execution.run import Fit
 from dask_influence.execution.side_by_side import Step
@@ -145,6 +147,43 @@ def test_few_samples_are_differentiated_before_others_need_them(
     fitted.influences(*(a[:3] for a in CASE.test), *(a[:35] for a in CASE.train))
     assert ahead == [0]
     assert 1 < most[0] <= 4  # one in each lane, one that waits, one that is being formed
+
+
+@pytest.mark.usefixtures("in_small_parts", "two_threads")
+@MODES
+def test_an_interrupt_between_two_calls_leaves_no_lane_waiting(
+    fitted: DirectInfluence, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This thread took the last solve and never began with it; another lane waits for its factors."""
+    waiting, taken, solved = threading.Event(), list[object](), tasks.solved
+
+    def take(lanes: Shared) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            return whole(lanes)
+        taken.append(lanes._queue.popleft())
+        assert waiting.wait(60)
+        raise KeyboardInterrupt
+
+    def slow(*arguments: object, **how: object) -> object:
+        while not taken:  # not the last one, too
+            time.sleep(0.001)
+        return solved(*arguments, **how)
+
+    class Watched(Future[torch.Tensor]):
+        def result(self, timeout: float | None = None) -> torch.Tensor:
+            if not self.done():
+                waiting.set()
+            return super().result(timeout)
+
+    whole = Shared._take_one
+    monkeypatch.setattr(Shared, "_take_one", take)
+    monkeypatch.setattr(tasks, "solved", slow)
+    monkeypatch.setattr(side_by_side, "Future", Watched)
+    with pytest.raises(KeyboardInterrupt):
+        fitted.influences(*(a[:6] for a in CASE.test), *(a[:13] for a in CASE.train), mode=mode)
+    assert waiting.is_set()
+    monkeypatch.undo()
+    assert fitted.influences(*(a[:6] for a in CASE.test), *CASE.train, mode=mode).isfinite().all()
 
 
 @MODES
