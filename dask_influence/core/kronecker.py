@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dask_influence.core.capture import Captured
+from dask_influence.core.derived import derived
 from dask_influence.core.expansion import Expansion, typical_products
 from dask_influence.core.layers import Layer, Layout
 from dask_influence.core.objective import Tree
@@ -63,7 +64,6 @@ class Kronecker(Form):
 
     layers: tuple[Factored, ...]
     regularizations: tuple[float, ...]
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
@@ -107,26 +107,29 @@ class Kronecker(Form):
         return 1 / (self.layers[index].eigenvalues + self.regularizations[at])
 
     def expansion(self, index: int, at: int, like: Tensor) -> Expansion:
-        """Of W, for a layer of one group, in the dtype and on the device of ``like``; made once."""
-        key = index, at, like.dtype, like.device
-        if key not in self._made:
-            spectrum = self.layers[index].eigenvalues[0] + self.regularizations[at]
-            self._made[key] = Expansion.of(spectrum, like.dtype).to(like.device)
-        found: Expansion = self._made[key]
-        return found
+        """Of W, for a layer of one group, in the dtype and on the device of ``like``; made once in a process."""
+        values, regularization = self.layers[index].eigenvalues, self.regularizations[at]
+        dtype, device = like.dtype, like.device
+
+        def make() -> Expansion:
+            return Expansion.of(values[0] + regularization, dtype).to(device)
+
+        return derived(values, ("expansion", regularization, dtype, device), make)
 
     def bases(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """U_A and U_B of a layer in the dtype and on the device of ``like``; made once."""
-        key = index, like.dtype, like.device
-        if key not in self._made:
-            layer = self.layers[index]
-            # torch's own memory, in order: the same wherever the bases came from, hence the same bits
-            self._made[key] = tuple(
-                basis.to(like, copy=True, memory_format=torch.contiguous_format)
-                for basis in (layer.inputs, layer.outputs)
-            )
-        found: tuple[Tensor, Tensor] = self._made[key]
-        return found
+        """U_A and U_B of a layer in the dtype and on the device of ``like``; made once in a process."""
+        layer = self.layers[index]
+        return _basis(layer.inputs, like), _basis(layer.outputs, like)
+
+
+def _basis(basis: Tensor, like: Tensor) -> Tensor:
+    # torch's own memory, in order: the same wherever the bases came from, hence the same bits
+    dtype, device = like.dtype, like.device
+
+    def make() -> Tensor:
+        return basis.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+    return derived(basis, ("basis", dtype, device), make)
 
 
 class KroneckerPairs(PairScores):

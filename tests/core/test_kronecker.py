@@ -196,3 +196,15 @@ def test_samples_whose_gradient_is_not_finite_are_named(argument: str) -> None:
     assert infl.plan(sides["test"], sides["x, y"]).work.paired is not None
     with pytest.raises(DataError, match="sample 71"):
         infl.influences(*sides["test"], *sides["x, y"])
+
+
+def test_what_is_made_of_a_layer_is_made_once_in_a_process() -> None:
+    """Each task opens its own inverse, of tensors that the process holds."""
+    tensors, values = Held("wide").infl._fitted.inverse.state()
+    first, second = (EkfacInverse.from_state(tensors, values).form for _ in range(2))
+    like = torch.empty(0, dtype=torch.float32)
+    assert first.expansion(0, 0, like) is second.expansion(0, 0, like)
+    assert all(one is two for one, two in zip(first.bases(0, like), second.bases(0, like), strict=True))
+    other = EkfacInverse.from_state(tensors, {**values, "regularization": 0.5}).form
+    assert other.expansion(0, 0, like) is not first.expansion(0, 0, like)
+    assert torch.equal(other.bases(0, like)[0], first.bases(0, like)[0])
