@@ -18,7 +18,7 @@ from dask_influence.arguments import InfluenceMode
 from dask_influence.configuration import Configuration
 from dask_influence.core.checks import check_samples
 from dask_influence.core.content import Content
-from dask_influence.core.estimators import Inverse, SweepInverse, SweepSystem, System
+from dask_influence.core.estimators import Inverse, SweepInverse, SweepSystem, System, estimates
 from dask_influence.core.estimators.blocks import Regularization
 from dask_influence.core.estimators.sweep import check_sweep
 from dask_influence.core.objective import Objective
@@ -384,16 +384,20 @@ class Fitted:
         *,
         project: bool | None = None,
         kept: Kept | None = None,
+        certify: bool = False,
         **limits: Any,
     ) -> Plan:
         """How scores of ``test`` and ``train`` are cut; ``project`` wherever the inverse allows it, by default.
 
-        Without test data (None), training points are scored on themselves. Where the inverse and the model's
+        Without test data (None), training points are scored on themselves. To ``certify`` factors residuals are
+        estimated where each of many would take a product with the curvature. Where the inverse and the model's
         layers allow it, and it is cheaper, pairs of samples are scored without factors.
         """
         tests = 1 if test is None else len(test)
         work = self.work(tests, train, mode, project=self.projects if project is None else project)
-        work = dataclasses.replace(work, kept=kept)
+        estimated = self._estimated(test) if certify else 0
+        work = dataclasses.replace(work, kept=kept, estimated=estimated)
+        work = dataclasses.replace(work, inverse_bytes=work.inverse_bytes + work.estimating_bytes)
         limits["spread"] = not self.inverse.needs_rounds
         general, form = arrange(work, **limits), self.inverse.form
         if project is False or form is None or not self._pairs(test, train, mode):
@@ -401,6 +405,13 @@ class Fitted:
         work = dataclasses.replace(work, rank=form.rank, paired=form.size(self.problem))
         pairs = arrange(work, **limits)
         return pairs if pairs.beats(general) else general
+
+    def _estimated(self, test: Source | StoredFactors | None) -> int:
+        """Random vectors from which residuals of the test points are estimated."""
+        closed = self.inverse.residuals_need_rounds and not self.inverse.needs_rounds
+        if self.passes is None or not closed or not isinstance(test, Source):
+            return 0
+        return estimates.count_for(len(test), self.system.samples, self.system.size)
 
     def _pairs(self, test: Source | StoredFactors | None, train: Source, mode: InfluenceMode) -> bool:
         """Whether samples of both sides are such as pairs were found for."""

@@ -166,6 +166,7 @@ def score_run(
         "tile_bytes": tile_bytes,
         "memory_limit": target.memory_limit,
         "one_by_one": target.resources.one_by_one(fitted.problem),
+        "certify": target.resources.certify,
     }
     plan = target.fitting(_plan(fitted, test, train, mode, reduced, **limits))
     digests = {"train": train.digest()} if test is None else {"test": test.digest(), "train": train.digest()}
@@ -280,7 +281,14 @@ def _used(
 def factor_run(target: Target, fitted: Fitted, test: Source, *, test_ids: Any = None) -> Run:
     """Influence factors (N, P) of test data."""
     plan = target.fitting(
-        fitted.plan(test, test, InfluenceMode.Up, project=False, memory_limit=target.memory_limit)
+        fitted.plan(
+            test,
+            test,
+            InfluenceMode.Up,
+            project=False,
+            certify=target.resources.certify,
+            memory_limit=target.memory_limit,
+        )
     )
     ids = {"test": arguments.ids(test_ids, test, "test_ids")}
     output = target.output(fitted, "factors", ids, {"test": test.digest()})

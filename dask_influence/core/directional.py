@@ -162,6 +162,12 @@ def witnessed(
     return torch.cat(parts).to(torch.float64)
 
 
+def squared(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget: int = BUDGET) -> Tensor:
+    """⟨v_r, g_j⟩ for directions (R, P), and ‖g_j‖²: (n, R + 1), float64, of products in the model's precision."""
+    dtype = torch.promote_types(problem.objective.dtype, torch.float32)
+    return witnessed(problem, x, y, directions, directions[:0], dtype, budget)
+
+
 def _projecting(
     problem: Problem, x: Tree, y: Tree, directions: Tensor | Factored, dtype: torch.dtype
 ) -> Pairs | None:

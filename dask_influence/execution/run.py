@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 
+from dask_influence.core.estimators import estimates
 from dask_influence.core.estimators.base import Inverse, System
 from dask_influence.errors import (
     NotFittedError,
@@ -17,7 +20,7 @@ from dask_influence.errors import (
 from dask_influence.execution import quarantine, tasks
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.base import Executor, Model, Solver
-from dask_influence.execution.drive import Passes, iterated_factors
+from dask_influence.execution.drive import Passes, drive, iterated_factors
 from dask_influence.execution.job import Job, Missing
 from dask_influence.execution.output import Output, as_json, write_residuals
 from dask_influence.execution.overlap import Behind
@@ -121,11 +124,24 @@ def swept_dims(work: Work) -> tuple[str, ...]:
 
 
 def residual_template(work: Work) -> ArrayTemplate:
-    """‖(H + λI) s − g‖ / ‖g‖ for each test point, at each of several λ."""
+    """‖(H + λI) s − g‖ / ‖g‖ for each test point, at each of several λ; says of estimates that they are some."""
+    attrs = (
+        {}
+        if not work.estimated
+        else {
+            "estimated_from": f"{work.estimated} random vectors",
+            "relative_standard_deviation": round(estimates.DEVIATION, 3),
+        }
+    )
     swept = () if work.regularizations is None else (work.regularizations,)
     shape = (*swept, work.tests)
     return ArrayTemplate(
-        dims=(*swept_dims(work), "test"), shape=shape, tile=shape, dtype=np.dtype("float64"), coordinate=True
+        dims=(*swept_dims(work), "test"),
+        shape=shape,
+        tile=shape,
+        dtype=np.dtype("float64"),
+        coordinate=True,
+        attrs=attrs,
     )
 
 
@@ -166,12 +182,14 @@ def solve_factors(
         (job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing
     ]
     solver = fit.solver if plan.work.paired is None else fit.scorer
-    closed = [(*call, solver, project) for call in calls]
-    if fit.needs_rounds and plan.work.paired is None:
+    estimating = _estimating(executor, fit, plan.work.estimated) if missing and fit.needs_rounds else None
+    by_rounds = fit.needs_rounds and estimating is None
+    closed = [(*call, solver, project, estimating) for call in calls]
+    if by_rounds and plan.work.paired is None:
         solved = _by_rounds(executor, fit, calls, output.artifacts)
     else:
         solved = surviving(executor, tasks.factor_task, quarantine.isolated_factors, closed, fit.threads)
-    if fit.needs_rounds and plan.work.paired is not None:
+    if by_rounds and plan.work.paired is not None:
         solved = _certified(executor, fit, solved, calls)
     done = len(chunks) - len(missing)
     progress("factors", done, len(chunks))
@@ -230,6 +248,20 @@ def _by_rounds(
         factors = solved.without(missing, start, start + len(rows))
         artifact = gradients if location is None else Artifacts(location).publish({"rows": factors.rows})
         yield start, artifact, factors.residual.tolist(), missing
+
+
+_VECTORS = WeakKeyDictionary[Inverse, torch.Tensor]()
+"""ψ of inverses that have been asked for them: they cost as much as many scores, and do not depend on the run."""
+
+
+def _estimating(executor: Executor, fit: Fit, count: int) -> tasks.Estimating | None:
+    """What residuals are estimated by, published; None where they are not."""
+    if not count:
+        return None
+    if fit.inverse not in _VECTORS:
+        made = drive(estimates.directions(fit.inverse, fit.system, count), fit.answer())
+        _VECTORS[fit.inverse] = made.to(torch.promote_types(fit.system.dtype, torch.float32))
+    return tasks.Estimating(executor.publish({"vectors": _VECTORS[fit.inverse]}), count)
 
 
 def _certified(

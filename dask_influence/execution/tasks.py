@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dask_influence.core import directional, double, sizes
 from dask_influence.core.checks import check_samples
+from dask_influence.core.estimators import estimates
 from dask_influence.core.estimators.base import ChunkFunction, Inverse, without_rounds
 from dask_influence.core.factored import Factored, directions_in
 from dask_influence.core.moments import Moments
@@ -283,14 +284,49 @@ def _weighted(
     return pairs.weighted(query_rows(job, pairs.rows, start, stop, batch, missing))
 
 
+@dataclass(frozen=True)
+class Estimating:
+    """What residuals are estimated by (:mod:`~dask_influence.core.estimators.estimates`).
+
+    Attributes
+    ----------
+    artifact : Artifact
+        ψ of each λ, (L·K, P).
+    count : int
+        K.
+    """
+
+    artifact: Artifact
+    count: int
+
+    def residuals(self, job: Job, start: int, stop: int, batch: int, missing: Missing) -> np.ndarray:
+        """Of test points ``start`` to ``stop``, (n·L,)."""
+        with job.running():
+            along = partial(directional.squared, directions=self.artifact.read()["vectors"])
+            seen = query_rows(job, along, start, stop, batch, missing)
+            return estimates.residuals(seen[:, :-1], seen[:, -1], self.count).numpy()
+
+
 def factor_task(
-    job: Sealed, start: int, stop: int, batch: int, location: Location, inverse: Solver, project: bool
+    job: Sealed,
+    start: int,
+    stop: int,
+    batch: int,
+    location: Location,
+    inverse: Solver,
+    project: bool,
+    estimating: Estimating | None = None,
 ) -> tuple[int, Artifact, list[float], Missing]:
-    """:func:`closed_factors`, published."""
+    """:func:`closed_factors`, published; with residuals that are known, or estimated."""
+    opened: Job = job.open()
     missing: Missing = {}
+    certify = estimating is None
     factors = closed_factors(
-        job.open(), inverse, start, stop, batch, project=project, certify=True, missing=missing
+        opened, inverse, start, stop, batch, project=project, certify=certify, missing=missing
     )
+    if estimating is not None:
+        residual = estimating.residuals(opened, start, stop, batch, missing)
+        factors = Factors(factors.rows, residual).without(missing, start, stop)
     artifact = Artifacts(location).publish({"rows": factors.rows})
     return start, artifact, factors.residual.tolist(), missing
 

@@ -59,6 +59,8 @@ class Work:
         Of the tensors of the inverse, which a process keeps once it has solved with them.
     paired : Size, optional
         What pairs of samples take, where they are scored without factors; R are the projections then.
+    estimated : int
+        Random vectors from which residuals are estimated; 0 where they are computed.
     """
 
     tests: int
@@ -73,6 +75,7 @@ class Work:
     kept: Kept | None = None
     inverse_bytes: int = 0
     paired: Size | None = None
+    estimated: int = 0
 
     @property
     def diagonal(self) -> bool:
@@ -101,6 +104,11 @@ class Work:
         if self.paired is not None:
             return self.copies * self.paired.numbers * self.paired.itemsize
         return self.copies * self.itemsize * (self.parameters if self.rank is None else self.rank)
+
+    @property
+    def estimating_bytes(self) -> int:
+        """Vectors that gradients are projected on where residuals are estimated."""
+        return self.estimated * self.copies * self.parameters * max(4, self.itemsize)
 
     def kept_bytes(self, points: int) -> int:
         """What is kept of one of ``points``, and of its parts while they are joined."""

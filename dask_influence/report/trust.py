@@ -58,6 +58,10 @@ def certificates(asked: Asked) -> dict[str, Any]:
         )
         curve = svg(lambda ax: figures.residuals(dataset, ax=ax), "residuals", "Histogram of residuals")
         about = "Relative residuals. A sketch leaves out what it did not keep, and that shows here."
+        attrs = dataset["factor_residual"].attrs
+        if "estimated_from" in attrs:
+            deviation = attrs["relative_standard_deviation"]
+            about += f" Estimated from {attrs['estimated_from']}, each right to about {deviation:.0%}."
         drawn.append(Shown(curve, about))
     if known.get("eigenvalues") or figures.eigenvalue_ranges(known):
         curve = svg(lambda ax: figures.spectrum(dataset, ax=ax), "spectrum", "Eigenvalues")
