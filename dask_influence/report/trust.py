@@ -52,13 +52,14 @@ def certificates(asked: Asked) -> dict[str, Any]:
     if worst is None:
         notes.append("Residuals of the factors: the store holds none.")
     else:
+        attrs = dataset["factor_residual"].attrs
+        told = "estimated" if "estimated_from" in attrs else "measured"
         text = (
-            f"Each test point's system {SYSTEM} was solved, and what is left of it measured: "
+            f"Each test point's system {SYSTEM} was solved, and what is left of it {told}: "
             f"{RESIDUAL} is at most {worst[1]:.2g}, at test point {worst[0]}."
         )
         curve = svg(lambda ax: figures.residuals(dataset, ax=ax), "residuals", "Histogram of residuals")
         about = "Relative residuals. A sketch leaves out what it did not keep, and that shows here."
-        attrs = dataset["factor_residual"].attrs
         if "estimated_from" in attrs:
             deviation = attrs["relative_standard_deviation"]
             about += f" Estimated from {attrs['estimated_from']}, each right to about {deviation:.0%}."

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from dask_influence import DirectInfluence, GroupSum, SelfInfluence, TopK, open_influences
+from dask_influence import DirectInfluence, EkfacInfluence, GroupSum, SelfInfluence, TopK, open_influences
+from dask_influence.core.estimators import estimates
 from dask_influence.errors import (
     ConfigurationError,
     CorruptStoreError,
@@ -191,6 +192,20 @@ def test_certificates_and_provenance(stores: Stores, made: Make) -> None:
         assert run["fingerprint"][name] in table
     labels = {one.attributes["aria-label"] for one in document.all("svg")}
     assert {"Eigenvalues", "Histogram of residuals", "Tasks at work over time"} <= labels
+
+
+def test_residuals_that_were_estimated_say_so(
+    made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimates, "EXACT", 0.0)
+    own = problem(tmp_path)
+    infl = EkfacInfluence(own.model, cross_entropy, 0.05).fit(own.train)
+    few = tuple(part[: estimates.COUNT] for part in own.train)
+    for name, test, said in (("few", few, "measured"), ("all", own.train, "estimated")):
+        infl.influences_to_zarr(tmp_path / f"{name}.zarr", test, own.train)
+        document = made(tmp_path / f"{name}.zarr")
+        assert f"what is left of it {said}" in document.text
+        assert ("Estimated from 32 random vectors" in document.text) == (said == "estimated")
 
 
 def test_the_same_store_gives_the_same_bytes(stores: Stores, tmp_path: Path) -> None:
