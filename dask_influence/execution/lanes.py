@@ -114,7 +114,7 @@ class Shared:
     def finish(self) -> None:
         """Take part until all is done."""
         self._take()
-        for other in self._busy:
+        for other in self._unfinished():
             other.result()
         self._busy.clear()
 
@@ -126,8 +126,14 @@ class Shared:
         self._queue.clear()
         if kind is not None:
             self._abandon()
-        wait(self._busy)
-        self._here.__exit__(None, None, None)
+        try:
+            wait(self._unfinished())
+        finally:  # whoever interrupts twice gets the cores back, too
+            self._here.__exit__(None, None, None)
+
+    def _unfinished(self) -> list[Future[None]]:
+        """Lanes that have begun: those that wait behind another call's would find nothing left to take."""
+        return [other for other in self._busy if not other.cancel()]
 
     def _take_elsewhere(self) -> None:
         with keeping_to(self._cores, 1 + _own.lane):

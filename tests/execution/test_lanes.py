@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dask_influence as di
+from dask_influence.execution import lanes
 from dask_influence.execution.cores import cores_of, keeping_to
 from dask_influence.execution.lanes import AHEAD, Shared, in_lanes, lanes_of
 from dask_influence.execution.local import LocalExecutor
@@ -161,6 +162,45 @@ def test_this_thread_shares_work_on_a_core_of_its_own(two_cores: set[int]) -> No
         lanes.finish()
     assert set.union(*places) == two_cores
     assert [len(place) for place in places] == [1, 1]
+    assert os.sched_getaffinity(0) == two_cores
+
+
+def test_calls_that_are_all_done_wait_for_no_lane_of_others(two_threads: None) -> None:
+    """One pool serves all calls of the process: a short one is not to last as long as a long one beside it."""
+    taken, go, long = threading.Event(), threading.Event(), []
+
+    def occupy() -> None:
+        taken.set()
+        go.wait(10)
+        long.append("done")
+
+    try:
+        with Shared(1) as others, Shared(1) as own:
+            others.add([occupy])
+            taken.wait(10)
+            short: list[str] = []
+            own.add([lambda: short.append("done")])
+            own.finish()
+            assert (short, long) == (["done"], [])
+            with Shared(1) as left:
+                left.add([occupy])
+            assert long == []
+            go.set()
+    finally:
+        go.set()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are the kernel's own affair")
+def test_cores_are_given_back_where_waiting_is_interrupted(
+    two_threads: None, two_cores: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(futures: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lanes, "wait", interrupted)
+    own = Shared(1, apart=True)  # lanes that go on hold it: nothing is put in order where it is forgotten
+    with pytest.raises(KeyboardInterrupt), own:
+        assert len(os.sched_getaffinity(0)) == 1
     assert os.sched_getaffinity(0) == two_cores
 
 
