@@ -310,6 +310,7 @@ class Fitted:
             return self.problem
         if self.learned.mixed is None:
             if sound is None:
+                self.check_query(train, train.argument)  # or shapes that do not fit are found by torch
                 sample = first_samples(self.problem.objective, train, train.argument)
             else:
                 sample = self._picked(train, sound)

@@ -183,6 +183,23 @@ def test_dask_graph_does_the_work_of_each_chunk_once(
     assert many - many_tests == many_trains - whole
 
 
+def test_chunks_are_joined_up_to_some_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few parameters many gradients fit, and yet samples may be large."""
+    case, joined, original = data.mlp_regression(), list[int](), lazy._joined
+
+    def noted(blocks: Any) -> Any:
+        joined.append(len(blocks))
+        return original(blocks)
+
+    monkeypatch.setattr(lazy, "_joined", noted)
+    each = sum(part[0].numpy().nbytes for part in case.train)
+    monkeypatch.setattr(lazy, "JOINED_BYTES", 10 * each)
+    values = fit(case).influences(*as_dask(case.test, 4), *as_dask(case.train, 5))
+    assert oracles.relative_error(values.compute(scheduler="sync"), case.up(case.inverse)) <= EXACT
+    assert set(joined) <= {1, 2}
+    assert joined.count(2) >= 5
+
+
 def test_small_chunks_of_a_dask_graph_share_a_solve_and_tiles_are_its_last_tasks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

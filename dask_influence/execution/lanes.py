@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -74,13 +74,19 @@ def in_lanes(calls: Iterable[Callable[[], T]], threads: int, *, apart: bool = Fa
                 return
             yield futures.popleft().result()
     finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
+        wait(_begun(futures))
+
+
+def _begun(futures: Iterable[Future[Any]]) -> list[Future[Any]]:
+    """Those that have begun, and cancel the rest: one that is only cancelled is waited for until a lane is free."""
+    return [future for future in futures if not future.cancel()]
 
 
 class Shared:
     """Calls that this thread and other lanes take from one queue, in order; none goes on after the ``with`` block.
+
+    After one that fails no more are begun, and this thread raises its error where it adds, takes part or finishes:
+    of several the one whose call was added first, whoever was faster.
 
     Parameters
     ----------
@@ -98,25 +104,29 @@ class Shared:
         self._others = lanes_of(threads) - 1
         self._cores = cores_of(lanes_of(threads)) if apart else ()
         self._here, self._abandon = keeping_to(self._cores, 0), abandon
-        self._queue = deque[Callable[[], None]]()
+        self._numbers, self._failed = itertools.count(), dict[int, Exception]()
+        self._queue = deque[tuple[int, Callable[[], None]]]()
         self._busy: list[Future[None]] = []
 
     def add(self, calls: Iterable[Callable[[], None]]) -> None:
         """Let the others begin with ``calls``, after those that were added before."""
-        self._queue.extend(calls)
+        self._raise()
+        self._queue.extend((next(self._numbers), call) for call in calls)
         self._busy += [_pool(self._others).submit(self._take_elsewhere) for _ in range(self._others)]
 
     def relieve(self, most: int) -> None:
         """Take part until no more than ``most`` calls wait for somebody to begin."""
         while len(self._queue) > most:
             self._take_one()
+        self._raise()
 
     def finish(self) -> None:
         """Take part until all is done."""
         self._take()
-        for other in self._unfinished():
+        for other in _begun(self._busy):  # another would find nothing left to take
             other.result()
         self._busy.clear()
+        self._raise()
 
     def __enter__(self) -> Self:
         self._here.__enter__()
@@ -127,13 +137,15 @@ class Shared:
         if kind is not None:
             self._abandon()
         try:
-            wait(self._unfinished())
+            wait(_begun(self._busy))
         finally:  # whoever interrupts twice gets the cores back, too
             self._here.__exit__(None, None, None)
 
-    def _unfinished(self) -> list[Future[None]]:
-        """Lanes that have begun: those that wait behind another call's would find nothing left to take."""
-        return [other for other in self._busy if not other.cancel()]
+    def _raise(self) -> None:
+        if self._failed:
+            self._queue.clear()
+            wait(_begun(self._busy))  # what was added before may fail yet
+            raise self._failed[min(self._failed)]
 
     def _take_elsewhere(self) -> None:
         with keeping_to(self._cores, 1 + _own.lane):
@@ -145,8 +157,12 @@ class Shared:
 
     def _take_one(self) -> bool:
         try:
-            call = self._queue.popleft()
+            number, call = self._queue.popleft()
         except IndexError:  # another lane was faster
             return False
-        call()
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - raised by the thread that shares them
+            self._failed[number] = error
+            self._queue.clear()
         return True

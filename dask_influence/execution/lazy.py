@@ -41,6 +41,9 @@ COLUMNS_AT_ONCE = 512
 STRIP_BYTES = 64 * 2**20
 """Scores that a task of several training chunks holds at most."""
 
+JOINED_BYTES = 64 * 2**20
+"""Samples of several chunks that are joined for one task, at most."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -120,7 +123,9 @@ def lazy_factors(
     closed = fit.scorer if project else fit.solver
     solver = delayed(_Iterated.of(fit) if fit.inverse.needs_rounds else closed, pure=False)
     solve, starts = delayed(_factors, pure=False), test.starts
-    most = 0 if project or fit.inverse.needs_rounds else factors_at_once(plan.work)
+    most = (
+        0 if project or fit.inverse.needs_rounds else min(factors_at_once(plan.work), _joined_at_most(plan))
+    )
     return [
         (
             solve(
@@ -183,7 +188,11 @@ def lazy_scores(
 def _columns_at_once(plan: Plan) -> int:
     """Training samples up to which one task takes several chunks."""
     each = plan.work.tests * math.prod(plan.work.features) * plan.work.itemsize
-    return min(COLUMNS_AT_ONCE, plan.batch, STRIP_BYTES // each)
+    return min(COLUMNS_AT_ONCE, plan.batch, STRIP_BYTES // each, _joined_at_most(plan))
+
+
+def _joined_at_most(plan: Plan) -> int:
+    return JOINED_BYTES // max(1, plan.work.sample_bytes)
 
 
 def _name(what: str) -> str:

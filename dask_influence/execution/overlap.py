@@ -45,7 +45,7 @@ class Behind(Generic[T]):
         self._most, self._made = most, deque[Future[T]]()
 
     def submit(self, call: Callable[[], T]) -> None:
-        """Begin with ``call`` when there are less than ``most``; raises what one before raised."""
+        """Begin with ``call`` when there are fewer than ``most``; raises what one before raised."""
         self._finish(self._most - 1)
         self._made.append(_pool().submit(call))
 

@@ -49,7 +49,7 @@ FEWEST_COLUMNS = 16
 MOST_STRIPS = 50_000
 STRIP_SECONDS, FEWEST_STRIPS = 2.0, 16
 """What a strip takes at most, and strips of work that takes less: the last one is what other workers wait for."""
-BATCHES = 4
+BATCHES, LONGEST_SECONDS = 4, 8 * STRIP_SECONDS
 """Batches of a strip that no other worker waits for: all tiles but the last batch's are written beside computing."""
 FEWEST_TILES, SHORTEST_SECONDS = 8, 0.1
 """Tiles of a short run, so that workers share it, unless each were a task that takes little beside what it costs to
@@ -667,10 +667,15 @@ def _strip_columns(plan: Plan) -> int:
 
 
 def _longer(plan: Plan, memory_limit: int | None) -> Plan:
-    """With strips of several batches, unless they take too much memory."""
-    tiles = min(-(-plan.work.trains // plan.tile[1]), BATCHES * plan.batch // plan.tile[1])
-    longer = replace(plan, strip_columns=max(plan.strip_columns, tiles * plan.tile[1]))
-    return longer if memory_limit is None or longer.peak_bytes <= memory_limit else plan
+    """With strips of several batches, as far as memory allows and an interrupt should cost."""
+    columns = -(-plan.work.trains // plan.tile[1])
+    most = min(columns, int(LONGEST_SECONDS * columns * plan.passes / plan.seconds))
+    for batches in range(BATCHES, 0, -1):
+        tiles = min(most, batches * plan.batch // plan.tile[1])
+        longer = replace(plan, strip_columns=max(plan.strip_columns, tiles * plan.tile[1]))
+        if memory_limit is None or longer.peak_bytes <= memory_limit:
+            return longer
+    return plan
 
 
 def _factor_rows(work: Work, share: int, each: int, spread: bool) -> int:

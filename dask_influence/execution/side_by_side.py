@@ -7,7 +7,7 @@ derivatives, and of a chunk of test points there are scores before the next one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -48,25 +48,28 @@ class Step:
         (that, factors (D, P), out) → E (n, D, *features); ``out`` (D, n, *features) is memory to take for it, or None.
     samples : int
         Training samples at once.
+    ahead : bool
+        Whether the next ones are prepared while these are scored, and what is prepared is held a few times.
     """
 
     prepare: Callable[[Problem, Tree, Tree], Any]
     scores: Callable[[Any, Tensor, Tensor | None], Tensor]
     samples: int
+    ahead: bool
 
 
 def step_of(fit: Fit, train: Source, plan: Plan, *, perturbation: bool) -> Step | None:
     """The step of these scores, where what is differentiated does not depend on the factors."""
     problem = fit.model.problem()
     if perturbation:
-        return Step(directional.chain_of, _mixed, plan.batch) if problem.forms.mixed == "chain" else None
+        chain = problem.forms.mixed == "chain"
+        return Step(directional.chain_of, _mixed, plan.batch, ahead=False) if chain else None
     objective, count = problem.objective, min(_at_once(problem, plan), plan.work.trains)
     samples = optree.tree_map(lambda spec: torch.empty(()).expand(count, *spec.shape), train.spec[0])
-    directions = torch.empty((), dtype=objective.dtype, device=objective.device).expand(
-        plan.work.tests, objective.size
-    )
+    wide = torch.promote_types(objective.dtype, torch.float32)  # or they would be widened, and be there
+    directions = torch.empty((), dtype=wide, device=objective.device).expand(plan.work.tests, objective.size)
     formed = directional.chosen(problem, samples, directions) is Way.GRADIENTS
-    return Step(directional.gradients, _multiplied, count) if formed else None
+    return Step(directional.gradients, _multiplied, count, ahead=True) if formed else None
 
 
 def _at_once(problem: Problem, plan: Plan) -> int:
@@ -91,53 +94,88 @@ def scores_side_by_side(
     fit: Fit, test: Source, train: Source, plan: Plan, step: Step, check: Callable[[], None]
 ) -> np.ndarray:
     """Scores (N, M, *features); ``check`` refuses training data before any of them are used."""
-    problem, work = fit.model.problem(), plan.work
-    objective, inverse = problem.objective, fit.solver.inverse()
-    scores = torch.empty(work.tests, work.trains, *work.features, dtype=objective.dtype)
-    queries, samples = (Job(fit.model, side, side.argument, fit.threads) for side in (test, train))
+    call = _Call(fit, test, train, plan, step)
+    lanes = Shared(fit.threads, apart=test.held and train.held, abandon=call.abandon)
+    waiting = 2 * lanes_of(fit.threads)
+    with lanes, computing(fit.model, fit.threads):
+        for solves in call.solves():
+            lanes.add(solves)
+            lanes.relieve(waiting)
+            check()  # while others solve
+            check = _nothing
+        for columns in Chunks(plan.work.trains, step.samples):
+            try:
+                prepared = call.prepared(columns)
+            except Exception:
+                lanes.finish()  # raises what is wrong with samples before these
+                raise
+            lanes.add(call.products(prepared, columns))
+            if step.ahead:
+                lanes.relieve(len(call.solving))
+            else:
+                lanes.finish()
+        lanes.finish()
+    return tasks.stored(call.scores)
 
-    def solve(gradients: Tensor, solved: Future[Tensor]) -> None:
+
+def _nothing() -> None:
+    """Checked once."""
+
+
+class _Call:
+    """What lanes do for one call: they solve chunks of test points, and write the products of training samples."""
+
+    def __init__(self, fit: Fit, test: Source, train: Source, plan: Plan, step: Step) -> None:
+        self.fit, self.plan, self.step, self.argument = fit, plan, step, train.argument
+        self.problem, self.inverse = fit.model.problem(), fit.solver.inverse()
+        self.test, self.train = (Job(fit.model, side, side.argument, fit.threads) for side in (test, train))
+        shape = plan.work.tests, plan.work.trains, *plan.work.features
+        self.scores = torch.empty(shape, dtype=self.problem.objective.dtype)
+        self.solving: list[tuple[Future[Tensor], slice]] = []
+
+    def solves(self) -> Iterator[list[Callable[[], None]]]:
+        """Solves of test points that are differentiated together, in chunks."""
+        rows = self.plan.factor_rows
+        together = max(1, _at_once(self.problem, self.plan) // rows) * rows
+        for group in Chunks(self.plan.work.tests, together):
+            gradients = tasks.query_gradients(self.test, group.start, group.stop, self.plan.batch)
+            calls: list[Callable[[], None]] = []
+            for own in Chunks(len(group), rows):
+                solved = Future[Tensor]()
+                self.solving.append((solved, slice(group.start + own.start, group.start + own.stop)))
+                calls.append(partial(self._solve, gradients[own.start : own.stop], solved))
+            yield calls
+
+    def _solve(self, gradients: Tensor, solved: Future[Tensor]) -> None:
         try:
-            with computing(fit.model, fit.threads):
-                factors = tasks.solved(inverse, gradients, project=False, certify=False)
-                directions = tasks.Query.of(factors.rows, None, problem).directions
+            with computing(self.fit.model, self.fit.threads):
+                factors = tasks.solved(self.inverse, gradients, project=False, certify=False)
+                directions = tasks.Query.of(factors.rows, None, self.problem).directions
                 assert isinstance(directions, Tensor)
                 solved.set_result(directions)
         except BaseException as error:
-            solved.set_exception(error)  # another lane may wait for it
+            if not solved.done():
+                solved.set_exception(error)  # another lane may wait for it
             raise
 
-    def score(prepared: Any, solved: Future[Tensor], rows: slice, columns: range) -> None:
-        part = scores[rows, columns.start : columns.stop]
-        out = part if _here(objective.device) else None
-        with computing(fit.model, fit.threads):
-            derivatives = step.scores(prepared, solved.result(), out)
-            tasks.refuse_non_finite(derivatives, train.argument, columns.start)
+    def abandon(self) -> None:
+        """End what lanes wait for: by an interrupt a solve may have been taken and never begun."""
+        for solved, _ in self.solving:
+            solved.cancel()
+
+    def prepared(self, columns: range) -> Any:
+        """What products of these training samples begin with."""
+        return self.train.computed(self.step.prepare, columns.start, columns.stop)
+
+    def products(self, prepared: Any, columns: range) -> list[Callable[[], None]]:
+        """The scores of these training samples, one call for each chunk of test points."""
+        return [partial(self._score, prepared, solved, rows, columns) for solved, rows in self.solving]
+
+    def _score(self, prepared: Any, solved: Future[Tensor], rows: slice, columns: range) -> None:
+        part = self.scores[rows, columns.start : columns.stop]
+        out = part if _here(self.problem.objective.device) else None
+        with computing(self.fit.model, self.fit.threads):
+            derivatives = self.step.scores(prepared, solved.result(), out)
+            tasks.refuse_non_finite(derivatives, self.argument, columns.start)
             if out is None:
                 part.copy_(derivatives.transpose(0, 1))
-
-    solving: list[tuple[Future[Tensor], slice]] = []
-
-    def abandon() -> None:
-        for solved, _ in solving:
-            solved.cancel()  # by an interrupt it may have been taken and never begun, and a lane waits for it
-
-    with (
-        Shared(fit.threads, apart=test.held and train.held, abandon=abandon) as lanes,
-        computing(fit.model, fit.threads),
-    ):
-        together = max(1, _at_once(problem, plan) // plan.factor_rows) * plan.factor_rows
-        for group in Chunks(work.tests, together):
-            gradients = tasks.query_gradients(queries, group.start, group.stop, plan.batch)
-            for own in Chunks(len(group), plan.factor_rows):
-                solved = Future[Tensor]()
-                solving.append((solved, slice(group.start + own.start, group.start + own.stop)))
-                lanes.add([partial(solve, gradients[own.start : own.stop], solved)])
-            lanes.relieve(2 * lanes_of(fit.threads))
-        check()
-        for columns in Chunks(work.trains, step.samples):
-            prepared = samples.computed(step.prepare, columns.start, columns.stop)
-            lanes.add([partial(score, prepared, solved, rows, columns) for solved, rows in solving])
-            lanes.relieve(len(solving))
-        lanes.finish()
-    return tasks.stored(scores)

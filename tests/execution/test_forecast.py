@@ -19,6 +19,7 @@ from dask_influence.execution.forecast import TASKS_PER_SECOND, Cluster, Forecas
 from dask_influence.execution.plan import (
     BATCHES,
     HELD_BYTES,
+    LONGEST_SECONDS,
     MOST_WRITTEN,
     PROCESS_BYTES,
     WRITTEN_BYTES,
@@ -218,9 +219,21 @@ def test_strips_that_nobody_waits_for_are_of_several_batches() -> None:
 def test_strips_are_no_longer_than_memory_allows() -> None:
     shared, own = arrange(SKETCHED), arrange(SKETCHED, one_by_one=True)
     assert shared.peak_bytes < own.peak_bytes
-    for limit in (shared.peak_bytes, own.peak_bytes - 1):
-        assert arrange(SKETCHED, memory_limit=limit, one_by_one=True) == arrange(SKETCHED, memory_limit=limit)
+    limit = shared.peak_bytes
+    assert arrange(SKETCHED, memory_limit=limit, one_by_one=True) == arrange(SKETCHED, memory_limit=limit)
+    limit = own.peak_bytes - 1
+    less = arrange(SKETCHED, memory_limit=limit, one_by_one=True)
+    assert less.peak_bytes <= limit
+    assert shared.strip_columns < less.strip_columns < own.strip_columns
     assert arrange(SKETCHED, memory_limit=own.peak_bytes, one_by_one=True) == own
+
+
+def test_strips_that_nobody_waits_for_take_seconds() -> None:
+    """A killed process loses one of them."""
+    work = Work(128, 10_000, (784,), 10**6, None, 4, 2_000, 3_136)
+    shared, own = arrange(work), arrange(work, one_by_one=True)
+    seconds = own.seconds / own.strips
+    assert shared.seconds / shared.strips < seconds <= 1.1 * LONGEST_SECONDS
 
 
 def test_few_bytes_are_written_at_once() -> None:

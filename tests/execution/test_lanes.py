@@ -6,7 +6,9 @@ import itertools
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import dask.array as da
@@ -163,6 +165,32 @@ def test_this_thread_shares_work_on_a_core_of_its_own(two_cores: set[int]) -> No
     assert set.union(*places) == two_cores
     assert [len(place) for place in places] == [1, 1]
     assert os.sched_getaffinity(0) == two_cores
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_calls_that_fail_the_first_that_was_added_is_raised(threads: int) -> None:
+    """Not the one that was first to fail; those after it are not begun."""
+    before, begun = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(threads)
+
+    def call(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.05 if number == 1 else 0.0)
+        if number in (1, 2, 50):
+            raise ZeroDivisionError(number)
+
+    def shared() -> None:
+        with Shared(1) as lanes:
+            lanes.add(partial(call, number) for number in range(100))
+            lanes.relieve(1)
+            raise AssertionError("went on")
+
+    try:
+        with pytest.raises(ZeroDivisionError, match="1"):
+            shared()
+    finally:
+        torch.set_num_threads(before)
+    assert len(begun) < 90
 
 
 def test_calls_that_are_all_done_wait_for_no_lane_of_others(two_threads: None) -> None:

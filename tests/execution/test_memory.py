@@ -224,6 +224,43 @@ def test_scores_elsewhere_are_brought_here(
     assert oracles.relative_error(found, expected) <= 1e-9
 
 
+@MODES
+def test_shapes_are_looked_at_before_derivatives_are(mode: str) -> None:
+    """In the first call of a mode, too, which checks derivatives of these samples."""
+    fresh = DirectInfluence(CASE.model, CASE.loss, 0.05).fit(CASE.train)
+    x, y = CASE.train
+    with pytest.raises(DataError, match="x, y: x: the model cannot be called"):
+        fresh.influences(*CASE.test, x[:, :2], y, mode=mode)
+
+
+@pytest.mark.usefixtures("in_small_parts", "two_threads")
+@MODES
+@pytest.mark.parametrize("where", ["scores", "samples"])
+def test_of_several_bad_samples_the_first_is_named(
+    fitted: DirectInfluence, mode: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever lane is faster: that of the first batch takes its time; and what follows is not begun."""
+    refuse, begun = tasks.refuse_non_finite, list[int]()
+
+    def spoiled(rows: torch.Tensor, argument: str, start: int, *more: object) -> object:
+        if argument == "x, y":
+            begun.append(start)
+            time.sleep(0.1 if start == 0 else 0.0)
+            if start in (0, 5) or (where == "scores" and start == 10):
+                rows[2] = torch.nan
+        return refuse(rows, argument, start, *more)
+
+    monkeypatch.setattr(tasks, "refuse_non_finite", spoiled)
+    x, y = CASE.train[0].clone(), CASE.train[1]
+    if where == "samples":
+        x[11] = torch.nan  # seen by this thread, as soon as it prepares the third batch
+    for _ in range(5):
+        begun.clear()
+        with pytest.raises(DataError, match="x, y: the gradient of sample 2 is not finite"):
+            fitted.influences(*(a[:3] for a in CASE.test), x, y, mode=mode)
+        assert max(begun) <= 15
+
+
 # -- scores ----------------------------------------------------------------------------
 def test_scores_of_small_models_are_cut_the_same_whatever_the_threads(
     fitted: DirectInfluence, monkeypatch: pytest.MonkeyPatch
