@@ -17,7 +17,6 @@ import torch
 from dask_influence import DirectInfluence
 from dask_influence.core import directional
 from dask_influence.core.directional import Way
-from dask_influence.core.problem import Problem
 from dask_influence.errors import DataError
 from dask_influence.execution import memory, side_by_side, tasks
 from dask_influence.execution.lanes import Shared
@@ -123,30 +122,35 @@ def test_no_lane_goes_on_after_an_error(
 
 
 @pytest.mark.usefixtures("in_small_parts", "two_threads")
+@pytest.mark.parametrize(("mode", "held"), [("up", 4), ("perturbation", 1)])
 def test_few_samples_are_differentiated_before_others_need_them(
-    fitted: DirectInfluence, monkeypatch: pytest.MonkeyPatch
+    fitted: DirectInfluence, mode: str, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many there are: gradients wait for no more than one batch of products to begin."""
-    ahead, most, lock = [0], [0], threading.Lock()
+    """Gradients of one batch in each lane, of one that waits and one that is formed; chains one at a time."""
+    ahead, most, lock, whole = [0], [0], threading.Lock(), memory.scores_side_by_side
 
-    def formed(problem: Problem, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with lock:
-            ahead[0] += len(y) == 5
-            most[0] = max(most[0], ahead[0])
-        return gradients(problem, x, y)
+    def watched(*arguments: Any) -> np.ndarray:
+        *others, step, check = arguments
 
-    def multiplied(rows: torch.Tensor, factors: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        time.sleep(0.002)
-        with lock:
-            ahead[0] -= 1
-        return product(rows, factors, out)
+        def prepare(*samples: Any) -> Any:
+            with lock:
+                ahead[0] += 1
+                most[0] = max(most[0], ahead[0])
+            return step.prepare(*samples)
 
-    gradients, product = directional.gradients, side_by_side._multiplied
-    monkeypatch.setattr(directional, "gradients", formed)
-    monkeypatch.setattr(side_by_side, "_multiplied", multiplied)
-    fitted.influences(*(a[:3] for a in CASE.test), *(a[:35] for a in CASE.train))
+        def scores(*prepared: Any) -> torch.Tensor:
+            time.sleep(0.02)
+            with lock:
+                ahead[0] -= 1
+            return step.scores(*prepared)
+
+        return whole(*others, dataclasses.replace(step, prepare=prepare, scores=scores), check)
+
+    monkeypatch.setattr(memory, "scores_side_by_side", watched)
+    fitted.influences(*(a[:3] for a in CASE.test), *(a[:35] for a in CASE.train), mode=mode)
     assert ahead == [0]
-    assert 1 < most[0] <= 4  # one in each lane, one that waits, one that is being formed
+    assert most[0] <= held
+    assert (most[0] > 1) == (held > 1)
 
 
 @pytest.mark.usefixtures("in_small_parts", "two_threads")
