@@ -302,7 +302,8 @@ class Estimating:
     def residuals(self, job: Job, start: int, stop: int, batch: int, missing: Missing) -> np.ndarray:
         """Of test points ``start`` to ``stop``, (n·L,)."""
         with job.running():
-            along = partial(directional.squared, directions=self.artifact.read()["vectors"])
+            vectors = _VECTORS.get(self.artifact.digest, lambda: self.artifact.read()["vectors"])
+            along = partial(directional.squared, directions=vectors)
             seen = query_rows(job, along, start, stop, batch, missing)
             return estimates.residuals(seen[:, :-1], seen[:, -1], self.count).numpy()
 
@@ -641,4 +642,4 @@ class _Latest:
             return self._value
 
 
-_QUERIES = _Latest()
+_QUERIES, _VECTORS = _Latest(), _Latest()

@@ -135,8 +135,11 @@ class Work:
     def point_bytes(self) -> int:
         """One point's gradient, twice while parts are joined, and factors; in float64 both, residual and temporaries.
 
-        Where there are coefficients in their place: projections on directions and images, and what is made of them.
+        Where there are coefficients in their place: projections on directions and images, and what is made of them;
+        where rows of pairs are, of which no residual is computed: them, twice, and projections that estimate it.
         """
+        if self.paired is not None and self.estimated:
+            return 3 * self.row_bytes + 8 * (1 + self.estimated * self.copies)
         if self.by_coefficients:
             assert self.rank is not None
             return 8 * self.rank * (4 + 4 * self.copies)

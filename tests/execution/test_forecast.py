@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dask_influence.core.objective import Objective
 from dask_influence.core.problem import prepare
+from dask_influence.core.sizes import Size
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.forecast import TASKS_PER_SECOND, Cluster, Forecast, Speed, calibrate
 from dask_influence.execution.plan import (
@@ -234,6 +235,15 @@ def test_strips_that_nobody_waits_for_take_seconds() -> None:
     shared, own = arrange(work), arrange(work, one_by_one=True)
     seconds = own.seconds / own.strips
     assert shared.seconds / shared.strips < seconds <= 1.1 * LONGEST_SECONDS
+
+
+def test_test_points_of_pairs_whose_residuals_are_estimated_take_few_tasks() -> None:
+    """No factor of size P is formed of them."""
+    exact = replace(SKETCHED, sample_bytes=2_312, paired=Size(1_500, 3_000, 4))
+    estimated = replace(exact, estimated=32)
+    assert len(arrange(exact).factor_chunks) > 100
+    assert len(arrange(estimated).factor_chunks) == 2
+    assert arrange(estimated).solving_bytes < 64 * 2**20
 
 
 def test_few_bytes_are_written_at_once() -> None:
