@@ -50,7 +50,9 @@ MOST_STRIPS = 50_000
 STRIP_SECONDS, FEWEST_STRIPS = 2.0, 16
 """What a strip takes at most, and strips of work that takes less: the last one is what other workers wait for."""
 BATCHES, LONGEST_SECONDS = 4, 8 * STRIP_SECONDS
-"""Batches of a strip that no other worker waits for: all tiles but the last batch's are written beside computing."""
+"""Batches of a strip that no other worker waits for: all tiles but the last batch's are written beside computing.
+
+And what it takes at most: a process that is killed loses it."""
 FEWEST_TILES, SHORTEST_SECONDS = 8, 0.1
 """Tiles of a short run, so that workers share it, unless each were a task that takes little beside what it costs to
 start, write and list one: a hundredth of a second."""

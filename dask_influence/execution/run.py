@@ -125,14 +125,10 @@ def swept_dims(work: Work) -> tuple[str, ...]:
 
 def residual_template(work: Work) -> ArrayTemplate:
     """‖(H + λI) s − g‖ / ‖g‖ for each test point, at each of several λ; says of estimates that they are some."""
-    attrs = (
-        {}
-        if not work.estimated
-        else {
-            "estimated_from": f"{work.estimated} random vectors",
-            "relative_standard_deviation": round(estimates.DEVIATION, 3),
-        }
-    )
+    attrs: dict[str, Any] = {}
+    if work.estimated:
+        attrs["estimated_from"] = f"{work.estimated} random vectors"
+        attrs["relative_standard_deviation"] = round(estimates.DEVIATION, 3)
     swept = () if work.regularizations is None else (work.regularizations,)
     shape = (*swept, work.tests)
     return ArrayTemplate(

@@ -2,7 +2,7 @@
 
 One thread differentiates, which only one can do at a time, first the test points and then the training samples;
 the others solve and multiply meanwhile, and it takes part where it is far enough ahead. Nobody waits for the lock of
-derivatives, and of a chunk of test points there are scores before the next one is solved.
+derivatives, nor for the last factors where there are others to be multiplied with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -94,15 +94,14 @@ def scores_side_by_side(
     fit: Fit, test: Source, train: Source, plan: Plan, step: Step, check: Callable[[], None]
 ) -> np.ndarray:
     """Scores (N, M, *features); ``check`` refuses training data before any of them are used."""
-    call = _Call(fit, test, train, plan, step)
+    call, checked = _Call(fit, test, train, plan, step), cache(check)
     lanes = Shared(fit.threads, apart=test.held and train.held, abandon=call.abandon)
     waiting = 2 * lanes_of(fit.threads)
     with lanes, computing(fit.model, fit.threads):
         for solves in call.solves():
             lanes.add(solves)
             lanes.relieve(waiting)
-            check()  # while others solve
-            check = _nothing
+            checked()  # once, while others solve
         for columns in Chunks(plan.work.trains, step.samples):
             try:
                 prepared = call.prepared(columns)
@@ -116,10 +115,6 @@ def scores_side_by_side(
                 lanes.finish()
         lanes.finish()
     return tasks.stored(call.scores)
-
-
-def _nothing() -> None:
-    """Checked once."""
 
 
 class _Call:
