@@ -398,7 +398,6 @@ class Fitted:
         work = self.work(tests, train, mode, project=self.projects if project is None else project)
         estimated = self._estimated(test) if certify else 0
         work = dataclasses.replace(work, kept=kept, estimated=estimated)
-        work = dataclasses.replace(work, inverse_bytes=work.inverse_bytes + work.estimating_bytes)
         limits["spread"] = not self.inverse.needs_rounds
         general, form = arrange(work, **limits), self.inverse.form
         if project is False or form is None or not self._pairs(test, train, mode):

@@ -106,10 +106,10 @@ class InfluenceFunctionModel:
         this host's files. One that is given also keeps the sums of finished passes, so that
         a killed fit goes on; delete it when they are no longer wanted.
     certify : bool
-        Write ``factor_residual`` even where it takes a pass over the training data. Of more than 32 test points
-        of a large model whose residuals would take a product with the curvature each (EK-FAC, Nyström, Arnoldi with
-        its complement) they are estimated by one pass for all, with a relative standard deviation of an eighth; the
-        array's attributes say so.
+        Write ``factor_residual`` even where it takes a pass over the training data. Where residuals of
+        many test points of a large model would take a product with the curvature each (EK-FAC, Nyström, Arnoldi with
+        its complement), they are estimated from 8 to 32 random vectors, with a relative standard deviation of a
+        quarter to an eighth; the array's attributes say so.
     own
         Arguments of the estimator, by name: each model says where they are described.
 

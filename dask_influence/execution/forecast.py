@@ -153,8 +153,15 @@ class Forecast(Plan):
     @property
     def factor_seconds(self) -> float:
         """Of all cores together, for factors; 0 where they take passes, whose number is not known before."""
-        solved_in_strips = self.work.diagonal
-        return 0.0 if self.speed.factor is None or solved_in_strips else self.work.tests * self.speed.factor
+        work = self.work
+        if work.diagonal:  # solved in strips
+            return 0.0
+        if (
+            work.paired is not None and work.estimated
+        ):  # rows of pairs are made of test points as of training points
+            seen = training_seconds(work.parameters, work.tests, work.estimated * work.copies)
+            return self.speed.derivatives * (1e-9 * work.tests * self._row_ns + seen)
+        return 0.0 if self.speed.factor is None else work.tests * self.speed.factor
 
     @property
     def published_bytes(self) -> int:
@@ -215,6 +222,8 @@ class Forecast(Plan):
         """The plan's table, and the cluster's."""
         cluster, limits = self.cluster, self.limits
         by_passes = ", and the passes that solve factors" if self.speed.factor is None else ""
+        if self.work.estimated:
+            by_passes = ", and the passes that estimate residuals, once for a fit"
         held = "" if cluster.memory is None else f" of {format_bytes(cluster.memory)}"
         return [
             *super().table()[:-1],

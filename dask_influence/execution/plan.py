@@ -324,19 +324,22 @@ class Plan:
         if self.work.paired is not None:
             return PROCESS_BYTES + threads * self.peak_bytes
         strips = self.query_bytes + threads * self.strip_bytes
-        factors = self.work.narrow_bytes + threads * self.solving_bytes
-        return PROCESS_BYTES + self.resident_bytes + max(strips, factors)
+        factors = self.work.narrow_bytes + self.work.estimating_bytes + threads * self.solving_bytes
+        return PROCESS_BYTES + self.resident_bytes + max(strips, factors, self.work.making_bytes)
 
     @property
     def client_bytes(self) -> int:
         """Peak resident bytes of the process that makes the call, beside its own data and what a fit in it left.
 
         Scores are never among them. The model is there twice, and in float64 while derivatives are checked; the
-        inverse is, and is put in order and written out where it is published. Ids are also written and opened.
+        inverse is, and is put in order and written out where it is published. Ids are also written and opened. What
+        residuals are estimated by is made there, and stays where there are no workers.
         """
         work = self.work
         ids = 3 * 8 * (work.tests + work.trains)
-        return PROCESS_BYTES + CLIENT_BYTES + 3 * self.resident_bytes + 8 * work.parameters + ids
+        estimating = work.estimated_bytes + work.making_bytes
+        held = 3 * self.resident_bytes + 8 * work.parameters + ids + estimating
+        return PROCESS_BYTES + CLIENT_BYTES + held
 
     def _paired_bytes(self, size: Size) -> int:
         """The same of pairs: weights, directions and a layer of them in order, rows of both sides, tiles."""
@@ -381,7 +384,9 @@ class Plan:
     @property
     def factor_bytes(self) -> int:
         """Bytes that one factor task holds at once, beside the interpreter and its libraries."""
-        return self.resident_bytes + self.work.narrow_bytes + self.solving_bytes
+        work = self.work
+        solving = work.narrow_bytes + work.estimating_bytes + self.solving_bytes
+        return self.resident_bytes + max(solving, work.making_bytes)
 
     @property
     def derivative_seconds(self) -> float:

@@ -128,7 +128,7 @@ def residual_template(work: Work) -> ArrayTemplate:
     attrs: dict[str, Any] = {}
     if work.estimated:
         attrs["estimated_from"] = f"{work.estimated} random vectors"
-        attrs["relative_standard_deviation"] = round(estimates.DEVIATION, 3)
+        attrs["relative_standard_deviation"] = round(estimates.deviation(work.estimated), 3)
     swept = () if work.regularizations is None else (work.regularizations,)
     shape = (*swept, work.tests)
     return ArrayTemplate(
@@ -178,7 +178,7 @@ def solve_factors(
         (job, chunks[index].start, chunks[index].stop, plan.batch, output.artifacts) for index in missing
     ]
     solver = fit.solver if plan.work.paired is None else fit.scorer
-    estimating = _estimating(executor, fit, plan.work.estimated) if missing and fit.needs_rounds else None
+    estimating = _estimating(fit, plan.work) if missing and fit.needs_rounds else None
     by_rounds = fit.needs_rounds and estimating is None
     closed = [(*call, solver, project, estimating) for call in calls]
     if by_rounds and plan.work.paired is None:
@@ -246,18 +246,27 @@ def _by_rounds(
         yield start, artifact, factors.residual.tolist(), missing
 
 
-_VECTORS = WeakKeyDictionary[Inverse, torch.Tensor]()
-"""ψ of inverses that have been asked for them: they cost as much as many scores, and do not depend on the run."""
+_ESTIMATING = WeakKeyDictionary[Inverse, tasks.Estimating]()
+"""Of inverses that have been asked for it: it costs as much as many scores, and does not depend on the run."""
 
 
-def _estimating(executor: Executor, fit: Fit, count: int) -> tasks.Estimating | None:
-    """What residuals are estimated by, published; None where they are not."""
-    if not count:
+def _estimating(fit: Fit, work: Work) -> tasks.Estimating | None:
+    """What residuals are estimated by, published where the fit's passes publish; None where they are not."""
+    if not work.estimated:
         return None
-    if fit.inverse not in _VECTORS:
-        made = drive(estimates.directions(fit.inverse, fit.system, count), fit.answer())
-        _VECTORS[fit.inverse] = made.to(torch.promote_types(fit.system.dtype, torch.float32))
-    return tasks.Estimating(executor.publish({"vectors": _VECTORS[fit.inverse]}), count)
+    made = _ESTIMATING.get(fit.inverse)
+    if made is None or made.count != work.estimated or not all(map(_is_there, made.blocks)):
+        passes = fit.answer()
+        dtype = torch.promote_types(fit.system.dtype, torch.float32)
+        blocks = estimates.blocks(work.estimated, work.parameters, work.copies)
+        vectors = (drive(estimates.directions(fit.inverse, fit.system, block), passes) for block in blocks)
+        published = tuple(passes.executor.publish({"vectors": block.to(dtype)}) for block in vectors)
+        made = _ESTIMATING[fit.inverse] = tasks.Estimating(published, work.estimated, work.copies)
+    return made
+
+
+def _is_there(artifact: Artifact) -> bool:
+    return artifact.location is None or artifact.location.exists(artifact.key)
 
 
 def _certified(

@@ -290,22 +290,28 @@ class Estimating:
 
     Attributes
     ----------
-    artifact : Artifact
-        ψ of each λ, (L·K, P).
+    blocks : tuple of Artifact
+        ψ of each λ, each of some of the vectors, (L·k, P).
     count : int
-        K.
+        K, of all of them.
+    copies : int
+        L.
     """
 
-    artifact: Artifact
+    blocks: tuple[Artifact, ...]
     count: int
+    copies: int
 
     def residuals(self, job: Job, start: int, stop: int, batch: int, missing: Missing) -> np.ndarray:
         """Of test points ``start`` to ``stop``, (n·L,)."""
+        sums, lengths = torch.zeros(stop - start, self.copies, dtype=torch.float64), torch.zeros(0)
         with job.running():
-            vectors = _VECTORS.get(self.artifact.digest, lambda: self.artifact.read()["vectors"])
-            along = partial(directional.squared, directions=vectors)
-            seen = query_rows(job, along, start, stop, batch, missing)
-            return estimates.residuals(seen[:, :-1], seen[:, -1], self.count).numpy()
+            for block in self.blocks:
+                along = partial(directional.squared, directions=block.load(passing=True)["vectors"])
+                seen = query_rows(job, along, start, stop, batch, missing)
+                sums += estimates.squares(seen[:, :-1], self.copies)
+                lengths = seen[:, -1]
+        return estimates.residuals(sums, lengths, self.count).numpy()
 
 
 def factor_task(
@@ -642,4 +648,4 @@ class _Latest:
             return self._value
 
 
-_QUERIES, _VECTORS = _Latest(), _Latest()
+_QUERIES = _Latest()

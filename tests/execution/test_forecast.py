@@ -244,6 +244,13 @@ def test_test_points_of_pairs_whose_residuals_are_estimated_take_few_tasks() -> 
     assert len(arrange(exact).factor_chunks) > 100
     assert len(arrange(estimated).factor_chunks) == 2
     assert arrange(estimated).solving_bytes < 64 * 2**20
+    # a factor that nobody solves takes no time, but the passes that estimate what it would leave do
+    slow = Forecast.of(arrange(estimated), Speed(1.0, factor=10.0), Cluster())
+    assert slow.factor_seconds < 0.1 * estimated.tests
+    assert "passes that estimate residuals" in str(slow)
+    assert (
+        Forecast.of(arrange(exact), Speed(1.0, factor=10.0), Cluster()).factor_seconds == 10.0 * exact.tests
+    )
 
 
 def test_few_bytes_are_written_at_once() -> None:

@@ -8,7 +8,7 @@ symmetric,
 
 without bias: the ratio of both sides has the distribution χ²_K / K. Products A ω_k and solves with them are made
 once for a fit, whatever the number of test points; the gradient of each of those is projected on the ψ_k, and no
-factor is formed.
+factor is formed. Of large problems fewer vectors are taken, and only some of them are held at a time.
 Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix", of r rᵀ.
 """
 
@@ -22,15 +22,22 @@ from torch import Tensor
 from dask_influence.core.estimators.base import Inverse, Round, System, without_rounds
 from dask_influence.core.estimators.sweep import SweepInverse, SweepSystem
 from dask_influence.core.moments import Moments
+from dask_influence.grid import Chunks, balanced
 
-COUNT = 32
-"""K."""
-
-DEVIATION = (2 * COUNT) ** -0.5
-"""Relative standard deviation of an estimated residual, about: an eighth."""
+MOST, FEWEST = 32, 8
+"""K, the fewer the more a product costs: each residual is right to an eighth, or to a quarter."""
 
 EXACT = 1e11
 """Test points times samples fitted times P up to which each residual has its own product: seconds of a core."""
+
+SPENT = 2e11
+"""The same of vectors, of which there are fewer beyond it."""
+
+HELD = 2**29
+"""Bytes of the vectors that are made at once, and of what they are made by."""
+
+_COPIES = 6
+"""Times that making vectors holds as many numbers, beside those for each λ."""
 
 
 def count_for(tests: int, samples: int, parameters: int) -> int:
@@ -38,18 +45,45 @@ def count_for(tests: int, samples: int, parameters: int) -> int:
 
     Examples
     --------
-    >>> count_for(360, 1437, 2410), count_for(256, 4096, 820_874), count_for(COUNT, 4096, 820_874)
+    >>> count_for(360, 1437, 2410), count_for(256, 4096, 820_874), count_for(32, 4096, 820_874)
     (0, 32, 0)
+    >>> count_for(256, 100_000, 100_000_000)
+    8
     """
-    return COUNT if tests > COUNT and tests * samples * parameters > EXACT else 0
+    each = samples * parameters
+    count = max(FEWEST, min(MOST, int(SPENT // each)))
+    return count if tests > count and tests * each > EXACT else 0
 
 
-def directions(inverse: Inverse, system: System, count: int) -> Generator[Round, Moments, Tensor]:
-    """ψ of each λ, (L·K, P) float64, by one pass."""
-    random = torch.Generator().manual_seed(system.size)
-    vectors = torch.randn(count, system.size, dtype=torch.float64, generator=random)
+def deviation(count: int) -> float:
+    """Relative standard deviation of what ``count`` vectors estimate, about: (2 K)^-½.
+
+    >>> deviation(32), deviation(8)
+    (0.125, 0.25)
+    """
+    return (2 * count) ** -0.5
+
+
+def blocks(count: int, parameters: int, copies: int = 1) -> Chunks:
+    """Which of ``count`` vectors are made and projected on at once, for ``copies`` λs.
+
+    >>> [len(block) for block in blocks(32, 820_874)], [len(block) for block in blocks(8, 10_000_000)]
+    ([32], [2, 2, 2, 2])
+    """
+    return balanced(count, max(1, HELD // made_bytes(1, parameters, copies)))
+
+
+def made_bytes(count: int, parameters: int, copies: int = 1) -> int:
+    """Bytes that making so many vectors takes at once."""
+    return 8 * count * parameters * (_COPIES + copies)
+
+
+def directions(inverse: Inverse, system: System, chosen: range) -> Generator[Round, Moments, Tensor]:
+    """ψ of each λ for these vectors, (L·K, P) float64, by one pass."""
+    vectors = torch.stack([_normal(k, system.size) for k in chosen])
     moments = yield system.products(vectors)
     products = moments.mean("products")
+    del moments
     parts = inverse.parts if isinstance(inverse, SweepInverse) else (inverse,)
     systems = system.systems if isinstance(system, SweepSystem) else (system,)
     return torch.cat(
@@ -60,7 +94,18 @@ def directions(inverse: Inverse, system: System, count: int) -> Generator[Round,
     )
 
 
-def residuals(seen: Tensor, squares: Tensor, count: int) -> Tensor:
-    """Estimates of ‖A s − g‖ / ‖g‖, (n·L,), 0 where g = 0, from ⟨g, ψ⟩ (n, L·K) and ‖g‖² (n,)."""
-    norms = seen.unflatten(1, (-1, count)).square().mean(2)
-    return (norms / torch.where(squares > 0, squares, 1.0)[:, None]).sqrt().flatten()
+def _normal(k: int, size: int) -> Tensor:
+    """ω_k, the same whatever others are made beside it."""
+    random = torch.Generator().manual_seed(size + k)
+    return torch.randn(size, dtype=torch.float64, generator=random)
+
+
+def squares(seen: Tensor, copies: int) -> Tensor:
+    """Σ_k ⟨g, ψ_k⟩² at each λ, (n, L), from ⟨g, ψ⟩ (n, L·K)."""
+    return seen.unflatten(1, (copies, -1)).square().sum(2)
+
+
+def residuals(sums: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Estimates of ‖A s − g‖ / ‖g‖, (n·L,), 0 where g = 0, from the sums of all K squares (n, L) and ‖g‖² (n,)."""
+    norms = sums / count
+    return (norms / torch.where(lengths > 0, lengths, 1.0)[:, None]).sqrt().flatten()
