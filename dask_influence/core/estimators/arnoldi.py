@@ -353,7 +353,7 @@ class Arnoldi(Estimator):
         basis = Decomposition(system.size, limit + block, held, generator)
         basis.add_random(block)
         moments = yield system.products(basis.next(block))
-        basis.advance(moments.mean("products"))
+        basis.advance(moments.total["products"], moments.count)
         random, passes, confirmed = _Start.of(basis), 1, 0
         while True:
             ritz = basis.ritz()
@@ -380,7 +380,7 @@ class Arnoldi(Estimator):
                 is_open = self._open(ritz, tolerance * scale)
                 count = min(block, basis.favour(ritz.outside[:, : self.rank][:, is_open], tolerance * scale))
             moments = yield system.products(basis.next(count))
-            basis.advance(moments.mean("products"))
+            basis.advance(moments.total["products"], moments.count)
             passes += 1
         vectors, values, images, residuals = basis.pairs(ritz.rotation[:, : self.rank])
         worst = (residuals.max() / scale).item()

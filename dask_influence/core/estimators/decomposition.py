@@ -133,15 +133,15 @@ class Decomposition:
         self._coefficients[own] = turn @ self._coefficients[own]
 
     # -- growth ------------------------------------------------------------------------
-    def advance(self, images: Tensor) -> None:
-        """Take the products (b, P) of the first b pending rows, which move from F to Q.
+    def advance(self, images: Tensor, samples: int = 1) -> None:
+        """Take the products (b, P), times ``samples``, of the first b pending rows, which move from F to Q.
 
         They are of any size, zero too: what is squared is scaled to 1 by a power of two.
         """
         start, count = self.multiplied, len(images)
-        unit = 2.0 ** (math.frexp(max(map(abs, map(float, images.aminmax()))))[1] - 1)
+        unit = 2.0 ** (math.frexp(max(map(abs, map(float, images.aminmax()))) / samples)[1] - 1)
         both = self._rows.new_empty(self._waiting + count, self.size)  # with room for the row that waits
-        rows = torch.div(images, unit, out=both[-count:])
+        rows = torch.div(images, unit * samples, out=both[-count:])
         known = torch.zeros(self._length, count, dtype=torch.float64)
         known[:start] = self._coefficients[start : start + count, :start].mT / unit  # C is symmetric
         concerned = known.any(dim=1).nonzero()
