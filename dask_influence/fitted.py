@@ -28,12 +28,11 @@ from dask_influence.execution import persistence, tasks
 from dask_influence.execution.base import Approximated, Executor
 from dask_influence.execution.dask import versions
 from dask_influence.execution.drive import Passes
-from dask_influence.execution.forecast import Speed, calibrate
-from dask_influence.execution.job import Job, computing, to_tensors
+from dask_influence.execution.forecast import Speed
+from dask_influence.execution.job import Job, to_tensors
 from dask_influence.execution.plan import Plan, arrange
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, required
-from dask_influence.execution.shipping import Held
 from dask_influence.execution.stored import StoredFactors
 from dask_influence.execution.work import Kept, Work
 from dask_influence.grid import Chunks
@@ -76,12 +75,9 @@ class Learned:
         The problem with its input gradient checked too.
     specs : set of str
         Shapes and dtypes of queries that went well.
-    speed : Speed or None
-        Of this machine at the problem.
     """
 
     mixed: Problem | None = None
-    speed: Speed | None = None
     specs: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -105,8 +101,8 @@ class Fitted:
         Losses and gradient norms of the first samples, to be told from other fits.
     content : Content
         What model and loss compute, to be told from others of their names.
-    sample : tuple or None
-        A few samples (x, y), by which forecasts time this machine; a loaded fit has none.
+    speed : Speed
+        Of this machine at this problem, for forecasts; a guess where nothing was timed.
     learned : Learned
         What has been found out since the fit.
     """
@@ -120,7 +116,7 @@ class Fitted:
     counts: dict[str, Any]
     behaviour: list[str]
     content: Content
-    sample: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
+    speed: Speed = dataclasses.field(default_factory=Speed, repr=False)
     learned: Learned = dataclasses.field(default_factory=Learned, repr=False)
 
     # -- λ ----------------------------------------------------------------------------
@@ -167,17 +163,6 @@ class Fitted:
         inverse = self.inverse.parts[0] if isinstance(self.inverse, SweepInverse) else self.inverse
         known = {name: value for name, value in self.counts.items() if name not in ("passes", "restored")}
         return _six_digits({**known, **inverse.recorded()})
-
-    @property
-    def speed(self) -> Speed:
-        """Of one core of this machine at this problem, timed once, when a forecast asks; a guess without samples."""
-        if self.learned.speed is None:
-            self.learned.speed = Speed() if self.sample is None else self._timed(*self.sample)
-        return self.learned.speed
-
-    def _timed(self, x: Any, y: Any) -> Speed:
-        with computing(Held(self.problem), 1):
-            return calibrate(self.problem, self.inverse, x, y)
 
     # -- names ------------------------------------------------------------------------
     @cached_property

@@ -301,9 +301,9 @@ class InfluenceFunctionModel:
         NotFittedError
             :meth:`fit` has not run.
         ConfigurationError
-            An unknown mode.
+            An unknown mode, or perturbation of inputs that are integers.
         DataError, DerivativeError
-            Data cannot be used, or not be perturbed (integers); a sample has no finite gradient.
+            Data cannot be used; a sample has no finite gradient; no form of a derivative is right.
         """
         fitted, mode = self._require_fit(), mode_of(mode)
         test = as_source((x_test, y_test), "x_test, y_test")
@@ -569,15 +569,14 @@ class InfluenceFunctionModel:
         Returns
         -------
         Plan
-            ``str(plan)`` is a table of tiles, strips, passes, bytes, time (at the speed that is
-            measured here once after a fit), and of what limits the run first;
+            ``str(plan)`` is a table of tiles, strips, passes, bytes, time (at the speed that was
+            measured after the fit), and of what limits the run first;
             ``plan.validate(memory_limit)`` raises where it does not fit.
         """
         fitted = None if before_fit else self._require_fit()
         reduction, train_source = check_reduction(reduce), as_source(train, "train")
         if fitted is None:
             fitted = fitting.foreseen(self._configuration, self._resources, train_source)
-        speed = fitted.speed
         fitted = fitted.swept(hessian_regularization)
         test_side = runs.test_side(test, train_source, reduction, None)
         if before_fit and isinstance(test_side, Source):
@@ -596,7 +595,7 @@ class InfluenceFunctionModel:
             one_by_one=workers is None and self._resources.one_by_one(fitted.problem),
             certify=self._resources.certify,
         )
-        return Forecast.of(plan, speed, cluster)
+        return Forecast.of(plan, fitted.speed, cluster)
 
     # -- saving -----------------------------------------------------------------------
     def save(self, url: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
