@@ -143,6 +143,14 @@ def test_auto_takes_cuda_where_a_process_has_it(monkeypatch: pytest.MonkeyPatch)
         Options(device="cuda").check()
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "privateuseone", "cuda:99"])
+def test_devices_that_are_not_there_are_refused_by_name(device: str) -> None:
+    if device == "mps" and torch.backends.mps.is_available():
+        device = "xpu"
+    with pytest.raises(ConfigurationError, match=f"device='{device}' is not available"):
+        DirectInfluence(nn.Linear(2, 1), nn.functional.mse_loss, 0.1, device=device)
+
+
 def test_a_loss_with_tensors_follows_the_model_and_the_one_given_stays() -> None:
     loss = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0]))
     objective = Objective.of(nn.Linear(2, 1), loss)

@@ -19,6 +19,17 @@ def resolve_device(device: str) -> torch.device:
         ) from error
     if resolved.type == "meta":
         raise ConfigurationError(f'device={device!r} computes nothing; use "auto", "cpu" or "cuda"')
-    if resolved.type == "cuda" and not torch.cuda.is_available():
+    if not _usable(resolved):
         raise ConfigurationError(f'device={device!r} is not available in this process; use "auto" or "cpu"')
     return resolved
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether this process has the device, and float64 on it."""
+    if device.type == "cuda":  # a tensor would take hundreds of MB of a client that computes nothing
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, ImportError, TypeError):  # each backend has a kind of its own
+        return False
+    return True
