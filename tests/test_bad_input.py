@@ -295,6 +295,18 @@ def test_non_finite_gradients_are_named_by_sample(sample: int) -> None:
 
 
 @pytest.mark.parametrize("estimator", [DirectInfluence, CgInfluence])
+def test_a_label_out_of_range_is_named_by_sample(estimator: Any) -> None:
+    x, y = data.normal(71, 90, 4), data.classes(72, 90, 3)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    wrong = y.clone()
+    wrong[77] = 7  # beyond the samples that are looked at first; CG makes its first pass for a query
+    right = estimator(model, nn.functional.cross_entropy, 5.0).fit((x, y))
+    assert torch.isfinite(right.influences(x[:3], y[:3], x, y)).all()
+    with pytest.raises(DataError, match=r"train: sample 77 raises"):
+        right.fit((x, wrong)).influences(x[:3], y[:3], x, y)
+
+
+@pytest.mark.parametrize("estimator", [DirectInfluence, CgInfluence])
 def test_samples_of_later_dask_chunks_are_named_by_their_place_in_all_of_them(estimator: Any) -> None:
     x, y = (array.numpy() for array in case().train)
     wrong_x, wrong_y = x.copy(), np.where(np.arange(37) == 31, 7, y)

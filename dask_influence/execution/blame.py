@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Any
 
 from dask_influence.core.objective import Tree, leading_size, sliced
@@ -30,6 +31,7 @@ def to_blame(
     ``spared`` places are not tried.
     """
     found: dict[int, Exception] = {}
+    problem = replace(problem, shelf=None)  # what is kept belongs to all the samples
     for place in range(leading_size(y)):
         if place in spared:
             continue
