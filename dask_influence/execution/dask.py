@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -354,18 +355,19 @@ class DaskExecutor(Executor):
     def _run(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """Answers of all workers but those that die meanwhile."""
         self._workers()
-        try:
-            with self._connected():
-                with self._reaching():
-                    answers = self.client.run(function, *arguments, on_error="return")
-                for answer in answers.values():
-                    if isinstance(answer, Exception) and not isinstance(answer, CommClosedError):
+        with self._connected():
+            with self._reaching():
+                answers = self.client.run(function, *arguments, on_error="return")
+            for address, answer in answers.items():
+                if isinstance(answer, Exception) and not isinstance(answer, CommClosedError):
+                    # of a function that a worker cannot unpickle only the error's text comes back
+                    absent = re.search(r"^(?:ModuleNotFoundError\(\W)?No module named '([^']+)'", str(answer))
+                    if absent is None:
                         raise answer
-        except ModuleNotFoundError as error:
-            raise ClusterError(
-                f"a worker cannot import {error.name!r}; install dask_influence "
-                f"{version('dask_influence')} on all workers"
-            ) from error
+                    raise ClusterError(
+                        f"worker {address} cannot import {absent[1]!r}; install dask_influence "
+                        f"{version('dask_influence')} on all workers"
+                    ) from answer
         return {at: answer for at, answer in answers.items() if not isinstance(answer, CommClosedError)}
 
     def _blind_to(self, folder: Path) -> list[str]:
