@@ -40,7 +40,10 @@ from dask_influence.core.structured import gauss_newton_sum, hessian_sum
 from dask_influence.errors import ConfigurationError, DerivativeError, InfluenceWarning
 
 VECTOR_BUDGET = 256 * 2**20
-"""Bytes that the vectors pushed through the model at once may keep alive."""
+"""Bytes that the vectors pushed through a chain at once may keep alive, and rows of factors."""
+
+SHARED_BUDGET = 512 * 2**20
+"""The same of vectors that share a graph, which is made anew for each call: what a chunk may take by default."""
 
 FEW_VECTORS = 8
 """Up to as many, weighted sums of gradients cost less than forming the gradients."""
@@ -54,26 +57,28 @@ Products = Callable[[Problem, Tree, Tree, Tensor], Tensor]
 def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:
     """Chunk function: Σ_j C(z_j) v_b for ``operand["vectors"]`` (B, P), as ``"products"``."""
     vectors, count = operand["vectors"], leading_size(y)
-    write = _multiplier(problem, x, y, curvature)
-    block = problem.block_of_vectors(count, VECTOR_BUDGET)
     products = torch.empty(vectors.shape, dtype=torch.float64)
-    for part, into in zip(vectors.split(block), products.split(block), strict=True):
-        write(part, into)
+    if curvature in ("hessian", "ggn") and problem.forms.product == "chain":
+        chain, block = chain_of(problem, x, y), problem.block_of_vectors(count, VECTOR_BUDGET)
+        for part, into in zip(vectors.split(block), products.split(block), strict=True):
+            multiply.products(chain, part, into, gauss_newton=curvature == "ggn")
+    else:
+        _write_shared(problem, x, y, vectors, products, PRODUCTS[curvature])
     return Moments({"products": products}, count)
 
 
-def _multiplier(problem: Problem, x: Tree, y: Tree, curvature: str) -> Callable[[Tensor, Tensor], object]:
-    """Writes products with these samples' curvature; what is the same for all vectors is computed once."""
-    if curvature in ("hessian", "ggn") and problem.forms.product == "chain":
-        return partial(multiply.products, chain_of(problem, x, y), gauss_newton=curvature == "ggn")
+def _write_shared(
+    problem: Problem, x: Tree, y: Tree, vectors: Tensor, into: Tensor, products: Products
+) -> None:
+    """Products of ``vectors`` (B, P), some of them with some samples at a time, which share a graph."""
     objective = problem.objective
-
-    def write(vectors: Tensor, into: Tensor) -> None:
+    samples, block = problem.shares(leading_size(y), len(vectors), SHARED_BUDGET)
+    for part, rows in zip(vectors.split(block), into.split(block), strict=True):
         # torch's own memory, in order: the same wherever the operand came from, hence the same bits
-        own = vectors.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
-        into.copy_(PRODUCTS[curvature](problem, x, y, own))
-
-    return write
+        own = part.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
+        rows.zero_()
+        for some in _parts(x, y, samples):
+            rows += products(problem, *some, own).to(rows)
 
 
 def matrix_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor], curvature: str) -> Moments:

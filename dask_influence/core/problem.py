@@ -14,7 +14,7 @@ from dask_influence.core.derivatives import choose_forms, differentiation
 from dask_influence.core.forms import Forms, sample_gradients
 from dask_influence.core.kept import Shelf
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
-from dask_influence.core.sizes import bytes_of_a_vector
+from dask_influence.core.sizes import bytes_of_a_vector, shares
 from dask_influence.errors import DataError, DerivativeError, LossError
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
@@ -88,6 +88,12 @@ class Problem:
         size, itemsize = self.objective.size, self.objective.dtype.itemsize
         per_vector = bytes_of_a_vector(samples, self.activations, size, itemsize)
         return max(1, int(budget // max(1, per_vector)))
+
+    def shares(self, samples: int, vectors: int, budget: int) -> tuple[int, int]:
+        """How many samples and vectors to multiply at once, which share a graph."""
+        return shares(
+            samples, vectors, self.activations, self.objective.size, self.objective.dtype.itemsize, budget
+        )
 
 
 def prepare(objective: Objective, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]:

@@ -18,6 +18,10 @@ GRADIENT = 2.5
 PRODUCT_PER_DIRECTION = 0.04
 
 
+SHARING, FEWEST_SHARED = 8, 8
+"""Vectors beyond which sharing a graph saves little more, and samples below which calls cost more than it saves."""
+
+
 @dataclass(frozen=True)
 class Size:
     """What rows of pairs take.
@@ -50,6 +54,34 @@ def bytes_of_a_vector(samples: int, activations: int, parameters: int, itemsize:
     1200
     """
     return 6 * itemsize * (samples * activations + parameters)
+
+
+def shares(
+    samples: int, vectors: int, activations: int, parameters: int, itemsize: int, budget: int
+) -> tuple[int, int]:
+    """How many samples and vectors are best multiplied at once: vectors share the graph of their samples' gradient.
+
+    Up to ``SHARING`` vectors come first, as long as ``FEWEST_SHARED`` samples go with them; where all
+    samples do, there are as many vectors as fit.
+
+    >>> shares(117, 8, 143_370, 608_650, 4, 2**29), shares(117, 1, 143_370, 608_650, 4, 2**29)
+    ((15, 8), (117, 1))
+    >>> shares(256, 1000, 100, 5000, 4, 2**29)
+    (256, 731)
+    """
+    block = min(vectors, SHARING)
+    while True:
+        fitting = (budget // block - bytes_of_a_vector(0, activations, parameters, itemsize)) // (
+            bytes_of_a_vector(1, activations, 0, itemsize)
+        )
+        if fitting >= min(samples, FEWEST_SHARED) or block == 1:
+            break
+        block = -(-block // 2)
+    if fitting >= samples:
+        return samples, max(
+            1, min(vectors, budget // bytes_of_a_vector(samples, activations, parameters, itemsize))
+        )
+    return max(1, fitting), block
 
 
 def working_bytes(

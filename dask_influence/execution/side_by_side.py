@@ -7,7 +7,8 @@ derivatives, nor for the last factors where there are others to be multiplied wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +35,9 @@ from dask_influence.storage.sources import Source
 
 SAMPLES = 512
 """Samples differentiated at once: many enough that a call costs little, few enough that others soon have work."""
+
+FACTORS = 64
+"""Factors up to which it pays to multiply several chunks at once."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,35 @@ def scores_side_by_side(
                 raise
             lanes.add(call.products(prepared, columns))
             if step.ahead:
-                lanes.relieve(len(call.solving))
+                lanes.relieve(len(call.blocks))
             else:
                 lanes.finish()
         lanes.finish()
     return tasks.stored(call.scores)
+
+
+class _Block:
+    """Test points whose factors are multiplied at once, solved in one chunk or several."""
+
+    def __init__(self, chunks: Sequence[range]) -> None:
+        self.chunks, self.rows = chunks, slice(chunks[0].start, chunks[-1].stop)
+        self.directions = Future[Tensor]()
+        self._solved = dict[range, Tensor]()
+        self._lock = threading.Lock()
+
+    def put(self, chunk: range, factors: Tensor) -> None:
+        """The factors of one of the chunks; the last one makes the directions."""
+        with self._lock:
+            self._solved[chunk] = factors
+            if len(self._solved) == len(self.chunks):
+                parts = [self._solved.pop(own) for own in self.chunks]
+                self.directions.set_result(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def fail(self, error: BaseException) -> None:
+        """End the wait for the directions: another lane may be there."""
+        with self._lock:
+            if not self.directions.done():
+                self.directions.set_exception(error)
 
 
 class _Call:
@@ -126,51 +154,57 @@ class _Call:
         self.test, self.train = (Job(fit.model, side, side.argument, fit.threads) for side in (test, train))
         shape = plan.work.tests, plan.work.trains, *plan.work.features
         self.scores = torch.empty(shape, dtype=self.problem.objective.dtype)
-        self.solving: list[tuple[Future[Tensor], slice]] = []
+        self.blocks = list(self._blocks())
+
+    def _blocks(self) -> Iterator[_Block]:
+        """Test points multiplied at once: few rows of factors with few of gradients are bound by reading them."""
+        work, rows = self.plan.work, self.plan.factor_rows
+        most = min(FACTORS, BUDGET // (work.parameters * work.itemsize)) if self.step.ahead else 1
+        for own in Chunks(work.tests, rows * max(1, most // rows)):
+            yield _Block(list(self.plan.factor_chunks.within(own.start, own.stop)))
 
     def solves(self) -> Iterator[list[Callable[[], None]]]:
         """Solves of test points that are differentiated together, in chunks."""
-        rows = self.plan.factor_rows
-        together = max(1, _at_once(self.problem, self.plan) // rows) * rows
-        for group in Chunks(self.plan.work.tests, together):
-            gradients = tasks.query_gradients(self.test, group.start, group.stop, self.plan.batch)
-            calls: list[Callable[[], None]] = []
-            for own in Chunks(len(group), rows):
-                solved = Future[Tensor]()
-                self.solving.append((solved, slice(group.start + own.start, group.start + own.stop)))
-                calls.append(partial(self._solve, gradients[own.start : own.stop], solved))
-            yield calls
+        chunks = [(block, chunk) for block in self.blocks for chunk in block.chunks]
+        together = max(1, _at_once(self.problem, self.plan) // self.plan.factor_rows)
+        for low in range(0, len(chunks), together):
+            group = chunks[low : low + together]
+            start, stop = group[0][1].start, group[-1][1].stop
+            gradients = tasks.query_gradients(self.test, start, stop, self.plan.batch)
+            yield [
+                partial(self._solve, gradients[chunk.start - start : chunk.stop - start], block, chunk)
+                for block, chunk in group
+            ]
 
-    def _solve(self, gradients: Tensor, solved: Future[Tensor]) -> None:
+    def _solve(self, gradients: Tensor, block: _Block, chunk: range) -> None:
         try:
             with computing(self.fit.model, self.fit.threads):
                 factors = tasks.solved(self.inverse, gradients, project=False, certify=False)
                 directions = tasks.Query.of(factors.rows, None, self.problem).directions
                 assert isinstance(directions, Tensor)
-                solved.set_result(directions)
+                block.put(chunk, directions)
         except BaseException as error:
-            if not solved.done():
-                solved.set_exception(error)  # another lane may wait for it
+            block.fail(error)
             raise
 
     def abandon(self) -> None:
         """End what lanes wait for: by an interrupt a solve may have been taken and never begun."""
-        for solved, _ in self.solving:
-            solved.cancel()
+        for block in self.blocks:
+            block.directions.cancel()
 
     def prepared(self, columns: range) -> Any:
         """What products of these training samples begin with."""
         return self.train.computed(self.step.prepare, columns.start, columns.stop)
 
     def products(self, prepared: Any, columns: range) -> list[Callable[[], None]]:
-        """The scores of these training samples, one call for each chunk of test points."""
-        return [partial(self._score, prepared, solved, rows, columns) for solved, rows in self.solving]
+        """The scores of these training samples, one call for each block of test points."""
+        return [partial(self._score, prepared, block, columns) for block in self.blocks]
 
-    def _score(self, prepared: Any, solved: Future[Tensor], rows: slice, columns: range) -> None:
-        part = self.scores[rows, columns.start : columns.stop]
+    def _score(self, prepared: Any, block: _Block, columns: range) -> None:
+        part = self.scores[block.rows, columns.start : columns.stop]
         out = part if _here(self.problem.objective.device) else None
         with computing(self.fit.model, self.fit.threads):
-            derivatives = self.step.scores(prepared, solved.result(), out)
+            derivatives = self.step.scores(prepared, block.directions.result(), out)
             tasks.refuse_non_finite(derivatives, self.argument, columns.start)
             if out is None:
                 part.copy_(derivatives.transpose(0, 1))

@@ -233,6 +233,29 @@ def test_any_cut_of_the_data_gives_the_same_sums(name: str) -> None:
         assert error(cut.mean("products"), products) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("budget", "blocks"),
+    [(2**29, [(5, 37)]), (60_000, [(5, 13), (5, 11)]), (25_000, [(3, 8), (2, 8)]), (1, [(1, 1)])],
+)
+def test_vectors_share_the_graph_of_some_samples(
+    budget: int, blocks: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few bytes a few vectors go with a few samples at a time; each of them meets each once."""
+    case, seen = data.mlp_classification(), list[tuple[int, int]]()
+    problem = problem_of(case.model, case.loss, case.train)
+    vectors = data.normal(1, 5, problem.objective.size)
+    expected = vectors @ oracles.ggn(case.model, case.loss, *case.train)
+    whole = PRODUCTS["fisher"]
+    monkeypatch.setitem(
+        PRODUCTS, "fisher", lambda own, x, y, v: seen.append((len(v), len(y))) or whole(own, x, y, v)
+    )
+    monkeypatch.setattr(curvature, "SHARED_BUDGET", budget)
+    products = product_sums(problem, *case.train, {"vectors": vectors}, "fisher").mean("products")
+    assert error(products, expected) < 1e-12
+    assert sum(count * samples for count, samples in seen) == 5 * 37
+    assert set(blocks) <= set(seen)
+
+
 @EACH
 @pytest.mark.parametrize("budget", [1, 60_000, 300_000])
 def test_small_memory_takes_other_ways_to_the_same_matrix(

@@ -53,12 +53,14 @@ def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("in_small_parts")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("threads", "together"), [(1, 64), (2, 64), (1, 6), (2, 6), (2, 3)])
 @MODES
 def test_parts_are_put_together_and_threads_given_back(
-    fitted: DirectInfluence, mode: str, threads: int, monkeypatch: pytest.MonkeyPatch
+    fitted: DirectInfluence, mode: str, threads: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = []
+    prepared, multiplied, product = [], [], side_by_side._multiplied
+    monkeypatch.setattr(side_by_side, "FACTORS", together)
+    monkeypatch.setattr(side_by_side, "_multiplied", lambda *a: multiplied.append(len(a[1])) or product(*a))
     for name in ("chain_of", "gradients"):
         of = getattr(directional, name)
         monkeypatch.setattr(directional, name, lambda *a, of=of: prepared.append(len(a[2])) or of(*a))
@@ -75,6 +77,8 @@ def test_parts_are_put_together_and_threads_given_back(
         torch.set_num_threads(before)
     assert oracles.relative_error(value, expected) <= 1e-9
     assert prepared == [3, 3, 1, 5, 5, 3]  # each sample once, whatever the chunks of the other side
+    blocks = {64: [7], 6: [1, 6], 3: [1, 3, 3]}[together] if mode == "up" else []
+    assert sorted(multiplied) == sorted(3 * blocks)  # chunks of factors are joined before they are multiplied
 
 
 @pytest.mark.usefixtures("in_small_parts")
