@@ -6,6 +6,7 @@ Each test looks at both sides of its check. Messages must name the argument and 
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -877,3 +878,19 @@ def test_a_loss_that_is_no_mean_where_classes_meet_is_refused() -> None:
     with pytest.raises(LossError, match=r"not a mean over samples 120 to 159 of train"):
         DirectInfluence(model, weighted, 0.1, chunk_size=40).fit((x, y))
     DirectInfluence(model, torch.nn.CrossEntropyLoss(), 0.1, chunk_size=40).fit((x, y))
+
+
+def test_a_sample_without_a_gradient_is_named_and_nothing_else_is_said() -> None:
+    """The curvature layer by layer has nothing to be compared with, which is no fault of the model."""
+
+    def distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output.square().sum(1).sqrt() - target).square().mean()
+
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    x = torch.ones(200, 3)
+    x[150] = 0.0
+    with (
+        warnings.catch_warnings(action="error"),
+        pytest.raises(DataError, match="gradient of sample 150 is not finite"),
+    ):
+        DirectInfluence(model, distance, 0.1).fit((x, torch.zeros(200)))
