@@ -154,8 +154,8 @@ class EkfacInfluence(InfluenceFunctionModel, estimator=Ekfac):
     p × p instead of pq × pq. Scores are those of the Fisher matrix under the model's own
     predictions (or of the empirical one with ``curvature="empirical_fisher"``): for any other
     ``curvature`` it stands in for that matrix, and ``factor_residual`` says how well. λ is added to each
-    eigenvalue. Linear, convolution, Embedding, LayerNorm and attention layers have a form;
-    others are refused by name, or left out with ``skip_unsupported=True``. Arguments beside those
+    eigenvalue. Linear, convolution, Embedding and attention layers and norms (batch, group,
+    instance, layer, RMS) have a form; others are refused by name, or left out with ``skip_unsupported=True``. Arguments beside those
     of :class:`InfluenceFunctionModel` are those of
     :class:`~dask_influence.core.estimators.Ekfac`.
 

@@ -273,7 +273,7 @@ class _Recorder(TorchFunctionMode):
         if func is functional.multi_head_attention_forward:
             return self._attend(func, *args, **kwargs)
         if func in CALLS:
-            weight = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else kwargs.get("weight")
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
             name = self._watched.get(id(weight))
             if name is not None:
                 return self._noted((name, 0), func, *args, **kwargs)

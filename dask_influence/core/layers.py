@@ -127,7 +127,8 @@ def _embedding(module: nn.Module) -> Shapes:
     return (("", "weight", "", 0, 0, int(vocabulary), int(width), 1),)
 
 
-def _layer_norm(module: nn.Module) -> Shapes:
+def _norm(module: nn.Module) -> Shapes:
+    """Scale and shift of each channel."""
     if module.weight is None:
         return ()
     return (("", "weight", "bias", 0, 0, int(module.weight.numel()), 1, 1),)  # type: ignore[operator]
@@ -148,13 +149,26 @@ def _attention(module: nn.Module) -> Shapes:
     return tuple(shapes)
 
 
+NORMS: tuple[type[nn.Module], ...] = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+"""They scale what they have standardised; of a batch norm that is running statistics' work, or samples mix."""
+
 GEOMETRY: dict[type[nn.Module], Callable[[nn.Module], Shapes]] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Conv3d: _convolution,
     nn.Embedding: _embedding,
-    nn.LayerNorm: _layer_norm,
+    **dict.fromkeys(NORMS, _norm),
     nn.MultiheadAttention: _attention,
 }
 """Kinds of modules and the matrices in them; transposed convolutions are kinds of their own."""
@@ -332,6 +346,24 @@ def _normalised(
     return standard.reshape(-1, math.prod(normalized_shape), 1)
 
 
+def _divided(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """The same of a norm that only divides by the root mean square."""
+    standard = functional.rms_norm(input, normalized_shape, None, eps)
+    return standard.reshape(-1, math.prod(normalized_shape), 1)
+
+
+def _standardised(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same of a ``norm`` whose channels are the second axis."""
+
+    def inputs(*args: Any, weight: Tensor | None = None, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
+        standard = norm(*args, **kwargs)
+        return standard.movedim(1, -1).reshape(-1, standard.shape[1], 1)
+
+    return inputs
+
+
 def _units(groups: int, out: Tensor) -> Tensor:
     return out.reshape(-1, groups, 1)
 
@@ -343,5 +375,9 @@ CALLS: dict[Callable[..., Any], Call] = {
     torch.conv3d: Call(_patches, _channels),
     functional.embedding: Call(_tokens, _rows),
     functional.layer_norm: Call(_normalised, _units),
+    functional.rms_norm: Call(_divided, _units),
+    functional.group_norm: Call(_standardised(functional.group_norm), _channels),
+    functional.batch_norm: Call(_standardised(functional.batch_norm), _channels),
+    functional.instance_norm: Call(_standardised(functional.instance_norm), _channels),
 }
 """The functional calls that are recognised, by the function torch dispatches on."""

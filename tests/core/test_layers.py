@@ -26,6 +26,10 @@ def layout(module: nn.Module, names: list[str] | None = None) -> Layout:
         (nn.Conv3d(2, 3, 2, bias=False), (1, 3, 16, 16)),
         (nn.Embedding(7, 4), (7, 4, 1, 1)),
         (nn.LayerNorm((2, 3)), (6, 1, 1, 2)),
+        (nn.RMSNorm(6), (6, 1, 1, 1)),
+        (nn.GroupNorm(2, 6), (6, 1, 1, 2)),
+        (nn.BatchNorm2d(6), (6, 1, 1, 2)),
+        (nn.InstanceNorm1d(6, affine=True), (6, 1, 1, 2)),
     ],
 )
 def test_matrices_of_each_kind(module: nn.Module, expected: tuple[int, int, int, int]) -> None:
@@ -48,11 +52,11 @@ def test_added_keys_of_attention_are_in_no_matrix() -> None:
 
 
 def test_every_parameter_is_in_one_place() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.GRU(4, 2), nn.ConvTranspose1d(1, 1, 2))
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.GRU(4, 2), nn.ConvTranspose1d(1, 1, 2))
     found = layout(model)
     held = [n for part in found.layers for n in (part.weight, part.bias) if n]
     assert sorted(held + [n for n, _ in found.unsupported]) == sorted(n for n, _ in model.named_parameters())
-    assert dict(found.unsupported)["1.weight"] == "1 (BatchNorm1d)"
+    assert dict(found.unsupported)["1.weight"] == "1 (PReLU)"
     assert held == ["0.weight", "0.bias"]
 
 

@@ -72,6 +72,26 @@ def images() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 5)), *convolutions, nn.Flatten(), nn.Linear(12, 3))
 
 
+def norms() -> nn.Module:
+    """One of each that scales its channels; the batch norm with statistics of its own, as it has after a training."""
+    batch = nn.BatchNorm1d(4)
+    nn.init.normal_(batch.running_mean, std=0.3)
+    nn.init.uniform_(batch.running_var, 0.5, 2.0)
+    scaled = batch, nn.GroupNorm(2, 4), nn.Tanh(), nn.InstanceNorm1d(4, affine=True), nn.RMSNorm(6)
+    for part in scaled:
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, 1.0, 0.5)
+    net = nn.Sequential(
+        nn.Unflatten(1, (1, 8)),
+        nn.Conv1d(1, 4, 3),
+        *scaled,
+        nn.Flatten(),
+        nn.Linear(24, 3),
+        nn.BatchNorm1d(3),
+    )
+    return net.eval()
+
+
 def positions() -> nn.Module:
     """Two positions of a matrix so large that the pair is the smaller."""
     return nn.Sequential(nn.Unflatten(1, (2, 5)), nn.Linear(5, 40), nn.Tanh(), nn.Flatten(), nn.Linear(80, 3))
@@ -80,6 +100,7 @@ def positions() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]] = {
     "wide": (wide, lambda seed, n: data.normal(seed, n, 5)),
     "images": (images, lambda seed, n: data.normal(seed, n, 5)),
+    "norms": (norms, lambda seed, n: data.normal(seed, n, 8)),
     "positions": (positions, lambda seed, n: data.normal(seed, n, 10)),
     "twice": (Twice, lambda seed, n: data.normal(seed, n, 5)),
     "tokens": (Tokens, lambda seed, n: data.classes(seed, n * 3, 11).reshape(n, 3)),
@@ -88,6 +109,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]] 
 TAKEN = {
     "wide": {"Product"},
     "images": {"Product", "_Matrix"},
+    "norms": {"_Matrix", "Product"},
     "positions": {"Product"},
     "twice": {"Product", "_Matrix", "_Rest"},
     "tokens": {"_Matrix", "Product", "_Rest"},

@@ -15,8 +15,8 @@ Weights shared over positions (convolutions, token sequences) are treated in the
 setting of Eschenhagen et al. 2023: A and B count every position as one sample, as if positions
 were independent. The corrected Λ sums a sample's gradient over positions before it is squared,
 and is exact in its basis. Grouped convolutions have A and B for each group. An embedding has
-the diagonal A of token frequencies and one B. LayerNorm has a 1 × 2 matrix (scale, shift) for
-each channel.
+the diagonal A of token frequencies and one B. Norms have a 1 × 2 matrix (scale, shift)
+for each channel.
 
 Martens & Grosse 2015 (KFAC); George et al. 2018 (eigenvalue correction); Grosse et al. 2023
 (influence functions).

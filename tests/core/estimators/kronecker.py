@@ -49,6 +49,14 @@ def seen(module: nn.Module, into: Tensor) -> Tensor:
         centred = into - into.mean(-1, keepdim=True)
         standard = centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
         return standard.reshape(-1, standard.shape[-1], 1)
+    if isinstance(module, nn.BatchNorm2d):
+        standard = (into.movedim(1, -1) - module.running_mean) / (module.running_var + module.eps).sqrt()
+        return standard.reshape(-1, module.num_features, 1)
+    if isinstance(module, nn.GroupNorm):
+        parts = into.reshape(len(into), module.num_groups, -1)
+        centred = parts - parts.mean(-1, keepdim=True)
+        standard = centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
+        return standard.reshape(into.shape).movedim(1, -1).reshape(-1, module.num_channels, 1)
     return patches(module, into)
 
 
@@ -56,6 +64,8 @@ def returned(module: nn.Module, delta: Tensor) -> Tensor:
     """δ of one call, (T, g, q)."""
     if isinstance(module, nn.LayerNorm):
         return delta.reshape(-1, delta.shape[-1], 1)
+    if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+        return delta.movedim(1, -1).reshape(-1, delta.shape[1], 1)
     groups = getattr(module, "groups", 1)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         delta = delta.movedim(1, -1)

@@ -88,6 +88,22 @@ def conv(dims: int, **how: Any) -> nn.Module:
     )
 
 
+def normed() -> nn.Module:
+    """A convolutional network as they are: a batch norm after its training, a group norm."""
+    batch = nn.BatchNorm2d(4)
+    nn.init.normal_(batch.running_mean, std=0.3)
+    nn.init.uniform_(batch.running_var, 0.5, 2.0)
+    layers = (
+        nn.Conv2d(2, 4, 2, bias=False),
+        batch,
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 2),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+    )
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(36, 3)).eval()
+
+
 def images(seed: int, dims: int, n: int = 17) -> data.Pair:
     return data.normal(seed, n, 2, *[5 if dims < 3 else 4] * dims), data.classes(seed + 1, n, 3)
 
@@ -132,6 +148,7 @@ CASES: dict[str, Callable[[], data.Case]] = {
         0.01,
     ),
     "conv3d": lambda: case(lambda: conv(3), functional.cross_entropy, images(59, 3), images(61, 3), 0.01),
+    "norms": lambda: case(normed, functional.cross_entropy, images(67, 2), images(69, 2), 0.01),
     "tokens": lambda: case(Tokens, functional.cross_entropy, tokens(63), tokens(65), 0.005),
 }
 CASES = {name: cache(build) for name, build in CASES.items()}
