@@ -155,8 +155,8 @@ class EkfacInfluence(InfluenceFunctionModel, estimator=Ekfac):
     predictions (or of the empirical one with ``curvature="empirical_fisher"``): for any other
     ``curvature`` it stands in for that matrix, and ``factor_residual`` says how well. λ is added to each
     eigenvalue. Linear, convolution, Embedding and attention layers and norms (batch, group,
-    instance, layer, RMS) have a form; others are refused by name, or left out with ``skip_unsupported=True``. Arguments beside those
-    of :class:`InfluenceFunctionModel` are those of
+    instance, layer, RMS) have a form; others are refused by name, or left out with
+    ``skip_unsupported=True``. Arguments beside those of :class:`InfluenceFunctionModel` are those of
     :class:`~dask_influence.core.estimators.Ekfac`.
 
     Examples
