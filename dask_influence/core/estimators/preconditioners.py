@@ -303,12 +303,14 @@ def nystroem_sketch(system: System, rank: int, seed: int) -> Generator[Round, Mo
 def sketch_of(test: Tensor, images: Tensor, precision: float) -> Sketch:
     """Eigenpairs of Y (Ωᵀ Y)⁺ Yᵀ from Ω and Y = C Ω, both as rows (R, P).
 
-    Directions of Ω on which C vanishes to ``precision`` carry no information and are left out.
+    Directions of Ω on which C vanishes to ``precision`` carry no information and are left out. The rows of
+    Ω are (all but) orthonormal: what rounding adds to Ωᵀ Y is about ``precision`` of its largest eigenvalue,
+    however many rows there are; decomposing it in float64 adds that epsilon for each row.
     """
     core = test @ images.mT
     values, rotation = torch.linalg.eigh((core + core.mT) / 2)
-    scale = values.abs().max()
-    kept = values.abs() > len(test) * precision * scale
+    noise = max(2 * precision, len(test) * torch.finfo(torch.float64).eps)
+    kept = values.abs() > noise * values.abs().max()
     half = (rotation[:, kept].mT @ images) / values[kept].abs().sqrt()[:, None]  # Ĉ = halfᵀ diag(sign) half
     orthonormal, triangle = torch.linalg.qr(half.mT)
     small = (triangle * values[kept].sign()) @ triangle.mT
