@@ -411,7 +411,9 @@ class Fitted:
         closed = self.inverse.residuals_need_rounds and not self.inverse.needs_rounds
         if self.passes is None or not closed or not isinstance(test, Source):
             return 0
-        return estimates.count_for(len(test), self.system.samples, self.system.size)
+        multiplied = self.problem.forms.product == "chain" or self.system.curvature == "empirical_fisher"
+        activations = 0 if multiplied else self.problem.activations
+        return estimates.count_for(len(test), self.system.samples, self.system.size, activations)
 
     def _pairs(self, test: Source | StoredFactors | None, train: Source, mode: InfluenceMode) -> bool:
         """Whether samples of both sides are such as pairs were found for."""

@@ -189,6 +189,25 @@ def test_a_plan_counts_the_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert after.client_bytes - before.client_bytes >= 3 * vectors  # float64, and their products
 
 
+def test_a_product_costs_by_what_layers_put_out_where_it_is_pushed_through_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A convolution has fewer parameters than a perceptron, and products that take a hundred times as long."""
+    monkeypatch.setattr(estimates, "EXACT", 20.0 * len(TEST[0]) * len(X) * SIZE)
+    assert fitted("ekfac").plan(TEST, CASE.train).work.estimated == 0
+    model = torch.nn.Sequential(
+        torch.nn.Unflatten(1, (1, -1)),
+        torch.nn.Conv1d(1, 2, 2),
+        torch.nn.Tanh(),
+        torch.nn.Flatten(),
+        torch.nn.LazyLinear(3),
+    ).double()
+    model(X)
+    convolution = EkfacInfluence(model, CASE.loss, 0.05).fit(CASE.train)
+    assert convolution.diagnostics["parameters"] < SIZE
+    assert convolution.plan(TEST, CASE.train).work.estimated == COUNT
+
+
 def test_the_ratio_has_the_distribution_that_is_claimed() -> None:
     """K/(C A − I) squares of independent normal numbers, whatever A and C are."""
     size, count = 30, 400

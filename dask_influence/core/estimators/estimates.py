@@ -28,10 +28,14 @@ MOST, FEWEST = 32, 8
 """K, the fewer the more a product costs: each residual is right to an eighth, or to a quarter."""
 
 EXACT = 1e11
-"""Test points times samples fitted times P up to which each residual has its own product: seconds of a core."""
+"""Test points × samples fitted × size up to which each residual has its own product: seconds of a core."""
 
 SPENT = 2e11
 """The same of vectors, of which there are fewer beyond it."""
+
+PER_ACTIVATION = 500
+"""Parameters of a perceptron whose products take as long as those of one element that a layer puts out, where
+each vector is pushed through the model and back: 23 ns beside 0.04, of a convolution and of a transformer."""
 
 HELD = 2**29
 """Bytes of the vectors that are made at once, and of what they are made by."""
@@ -40,17 +44,21 @@ _COPIES = 6
 """Times that making vectors holds as many numbers, beside those for each λ."""
 
 
-def count_for(tests: int, samples: int, parameters: int) -> int:
+def count_for(tests: int, samples: int, parameters: int, activations: int = 0) -> int:
     """Random vectors from which residuals of so many test points are estimated; 0 where they are computed.
+
+    ``activations`` are the elements that layers put out for one sample, 0 where products are matrix products.
 
     Examples
     --------
     >>> count_for(360, 1437, 2410), count_for(256, 4096, 820_874), count_for(32, 4096, 820_874)
     (0, 32, 0)
+    >>> count_for(300, 1000, 1594, 3082), count_for(30, 1000, 1594, 3082)
+    (32, 0)
     >>> count_for(256, 100_000, 100_000_000)
     8
     """
-    each = samples * parameters
+    each = samples * (parameters + PER_ACTIVATION * activations)
     count = max(FEWEST, min(MOST, int(SPENT // each)))
     return count if tests > count and tests * each > EXACT else 0
 
@@ -68,7 +76,7 @@ def blocks(count: int, parameters: int, copies: int = 1) -> Chunks:
     """Which of ``count`` vectors are made and projected on at once, for ``copies`` λs.
 
     >>> [len(block) for block in blocks(32, 820_874)], [len(block) for block in blocks(8, 10_000_000)]
-    ([32], [2, 2, 2, 2])
+    ([11, 11, 10], [1, 1, 1, 1, 1, 1, 1, 1])
     """
     return balanced(count, max(1, HELD // made_bytes(1, parameters, copies)))
 
