@@ -284,6 +284,14 @@ def test_dask_has_the_command_and_does_not_load_torch_for_it() -> None:
     assert said.stdout.split() == ["influence", "False", "False"]
 
 
+def test_the_package_runs_as_a_module() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "dask_influence", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "python -m dask_influence [OPTIONS] COMMAND" in shown.stdout
+
+
 def test_the_entry_points_are_those_of_the_command() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"dask-influence": "dask_influence.cli:cli"}
