@@ -218,9 +218,9 @@ def test_small_blocks_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None
     case, taken = data.digits_mlp(), []
     advance = Decomposition.advance
 
-    def counting(self: Decomposition, images: Tensor) -> None:
+    def counting(self: Decomposition, images: Tensor, *divisor: int) -> None:
         taken[-1].append(len(images))
-        advance(self, images)
+        advance(self, images, *divisor)
 
     monkeypatch.setattr(Decomposition, "advance", counting)
     values = []
