@@ -12,6 +12,7 @@ import zarr
 from distributed import Client, LocalCluster
 
 from dask_influence import ArnoldiInfluence, EkfacInfluence, NystroemSketchInfluence, TopK
+from dask_influence.core import sizes
 from dask_influence.core.estimators import System, estimates
 from dask_influence.errors import InfluenceWarning
 from tests import data
@@ -132,7 +133,7 @@ def test_large_models_hold_some_of_fewer_vectors(
     monkeypatch.setattr(estimates, "MOST", 8)
     whole = infl.influences_to_zarr(tmp_path / "whole", TEST, CASE.train, **how).factor_residual
     assert whole.attrs == {"estimated_from": "8 random vectors", "relative_standard_deviation": 0.25}
-    monkeypatch.setattr(estimates, "HELD", estimates.made_bytes(3, SIZE, 1 if swept is None else 2))
+    monkeypatch.setattr(sizes, "ESTIMATING", sizes.making_bytes(3, SIZE, 1 if swept is None else 2))
     again = fitted("ekfac")  # or the vectors that there are would do
     products.clear()
     found = again.influences_to_zarr(tmp_path / "apart", TEST, CASE.train, **how).factor_residual

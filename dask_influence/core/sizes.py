@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dask_influence.grid import Chunks, balanced
+
 BUDGET = 128 * 2**20
 """Bytes that one call may keep alive beside its result, unless the caller says otherwise."""
+
+ESTIMATING = 2**29
+"""Bytes of the random vectors that estimate residuals, as far as they are made at once, and of what makes them."""
+
+_COPIES = 6
+"""Times that making them holds as many numbers, beside those for each λ."""
 
 # Costs in nanoseconds per (sample × parameter), measured on one core; only their ratio
 # matters. A direction pushed forward costs two products with the weights; a gradient
@@ -82,6 +90,20 @@ def shares(
             1, min(vectors, budget // bytes_of_a_vector(samples, activations, parameters, itemsize))
         )
     return max(1, fitting), block
+
+
+def estimating_blocks(count: int, parameters: int, copies: int = 1) -> Chunks:
+    """Which of ``count`` vectors that estimate residuals are made and projected on at once, for ``copies`` λs.
+
+    >>> [len(block) for block in estimating_blocks(32, 820_874)], len(estimating_blocks(8, 10_000_000))
+    ([11, 11, 10], 8)
+    """
+    return balanced(count, max(1, ESTIMATING // making_bytes(1, parameters, copies)))
+
+
+def making_bytes(count: int, parameters: int, copies: int = 1) -> int:
+    """Bytes that making so many of them takes at once."""
+    return 8 * count * parameters * (_COPIES + copies)
 
 
 def working_bytes(

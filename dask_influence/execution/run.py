@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from dask_influence.core import sizes
 from dask_influence.core.estimators import estimates
 from dask_influence.core.estimators.base import Inverse, System
 from dask_influence.errors import (
@@ -258,7 +259,7 @@ def _estimating(fit: Fit, work: Work) -> tasks.Estimating | None:
     if made is None or made.count != work.estimated or not all(map(_is_there, made.blocks)):
         passes = fit.answer()
         dtype = torch.promote_types(fit.system.dtype, torch.float32)
-        blocks = estimates.blocks(work.estimated, work.parameters, work.copies)
+        blocks = sizes.estimating_blocks(work.estimated, work.parameters, work.copies)
         vectors = (drive(estimates.directions(fit.inverse, fit.system, block), passes) for block in blocks)
         published = tuple(passes.executor.publish({"vectors": block.to(dtype)}) for block in vectors)
         made = _ESTIMATING[fit.inverse] = tasks.Estimating(published, work.estimated, work.copies)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dask_influence.core.estimators import estimates
+from dask_influence.core import sizes
 from dask_influence.core.sizes import BUDGET, Size
 from dask_influence.execution.tree import Axis
 
@@ -119,13 +119,13 @@ class Work:
     @property
     def making_bytes(self) -> int:
         """What a process holds at once that makes those vectors, or adds up the products for them."""
-        return estimates.made_bytes(self._estimated_at_once, self.parameters, self.copies)
+        return sizes.making_bytes(self._estimated_at_once, self.parameters, self.copies)
 
     @property
     def _estimated_at_once(self) -> int:
         if not self.estimated:
             return 0
-        return estimates.blocks(self.estimated, self.parameters, self.copies).size
+        return sizes.estimating_blocks(self.estimated, self.parameters, self.copies).size
 
     def kept_bytes(self, points: int) -> int:
         """What is kept of one of ``points``, and of its parts while they are joined."""

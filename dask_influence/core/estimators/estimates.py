@@ -22,7 +22,6 @@ from torch import Tensor
 from dask_influence.core.estimators.base import Inverse, Round, System, without_rounds
 from dask_influence.core.estimators.sweep import SweepInverse, SweepSystem
 from dask_influence.core.moments import Moments
-from dask_influence.grid import Chunks, balanced
 
 MOST, FEWEST = 32, 8
 """K, the fewer the more a product costs: each residual is right to an eighth, or to a quarter."""
@@ -36,12 +35,6 @@ SPENT = 2e11
 PER_ACTIVATION = 500
 """Parameters of a perceptron whose products take as long as those of one element that a layer puts out, where
 each vector is pushed through the model and back: 23 ns beside 0.04, of a convolution and of a transformer."""
-
-HELD = 2**29
-"""Bytes of the vectors that are made at once, and of what they are made by."""
-
-_COPIES = 6
-"""Times that making vectors holds as many numbers, beside those for each λ."""
 
 
 def count_for(tests: int, samples: int, parameters: int, activations: int = 0) -> int:
@@ -70,20 +63,6 @@ def deviation(count: int) -> float:
     (0.125, 0.25)
     """
     return (2 * count) ** -0.5
-
-
-def blocks(count: int, parameters: int, copies: int = 1) -> Chunks:
-    """Which of ``count`` vectors are made and projected on at once, for ``copies`` λs.
-
-    >>> [len(block) for block in blocks(32, 820_874)], [len(block) for block in blocks(8, 10_000_000)]
-    ([11, 11, 10], [1, 1, 1, 1, 1, 1, 1, 1])
-    """
-    return balanced(count, max(1, HELD // made_bytes(1, parameters, copies)))
-
-
-def made_bytes(count: int, parameters: int, copies: int = 1) -> int:
-    """Bytes that making so many vectors takes at once."""
-    return 8 * count * parameters * (_COPIES + copies)
 
 
 def directions(inverse: Inverse, system: System, chosen: range) -> Generator[Round, Moments, Tensor]:
