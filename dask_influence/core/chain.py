@@ -13,7 +13,9 @@ of an elementwise function φ
     ḣ = φ'(a) ∘ ȧ,        ā̇ = φ'(a) ∘ h̄̇ + φ''(a) ∘ h̄ ∘ ȧ;
 
 and of the loss, whose second derivative A is small, h̄̇ = A ḣ. Everything without a dot is the same
-for all directions and is computed once. Directions go through in blocks that stay in the cache.
+for all directions and is computed once. Directions stand next to the samples, ȧ (n, D, ...), so that what
+they have in common is one matrix product for all of them: V a for the rows of all V, W ȧ for all samples and
+directions. They go through in blocks that stay in the cache.
 
 A kind of module is one class here; any other module takes its derivatives from ``torch.func``.
 
@@ -35,11 +37,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 from dask_influence.core.elementary import differentiation
+from dask_influence.core.gemm import add_product, linear, product
 from dask_influence.core.objective import Objective, Tree
 from dask_influence.errors import ConfigurationError
 
 Along = Mapping[str, Tensor]
 """Directions by the names of θ, each (D, *shape)."""
+
+Moved = Tensor | None
+"""A derivative along D directions, (n, D, ...); None stands for zero."""
 
 CACHE = 2**20
 """Bytes that the widest array of a block of directions may take."""
@@ -114,23 +120,27 @@ class Chain:
         """
         first = self.steps[0].input
         result = first.new_empty(len(directions), *first.shape) if out is None else out
-        block = self._block(len(directions))
+        samples_first, block = result.transpose(0, 1), self._block(len(directions))
         with torch.no_grad():
             for start in range(0, len(directions), block):
                 part = slice(start, start + block)
-                self._mixed(self.objective.unflatten(directions[part]), result[part])
-            self.loss.mark(result.transpose(0, 1))
-        return result.transpose(0, 1)
+                moved = self._mixed(directions_of(self.objective, directions[part]))
+                if moved is None:
+                    result[part].zero_()
+                else:
+                    samples_first[:, part].copy_(moved)
+            self.loss.mark(samples_first)
+        return samples_first
 
-    def _mixed(self, along: Along, result: Tensor) -> None:
-        tangents: list[Tensor | None] = [None]
+    def _mixed(self, along: Along) -> Moved:
+        moved: list[Moved] = [None]
         for step in self.steps:
-            tangents.append(step.push(along, tangents[-1]))
-        moved = tangents.pop()
-        adjoint = None if moved is None else self.loss.pull(moved)
-        for step, tangent in zip(reversed(self.steps[1:]), reversed(tangents[1:]), strict=True):
-            adjoint = step.pull(along, tangent, adjoint)
-        self.steps[0].pull_into(result, along, adjoint)
+            moved.append(step.push(along, moved[-1]))
+        output = moved.pop()
+        adjoint = None if output is None else self.loss.pull(output)
+        for step in reversed(self.steps):
+            adjoint = step.pull(along, moved.pop(), adjoint)
+        return adjoint
 
     @cached_property
     def moving(self) -> list[Step]:
@@ -161,6 +171,17 @@ class Chain:
         return max(1, min(directions, max(CACHE // max(1, widest), ROWS // max(1, samples))))
 
 
+def directions_of(objective: Objective, vectors: Tensor) -> Along:
+    """θ's parts of the ``vectors`` (D, P), each in torch's own memory and in order, which products need.
+
+    It is the same wherever the vectors came from, hence the same bits.
+    """
+    return {
+        name: part.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, part in objective.unflatten(vectors).items()
+    }
+
+
 # -- the steps -------------------------------------------------------------------------
 class Step(abc.ABC):
     """One module, at what enters it here.
@@ -189,20 +210,12 @@ class Step(abc.ABC):
     def _back(self, adjoint: Tensor) -> Tensor: ...
 
     @abc.abstractmethod
-    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
-        """ḣ (D, n, ...) of ȧ; None stands for zero."""
+    def push(self, along: Along, tangent: Moved) -> Moved:
+        """ḣ of ȧ, whose memory it may take where the way back does without it."""
 
     @abc.abstractmethod
-    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+    def pull(self, along: Along, tangent: Moved, adjoint: Moved) -> Moved:
         """ā̇ of ȧ and h̄̇, whose memory it may take."""
-
-    def pull_into(self, result: Tensor, along: Along, adjoint: Tensor | None) -> None:
-        """ā̇ (D, n, ...) of the first step, into which nothing moves."""
-        moved = self.pull(along, None, adjoint)
-        if moved is None:
-            result.zero_()
-        else:
-            result.copy_(moved)
 
 
 class Linear(Step):
@@ -211,14 +224,14 @@ class Linear(Step):
     def __init__(self, module: nn.Module, theta: _Own, entering: Tensor, twice: bool) -> None:
         self.names = theta.names
         self.weight = theta.values["weight"]
-        super().__init__(entering, nn.functional.linear(entering, self.weight, theta.values.get("bias")))
+        super().__init__(entering, linear(entering, self.weight, theta.values.get("bias")))
 
     def end(self, adjoint: Tensor) -> None:
         """h̄ alone."""
         self.adjoint = adjoint
 
     def _back(self, adjoint: Tensor) -> Tensor:
-        return adjoint @ self.weight
+        return product(adjoint, self.weight)
 
     def write_gradients(self, rows: Along, written: set[str]) -> None:
         """h̄ aᵀ and h̄ of each sample into ``rows`` (n, *shape), added to what was ``written`` there before."""
@@ -233,46 +246,35 @@ class Linear(Step):
                 torch.mul(adjoint.mT, entering, out=into)
             written.add(name)
 
-    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
-        """ḣ of ȧ."""
+    def push(self, along: Along, tangent: Moved) -> Moved:
+        """ḣ = W ȧ + V a, and the direction of the bias."""
         weights, biases = self.of(along, "weight"), self.of(along, "bias")
         moved = None
         if weights is not None:
-            moved = torch.matmul(_rows(self.input), weights.mT)
-        if tangent is not None:
-            flat = _rows(tangent, 1)
-            if moved is None:
-                moved = flat @ self.weight.mT
-            else:
-                _merged(moved).addmm_(_merged(flat), self.weight.mT)
+            moved = self._spread(product(matrix(self.input), weights.flatten(0, 1).mT), len(weights))
+        moved = _added(moved, tangent, self.weight.mT)
         if biases is not None:
-            rows = len(_rows(self.input))
-            moved = (
-                biases[:, None].expand(-1, rows, -1).clone() if moved is None else moved.add_(biases[:, None])
-            )
-        return None if moved is None else moved.reshape(len(moved), *self.output.shape)
-
-    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
-        """ā̇ of ȧ and h̄̇."""
-        weights = self.of(along, "weight")
-        moved = None if adjoint is None else _rows(adjoint, 1) @ self.weight
-        if weights is not None:
-            own = _rows(self.adjoint)
             if moved is None:
-                moved = torch.matmul(own, weights)
-            else:
-                moved.baddbmm_(own.expand(len(weights), *own.shape), weights)
-        return None if moved is None else moved.reshape(len(moved), *self.input.shape)
+                moved = biases.new_zeros(len(self.output), len(biases), *self.output.shape[1:])
+            moved += biases.reshape(len(biases), *(1,) * (self.output.dim() - 2), -1)
+        return moved
 
-    def pull_into(self, result: Tensor, along: Along, adjoint: Tensor | None) -> None:
-        """The same, in place: the result of all directions is larger than a cache."""
-        weights, own = self.of(along, "weight"), _rows(self.adjoint)
-        if weights is None or adjoint is None or not result.is_contiguous():
-            super().pull_into(result, along, adjoint)
-            return
-        moved = result.view(len(result), len(own), -1)
-        torch.matmul(adjoint.reshape(-1, adjoint.shape[-1]), self.weight, out=_merged(moved))
-        moved.baddbmm_(own.expand(len(weights), *own.shape), weights)
+    def pull(self, along: Along, tangent: Moved, adjoint: Moved) -> Moved:
+        """ā̇ = Wᵀ h̄̇ + Vᵀ h̄."""
+        weights = self.of(along, "weight")
+        moved = None
+        if weights is not None:
+            side_by_side = weights.transpose(0, 1).flatten(1)  # (q, D p)
+            moved = self._spread(product(matrix(self.adjoint), side_by_side), len(weights))
+        return _added(moved, adjoint, self.weight)
+
+    def _spread(self, rows: Tensor, count: int) -> Tensor:
+        """(n, D, ..., p), in order, of rows (n S, D p) for the S positions of each sample."""
+        leading = self.input.shape[:-1]
+        if len(leading) == 1:
+            return rows.unflatten(1, (count, -1))
+        apart = rows.reshape(leading[0], -1, count, rows.shape[1] // count).transpose(1, 2)  # (n, D, S, p)
+        return apart.contiguous().view(leading[0], count, *leading[1:], -1)
 
     def of(self, along: Along, name: str) -> Tensor | None:
         """The part of ``along`` that belongs to the parameter; None where it is not in θ."""
@@ -295,16 +297,20 @@ class Elementwise(Step):
         self.bend = bend if bend is not None and bend.any() else None  # piecewise linear ones have none
         return self.slope * adjoint
 
-    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
-        """ḣ of ȧ."""
-        return None if tangent is None else self.slope * tangent
+    def push(self, along: Along, tangent: Moved) -> Moved:
+        """ḣ = φ'(a) ∘ ȧ."""
+        if tangent is None:
+            return None
+        slope = self.slope[:, None]
+        return tangent.mul_(slope) if self.bend is None else slope * tangent
 
-    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
-        """ā̇ of ȧ and h̄̇."""
-        moved = None if adjoint is None else adjoint.mul_(self.slope)
+    def pull(self, along: Along, tangent: Moved, adjoint: Moved) -> Moved:
+        """ā̇ = φ'(a) ∘ h̄̇ + φ''(a) ∘ h̄ ∘ ȧ."""
+        moved = None if adjoint is None else adjoint.mul_(self.slope[:, None])
         if tangent is None or self.bend is None:
             return moved
-        return self.bend * tangent if moved is None else moved.addcmul_(self.bend, tangent)
+        bend = self.bend[:, None]
+        return bend * tangent if moved is None else moved.addcmul_(bend, tangent)
 
 
 class Reshaped(Step):
@@ -316,13 +322,13 @@ class Reshaped(Step):
     def _back(self, adjoint: Tensor) -> Tensor:
         return adjoint.reshape(self.input.shape)
 
-    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+    def push(self, along: Along, tangent: Moved) -> Moved:
         """ḣ of ȧ."""
-        return None if tangent is None else tangent.reshape(len(tangent), *self.output.shape)
+        return None if tangent is None else tangent.reshape(*tangent.shape[:2], *self.output.shape[1:])
 
-    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+    def pull(self, along: Along, tangent: Moved, adjoint: Moved) -> Moved:
         """ā̇ of ȧ and h̄̇."""
-        return None if adjoint is None else adjoint.reshape(len(adjoint), *self.input.shape)
+        return None if adjoint is None else adjoint.reshape(*adjoint.shape[:2], *self.input.shape[1:])
 
 
 class General(Step):
@@ -344,11 +350,11 @@ class General(Step):
         result: Any = vjp(lambda a: self._call(own, a), entering)
         return result[1](adjoint)[0]
 
-    def push(self, along: Along, tangent: Tensor | None) -> Tensor | None:
+    def push(self, along: Along, tangent: Moved) -> Moved:
         """ḣ of ȧ."""
         return self._moved(self._call, along, (self.input, tangent))
 
-    def pull(self, along: Along, tangent: Tensor | None, adjoint: Tensor | None) -> Tensor | None:
+    def pull(self, along: Along, tangent: Moved, adjoint: Moved) -> Moved:
         """ā̇ of ȧ and h̄̇."""
         return self._moved(self._pulled, along, (self.input, tangent), (self.adjoint, adjoint))
 
@@ -360,10 +366,12 @@ class General(Step):
         given = [tangent for _, tangent in pairs if tangent is not None]
         if not own and not given:
             return None
-        count = len(next(iter([*own.values(), *given])))
+        count = len(next(iter(own.values()))) if own else given[0].shape[1]
         values = [value for value, _ in pairs]
         tangents = [
-            torch.zeros_like(value).expand(count, *value.shape) if tangent is None else tangent
+            torch.zeros_like(value)[:, None].expand(-1, count, *value.shape[1:])
+            if tangent is None
+            else tangent
             for value, tangent in pairs
         ]
 
@@ -372,7 +380,7 @@ class General(Step):
             return result[1]
 
         with differentiation(), torch.no_grad():
-            return vmap(of, in_dims=(0,) * (1 + len(tangents)))(own, *tangents)
+            return vmap(of, in_dims=(0, *(1,) * len(tangents)), out_dims=1)(own, *tangents)
 
 
 class Loss:
@@ -401,16 +409,10 @@ class Loss:
         return _derivative(self._adjoint, self._output, seeds=tangents)
 
     def pull(self, tangent: Tensor) -> Tensor:
-        """h̄̇ = A ḣ, (D, n, ...)."""
+        """h̄̇ = A ḣ, (n, D, ...)."""
         if self._matrices is None:
             with differentiation():
-                return self._times(tangent)
-        return self.pull_rows(tangent.transpose(0, 1)).transpose(0, 1)
-
-    def pull_rows(self, tangent: Tensor) -> Tensor:
-        """The same with directions next to the samples, (n, D, ...)."""
-        if self._matrices is None:
-            return self.pull(tangent.transpose(0, 1)).transpose(0, 1)
+                return self._times(tangent.transpose(0, 1)).transpose(0, 1)
         return torch.bmm(tangent.flatten(2), self._matrices).reshape(tangent.shape)
 
 
@@ -431,13 +433,20 @@ def _derivative(value: Tensor, at: Tensor, *, keep: bool = False, seeds: Tensor 
     return at.new_zeros(shape) if found is None else found
 
 
-def _rows(tensor: Tensor, leading: int = 0) -> Tensor:
-    """All but the last axis and the ``leading`` ones as one."""
-    return tensor.flatten(leading, -2) if tensor.dim() > leading + 2 else tensor
+def matrix(values: Tensor) -> Tensor:
+    """All but the last axis as one: samples and their positions as rows."""
+    return values.reshape(-1, values.shape[-1])
 
 
-def _merged(tensor: Tensor) -> Tensor:
-    return tensor.view(-1, tensor.shape[-1])
+def _added(moved: Moved, tangent: Moved, weight: Tensor) -> Moved:
+    """``tangent`` (n, D, ..., p) times ``weight`` (p, q), added to what has ``moved`` (n, D, ..., q)."""
+    if tangent is None:
+        return moved
+    rows = matrix(tangent)
+    if moved is None:
+        return product(rows, weight).reshape(*tangent.shape[:-1], -1)
+    add_product(moved.view(-1, moved.shape[-1]), rows, weight)
+    return moved
 
 
 # -- which step a module is ------------------------------------------------------------

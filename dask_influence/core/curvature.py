@@ -32,6 +32,7 @@ from dask_influence.core import forms, multiply, outputs
 from dask_influence.core.directional import chain_of, directional_derivatives, gradients
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.families import Likelihood, recognise
+from dask_influence.core.gemm import product
 from dask_influence.core.moments import Moments
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.outputs import Inner, Outputs
@@ -136,7 +137,7 @@ def empirical_fisher_products(problem: Problem, x: Tree, y: Tree, vectors: Tenso
     total = torch.zeros_like(vectors)
     for part_x, part_y in _parts(x, y, _samples_at_once(problem, 1)):
         rows = gradients(problem, part_x, part_y)  # (n, P)
-        total += (vectors @ rows.mT) @ rows
+        total += product(product(vectors, rows.mT), rows)
     return total
 
 

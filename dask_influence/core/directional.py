@@ -22,6 +22,7 @@ from dask_influence.core.certificate import Certificate
 from dask_influence.core.chain import Chain
 from dask_influence.core.derived import held_in
 from dask_influence.core.factored import Factored
+from dask_influence.core.gemm import product
 from dask_influence.core.objective import Tree, leading_size, sliced
 from dask_influence.core.pairs import Pairs
 from dask_influence.core.problem import Problem
@@ -158,7 +159,9 @@ def witnessed(
     for start in range(0, leading_size(y), step):
         part = slice(start, start + step)
         rows = gradients(problem, sliced(x, part), sliced(y, part)).to(dtype)
-        parts.append(torch.cat([*(rows @ side.mT for side in sides), rows.square().sum(1)[:, None]], dim=1))
+        parts.append(
+            torch.cat([*(product(rows, side.mT) for side in sides), rows.square().sum(1)[:, None]], dim=1)
+        )
     return torch.cat(parts).to(torch.float64)
 
 
@@ -258,6 +261,6 @@ def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = gradients(problem, sliced(x, part), sliced(y, part))
-        torch.matmul(rows.to(directions), directions.mT, out=result[part])
+        product(rows.to(directions), directions.mT, out=result[part])
         del rows  # before the next ones are formed
     return result

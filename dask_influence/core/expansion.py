@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dask_influence.core.gemm import add_product, product
 from dask_influence.core.sizes import BUDGET
 
 LEAST_TOLERANCE = 1e-12
@@ -114,8 +115,8 @@ class Block:
         d, a = tests[0][:, self.rows], tests[1][:, self.columns]
         d_train, a_train = trains[0][:, self.rows].mT, trains[1][:, self.columns].mT
         for u, v in zip(self.left, self.right, strict=True):
-            left = torch.mm(d * u, d_train, out=out[0])
-            total.addcmul_(left, torch.mm(a * v, a_train, out=out[1]))
+            left = product(d * u, d_train, out=out[0])
+            total.addcmul_(left, product(a * v, a_train, out=out[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,7 @@ class Entries:
         step = max(1, GATHERED // total.shape[1])
         parts = (part.split(step) for part in (self.rows, self.columns))
         for left, rows, columns in zip(weighted.split(step, 1), *parts, strict=True):
-            total.addmm_(left, d.index_select(0, rows).mul_(a.index_select(0, columns)))
+            add_product(total, left, d.index_select(0, rows).mul_(a.index_select(0, columns)))
 
 
 @dataclass(frozen=True, eq=False)

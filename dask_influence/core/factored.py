@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dask_influence.core.derived import held_in
+from dask_influence.core.gemm import product
 
 Span = tuple[int, int]
 """First and one past the last entry of θ."""
@@ -54,15 +55,16 @@ class Block:
         """⟨V_d, Σ_t δ_t a_tᵀ⟩ of δ (n, T, q) and a (n, T, p): (n, D)."""
         if delta.shape[1] > 1:
             left, right = self._rotated(delta, inputs)
-            return torch.einsum("nts,ntr->nsr", left, right).flatten(1) @ self.cores.flatten(1).mT
+            return product(torch.einsum("nts,ntr->nsr", left, right).flatten(1), self.cores.flatten(1).mT)
         left, right = self._rotated(delta[:, 0], inputs[:, 0])  # not as batches of one row each
         if self.cores.shape[1] <= self.cores.shape[2]:  # the longer side is the one to contract first
-            return (self.cores @ right.mT).mul_(left.mT).sum(1).mT
-        return (self.cores.mT @ left.mT).mul_(right.mT).sum(1).mT
+            return product(self.cores, right.mT).mul_(left.mT).sum(1).mT
+        return product(self.cores.mT, left.mT).mul_(right.mT).sum(1).mT
 
     def _rotated(self, delta: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Qᵀδ and Aᵀa of δ (…, q) and a (…, p)."""
-        return delta if self.outputs is None else delta @ self.outputs, inputs @ self.inputs
+        turned = delta if self.outputs is None else product(delta, self.outputs)
+        return turned, product(inputs, self.inputs)
 
     @property
     def written(self) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from dask_influence.core.capture import Captured
 from dask_influence.core.derived import derived
 from dask_influence.core.expansion import Expansion, typical_products
+from dask_influence.core.gemm import product
 from dask_influence.core.layers import Layer, Layout
 from dask_influence.core.objective import Tree
 from dask_influence.core.pairs import Form, PairScores, formed, trusted, watched
@@ -259,7 +260,7 @@ class _Rotated(_Part):
 
     def held(self, seen: Captured, like: Tensor) -> Tensor:
         inputs, outputs = (basis[0] for basis in self.form.bases(self.index, like))
-        d = seen.derivatives[:, 0, :, 0].to(like) @ outputs
+        d = product(seen.derivatives[:, 0, :, 0].to(like), outputs)
         a = rotated_inputs(self.layer, seen.inputs[:, :, 0].to(like), inputs)
         return torch.cat([d.flatten(1), a.flatten(1)], dim=1)
 
@@ -297,7 +298,7 @@ def rotated_inputs(layer: Layer, inputs: Tensor, basis: Tensor) -> Tensor:
     """U_Aᵀ a of inputs (n, T, p), with the 1 of the bias, for a layer of one group and its U_A (p, p)."""
     if layer.weight is None:
         return basis.expand(*inputs.shape[:2], 1)
-    rotated = inputs @ basis[: layer.columns]
+    rotated = product(inputs, basis[: layer.columns])
     return rotated if layer.bias is None else rotated.add_(basis[-1])
 
 
@@ -312,7 +313,7 @@ class _Picked(_Part):
 
     def held(self, seen: Captured, like: Tensor) -> Tensor:
         _, outputs = self.form.bases(self.index, like)
-        d = seen.derivatives[:, 0, :, 0].to(like) @ outputs[0]
+        d = product(seen.derivatives[:, 0, :, 0].to(like), outputs[0])
         return torch.cat([d.flatten(1), seen.inputs.to(like)], dim=1)
 
     def _sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,7 +331,7 @@ class _Picked(_Part):
         (d, ids), parts = self._sides(right), []
         for part in left.split(step):
             d_left, ids_left = self._sides(part)
-            products = d_left.flatten(0, 1) @ d.flatten(0, 1).mT
+            products = product(d_left.flatten(0, 1), d.flatten(0, 1).mT)
             products.mul_(ids_left.reshape(-1, 1) == ids.reshape(1, -1))
             parts.append(products.reshape(len(part), self.positions, len(right), -1).sum((1, 3)))
         return torch.cat(parts)
@@ -362,7 +363,7 @@ class _Formed(_Part):
         return torch.cat([solved[..., :columns].flatten(1), solved[..., columns:].flatten(1)], dim=1)
 
     def inner(self, left: Tensor, right: Tensor, at: int) -> Tensor:
-        return left @ right.mT
+        return product(left, right.mT)
 
     def alone(self, rows: Tensor, at: int) -> Tensor:
         return (self.weighted(rows, at) * rows).sum(1)

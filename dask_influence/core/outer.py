@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dask_influence.core.capture import Captured, capture, perceptron
 from dask_influence.core.curvature import weighted_gradients
+from dask_influence.core.gemm import product
 from dask_influence.core.layers import Layout
 from dask_influence.core.objective import Tree, leading_size
 from dask_influence.core.precision import rounding
@@ -41,11 +42,11 @@ class _Run:
     def inner(self, vectors: Tensor) -> Tensor:
         """⟨v_b, g_j⟩ of vectors (B, ·), (B, n)."""
         if self.inputs is None:
-            return vectors @ self.derivatives.mT
+            return product(vectors, self.derivatives.mT)
         inputs, derivatives = self.inputs, self.derivatives
         step = max(1, BUDGET // (8 * derivatives.numel()))
         parts = (part.unflatten(1, (derivatives.shape[1], -1)) for part in vectors.split(step))
-        return torch.cat([(part @ inputs.mT).mul_(derivatives.mT).sum(1) for part in parts])
+        return torch.cat([product(part, inputs.mT).mul_(derivatives.mT).sum(1) for part in parts])
 
     def norms(self) -> Tensor:
         """‖g_j‖², (n,)."""
@@ -55,11 +56,11 @@ class _Run:
     def combined(self, weights: Tensor) -> Tensor:
         """Σ_j w_bj g_j of weights (B, n), (B, ·)."""
         if self.inputs is None:
-            return weights @ self.derivatives
+            return product(weights, self.derivatives)
         inputs, derivatives = self.inputs, self.derivatives.mT
         step = max(1, BUDGET // (8 * derivatives.numel()))
         parts = (part[:, None] * derivatives for part in weights.split(step))  # (·, q, n)
-        return torch.cat([(part.flatten(0, 1) @ inputs).reshape(len(part), -1) for part in parts])
+        return torch.cat([product(part.flatten(0, 1), inputs).reshape(len(part), -1) for part in parts])
 
 
 class OuterGradients:

@@ -39,6 +39,7 @@ from dask_influence.core.capture import Captured, capture
 from dask_influence.core.factored import CHECKED as FEW
 from dask_influence.core.factored import Block, Factored, Span, directions_in
 from dask_influence.core.forms import sample_gradients
+from dask_influence.core.gemm import product
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
 from dask_influence.core.predictive import Expectation
@@ -237,8 +238,8 @@ class Product(_LayerPart):
         (d, a), parts = self.sides(right), []
         for part in left.split(step):
             d_left, a_left = self.sides(part)
-            products = d_left.flatten(0, 1) @ d.flatten(0, 1).mT
-            products.mul_(a_left.flatten(0, 1) @ a.flatten(0, 1).mT)
+            products = product(d_left.flatten(0, 1), d.flatten(0, 1).mT)
+            products.mul_(product(a_left.flatten(0, 1), a.flatten(0, 1).mT))
             parts.append(products.reshape(len(part), self.positions, len(right), -1).sum((1, 3)))
         return torch.cat(parts)
 
@@ -252,7 +253,7 @@ class Product(_LayerPart):
     def _both(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """δ_i · δ_j and a_i · a_j of single positions, (N, n) each."""
         (d_left, a_left), (d, a) = self._halves(left), self._halves(right)
-        return d_left @ d.mT, a_left @ a.mT
+        return product(d_left, d.mT), product(a_left, a.mT)
 
     def alone(self, rows: Tensor) -> Tensor:
         """‖G_j‖² of rows (n, width): (n,)."""
@@ -298,11 +299,11 @@ class Product(_LayerPart):
             inputs = inputs[..., : self.layer.columns]
             if self.positions > 1:
                 formed = torch.einsum("ntq,ntp->nqp", delta, inputs).flatten(1)
-                total += matrices.flatten(1) @ formed.mT
+                total += product(matrices.flatten(1), formed.mT)
             elif self.layer.rows <= self.layer.columns:  # the longer side is the one to contract first
-                total += (matrices @ inputs[:, 0].mT).mul_(delta[:, 0].mT).sum(1)
+                total += product(matrices, inputs[:, 0].mT).mul_(delta[:, 0].mT).sum(1)
             else:
-                total += (matrices.mT @ delta[:, 0].mT).mul_(inputs[:, 0].mT).sum(1)
+                total += product(matrices.mT, delta[:, 0].mT).mul_(inputs[:, 0].mT).sum(1)
         return total.mT
 
 
@@ -333,7 +334,7 @@ class _Picked(_LayerPart):
         (delta, ids), parts = self.sides(right), []
         for part in left.split(step):
             delta_left, ids_left = self.sides(part)
-            products = delta_left.flatten(0, 1) @ delta.flatten(0, 1).mT
+            products = product(delta_left.flatten(0, 1), delta.flatten(0, 1).mT)
             products.mul_(ids_left.reshape(-1, 1) == ids.reshape(1, -1))
             parts.append(products.reshape(len(part), self.positions, len(right), -1).sum((1, 3)))
         return torch.cat(parts)
@@ -365,7 +366,7 @@ class _Matrix(_LayerPart):
         rows.copy_(formed(self.layer, seen, rows))
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
-        return left @ right.mT
+        return product(left, right.mT)
 
     def alone(self, rows: Tensor) -> Tensor:
         return rows.square().sum(1)
@@ -410,7 +411,7 @@ class _Rest(_Part):
         return type(self)([places[span] for span in self._spans])
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
-        return left @ right.mT
+        return product(left, right.mT)
 
     def alone(self, rows: Tensor) -> Tensor:
         return rows.square().sum(1)
@@ -422,7 +423,7 @@ class _Rest(_Part):
 def _along_spans(rows: Tensor, directions: Tensor, spans: Sequence[Span]) -> Tensor:
     ends = list(accumulate((stop - start for start, stop in spans), initial=0))
     parts = (
-        rows[:, low:high] @ directions[:, slice(*span)].mT
+        product(rows[:, low:high], directions[:, slice(*span)].mT)
         for span, (low, high) in zip(spans, pairwise(ends), strict=True)
     )
     return sum(parts, torch.zeros(len(rows), len(directions), dtype=rows.dtype, device=rows.device))
@@ -638,7 +639,7 @@ class Pairs:
         return total
 
     def _products(self, tests: Tensor, trains: Tensor) -> Tensor:
-        total = tests[:, : self.rank] @ trains[:, : self.rank].mT
+        total = product(tests[:, : self.rank], trains[:, : self.rank].mT)
         for (part, left), (_, right) in zip(self._split(tests), self._split(trains), strict=True):
             part.add(total, left, right)
         return total

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dask_influence.core.gemm import add_product, product
+
 BLOCK = 320
 """Columns of a block at the most: enough for products at full speed, few beside P."""
 
@@ -30,28 +32,40 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Blocked:
-    """L of a matrix L Lᵀ, and the inverses of its diagonal blocks.
+    """L of a matrix L Lᵀ in blocks, and the inverses of those on its diagonal.
 
     Attributes
     ----------
-    factor : Tensor
-        L (P, P), lower triangular.
+    size : int
+        P.
+    below : dict of (int, int) to Tensor
+        L₂₁ by where the halves of which it joins the second to the first begin and end.
     inverses : dict of (int, int) to Tensor
         D⁻¹ by where D begins and ends, of at most BLOCK rows each.
     """
 
-    factor: Tensor
+    size: int
+    below: dict[Span, Tensor]
     inverses: dict[Span, Tensor]
 
     @classmethod
     def of(cls, factor: Tensor, dtype: torch.dtype) -> Blocked:
-        """In another dtype than ``factor`` has, in which the blocks are inverted."""
-        inverses = {}
-        for low, high in _blocks((0, len(factor))):
-            block = factor[low:high, low:high]
+        """In another dtype than ``factor`` (P, P) has, in which the blocks are inverted."""
+        found = cls(len(factor), {}, {})
+        found._take(factor, (0, len(factor)), dtype)
+        return found
+
+    def _take(self, factor: Tensor, span: Span, dtype: torch.dtype) -> None:
+        if span[1] - span[0] <= BLOCK:
+            block = factor[slice(*span), slice(*span)]
             identity = torch.eye(len(block), dtype=block.dtype)
-            inverses[low, high] = torch.linalg.solve_triangular(block, identity, upper=False).to(dtype)
-        return cls(factor.to(dtype), inverses)
+            self.inverses[span] = torch.linalg.solve_triangular(block, identity, upper=False).to(dtype)
+            return
+        first, second = _halves(span)
+        below = factor[slice(*second), slice(*first)]
+        self.below[span] = below.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        self._take(factor, first, dtype)
+        self._take(factor, second, dtype)
 
     def solve(self, rows: Tensor) -> Tensor:
         """(L Lᵀ)⁻¹ x of the rows x (n, P).
@@ -63,30 +77,30 @@ class Blocked:
         tensor([[0.5000, 1.0000]])
         """
         found, half = rows.clone(), torch.empty_like(rows)
-        self._forward(found, half, (0, len(self.factor)))
-        self._back(half, found, (0, len(self.factor)))
+        self._forward(found, half, (0, self.size))
+        self._back(half, found, (0, self.size))
         return found
 
     def _forward(self, rows: Tensor, found: Tensor, span: Span) -> None:
         """x L⁻ᵀ in the columns of ``span``; ``rows`` are written to."""
         if span in self.inverses:
-            torch.mm(rows[:, slice(*span)], self.inverses[span].mT, out=found[:, slice(*span)])
+            product(rows[:, slice(*span)], self.inverses[span].mT, out=found[:, slice(*span)])
             return
         first, second = _halves(span)
         low, high = slice(*first), slice(*second)
         self._forward(rows, found, first)
-        rows[:, high].addmm_(found[:, low], self.factor[high, low].mT, alpha=-1)
+        add_product(rows[:, high], found[:, low], self.below[span].mT, alpha=-1)
         self._forward(rows, found, second)
 
     def _back(self, rows: Tensor, found: Tensor, span: Span) -> None:
         """x L⁻¹ in the columns of ``span``; ``rows`` are written to."""
         if span in self.inverses:
-            torch.mm(rows[:, slice(*span)], self.inverses[span], out=found[:, slice(*span)])
+            product(rows[:, slice(*span)], self.inverses[span], out=found[:, slice(*span)])
             return
         first, second = _halves(span)
         low, high = slice(*first), slice(*second)
         self._back(rows, found, second)
-        rows[:, low].addmm_(found[:, high], self.factor[high, low], alpha=-1)
+        add_product(rows[:, low], found[:, high], self.below[span], alpha=-1)
         self._back(rows, found, first)
 
 
@@ -94,9 +108,3 @@ def _halves(span: Span) -> tuple[Span, Span]:
     low, high = span
     middle = low + -(-(high - low) // (2 * ALIGNED)) * ALIGNED
     return (low, middle), (middle, high)
-
-
-def _blocks(span: Span) -> list[Span]:
-    if span[1] - span[0] <= BLOCK:
-        return [span]
-    return [block for half in _halves(span) for block in _blocks(half)]

@@ -22,6 +22,7 @@ from torch import Tensor
 from dask_influence.core import directional
 from dask_influence.core.chain import Chain
 from dask_influence.core.directional import Way
+from dask_influence.core.gemm import product
 from dask_influence.core.objective import Tree
 from dask_influence.core.problem import Problem
 from dask_influence.core.sizes import BUDGET, gradients_at_once
@@ -91,7 +92,7 @@ def _mixed(chain: Chain, factors: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _multiplied(gradients: Tensor, factors: Tensor, out: Tensor | None) -> Tensor:
-    return torch.mm(factors, gradients.mT, out=out).mT
+    return product(factors, gradients.mT, out=out).mT
 
 
 def scores_side_by_side(

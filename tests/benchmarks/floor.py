@@ -1,8 +1,9 @@
 """Scoring beside the floor measured in the same run: what no way of scoring can do without.
 
 The floor is one forward and backward pass of the mean loss over test and training samples, the matrix
-products that the estimator's formula leaves, each at the speed that a product of its very shape has here, and
-the write of as many bytes as the scores take. The products of a sum over layers of q × p numbers are
+products that the estimator's formula leaves, each at the speed that a product of its very shape has here
+by the faster of torch's libraries, and the write of as many bytes as the scores take. The products of a sum
+over layers of q × p numbers are
 
 * low rank: V a, (R·q × p) by (p × n), for test and training samples; then N × R × M;
 * with the complement: the same, and ⟨g_i, g_j⟩ by layers, N × (q + p) × M;
@@ -32,6 +33,7 @@ from results import Result
 from torch import Tensor
 
 import dask_influence
+from dask_influence.core import gemm
 
 BATCH = 1024
 WITHIN = 1.5
@@ -112,7 +114,7 @@ def product(shape: Shape, dtype: torch.dtype) -> float:
     rows, inner, columns = shape
     left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, columns, dtype=dtype)
     out = torch.empty(rows, columns, dtype=dtype).zero_()
-    return seconds_of(lambda: torch.matmul(left, right, out=out))
+    return seconds_of(lambda: gemm.product(left, right, out=out))
 
 
 def floor(

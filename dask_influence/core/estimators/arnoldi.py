@@ -249,11 +249,18 @@ larger multiplicity (those of a linear layer under squared error, one for each o
 found once too few. A fresh random block finds the others.
 """
 
+DOUBTFUL = 8
+"""Such passes at most, where a pair that is left out may still be one of those kept, as far as its residual tells."""
+
 NEAR = 4.0
 """Times the tolerance at which the search begins: its passes bring the pairs nearer, too."""
 
 PROBES = 2
 """Vectors that such a block has at the least: a single one may happen to miss what is looked for."""
+
+
+NOISE = 4.0
+"""Roundoffs of the model's arithmetic below which a residual is that of products alone, by measurement."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +277,7 @@ class Arnoldi(Estimator):
         Vectors in the basis before a restart; default max(4R + 4B, 40), at most P. Twice as many where they
         are held in float32, which is for models in float32 and a ``tol`` of at least 256 times their roundoff.
     tol : float
-        ``‖H v − θ v‖ ≤ tol·|θ_max|`` for each kept pair.
+        ``‖H v − θ v‖ ≤ tol·|θ_max|`` for each kept pair; of no less than 4 roundoffs of the model's dtype.
     seed : int
         Of the random start block.
     block_size : int, optional
@@ -345,7 +352,7 @@ class Arnoldi(Estimator):
     def fit(self, system: System) -> Generator[Round, Moments, LowRankInverse]:
         """Grow the basis B vectors a pass, restart when it is full, stop when R pairs have converged."""
         block = min(self.block_size or _block(self.rank, system.pass_cost), system.size)
-        tolerance = max(self.tol, 32 * torch.finfo(system.dtype).eps)  # below it products are noise
+        tolerance = max(self.tol, NOISE * torch.finfo(system.dtype).eps)
         held = _precision(system.dtype, tolerance)
         probes, limit = max(PROBES, block), self._limit(system.size, block, held)
         most = self.maxiter or max(300, 20 * self.rank // block)
@@ -361,10 +368,13 @@ class Arnoldi(Estimator):
             complete = basis.multiplied == system.size
             farthest = ritz.residuals[: self.rank].max().item() / (tolerance * scale)
             near = basis.multiplied >= self.rank and farthest <= NEAR
-            if complete or passes >= most or (near and farthest <= 1 and confirmed >= CONFIRMATIONS):
+            found = near and farthest <= 1
+            done = found and confirmed >= CONFIRMATIONS
+            doubtful = done and confirmed < DOUBTFUL and self._doubtful(ritz, 2 * probes, tolerance * scale)
+            if complete or passes >= most or (done and not doubtful):
                 break
             confirmed = confirmed + 1 if near else 0
-            confirming = 0 < confirmed <= CONFIRMATIONS
+            confirming = 0 < confirmed <= (DOUBTFUL if found else CONFIRMATIONS)
             wanted = probes * CONFIRMATIONS if confirmed == 1 else block
             if basis.multiplied + wanted > limit < system.size:
                 kept = ritz.rotation[:, : min((limit + self.rank) // 2, limit - wanted)]
@@ -404,6 +414,11 @@ class Arnoldi(Estimator):
     def _open(self, ritz: Ritz, allowed: float) -> Tensor:
         """Which of the R pairs have not converged."""
         return ritz.residuals[: self.rank] > allowed
+
+    def _doubtful(self, ritz: Ritz, count: int, allowed: float) -> bool:
+        """Whether one of the ``count`` pairs next to those kept may, by its residual, have as large an eigenvalue."""
+        sizes, rest = ritz.values.abs(), slice(self.rank, self.rank + count)
+        return bool((sizes[rest] + ritz.residuals[rest] > sizes[self.rank - 1] + allowed).any())
 
     def _limit(self, size: int, block: int, held: torch.dtype) -> int:
         """Rows of the basis before a restart."""

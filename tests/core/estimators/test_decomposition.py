@@ -281,14 +281,24 @@ def test_zero_has_as_many_eigenpairs_as_are_asked_for(dtype: torch.dtype) -> Non
     torch.testing.assert_close(found.vectors @ found.vectors.mT, unit, atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("seed", [8, 10, 11, 15])
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-6), (torch.float32, 1e-3)], ids=str)
-def test_every_copy_of_a_multiple_eigenvalue_is_found(seed: int, dtype: torch.dtype, tol: float) -> None:
-    """As of a linear layer under squared error, with vectors one by one, each of which holds one copy of each."""
+@pytest.mark.parametrize(
+    ("dtype", "tol", "missed"),
+    [(torch.float64, 1e-6, 0), (torch.float32, 1e-3, 2), (torch.float64, 1e-3, 4)],
+    ids=str,
+)
+def test_every_copy_of_a_multiple_eigenvalue_is_found(dtype: torch.dtype, tol: float, missed: int) -> None:
+    """As of a linear layer under squared error, with vectors one by one, each of which holds one copy of each.
+
+    Loose pairs are found so soon that a start may hide one; without another look 15 of 100 starts do at 1e-3.
+    """
     values = (1 / torch.arange(1, 101, dtype=torch.float64)).repeat_interleave(4)
-    found = fitted(values.diag(), 16, dtype, tol=tol, seed=seed)
-    assert found.report["block_size"] == 1
-    assert found.values == pytest.approx(values[:16], abs=tol)
+    wrong = []
+    for seed in range(40):
+        found = fitted(values.diag(), 16, dtype, tol=tol, seed=seed)
+        assert found.report["block_size"] == 1
+        if found.values != pytest.approx(values[:16], abs=tol):
+            wrong.append(seed)
+    assert len(wrong) <= missed
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -161,9 +161,8 @@ def test_plans_know_what_a_process_holds_of_an_inverse() -> None:
     inverse = DirectInverse(matrix, DAMPING, SINGLE)
     narrow = inverse._narrow
     assert narrow is not None
-    held = sum(
-        tensor.nbytes for tensor in (matrix, inverse._factor, narrow.factor, *narrow.inverses.values())
-    )
+    blocks = *narrow.below.values(), *narrow.inverses.values()
+    held = sum(tensor.nbytes for tensor in (matrix, inverse._factor, *blocks))
     assert held <= Direct().inverse_bytes(dense.system(SIZE, DAMPING, torch.float32)) <= 1.1 * held
 
 

@@ -1,0 +1,120 @@
+"""Products of matrices by either of torch's libraries, against products in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dask_influence.core import gemm
+from tests import data, oracles
+
+CLOSE = 1e-6
+"""Relative error of a product in float32."""
+
+SHAPES = [(96, 200, 80), (80, 200, 96), (2, 700, 1000), (1000, 700, 2), (1, 1000, 1100), (1100, 1000, 1)]
+
+LAYOUTS = ["rows", "columns", "gaps between rows", "gaps between columns"]
+
+
+@pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"])
+def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Both libraries, whatever the processor; shapes that oneDNN was given."""
+    seen = list[tuple[int, ...]]()
+    original = gemm._times_transposed
+
+    def times(left: Tensor, right: Tensor) -> Tensor:
+        assert left.is_contiguous()
+        assert right.is_contiguous() or right.mT.is_contiguous()
+        seen.append((*left.shape, len(right)))
+        return original(left, right)
+
+    monkeypatch.setattr(gemm, "_times_transposed", times)
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: request.param)
+    yield seen
+    assert request.param or not seen
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same matrix, otherwise in memory."""
+    if layout.endswith("columns"):
+        return laid_out(values.mT, layout.replace("columns", "rows")).mT
+    return (
+        torch.cat([values, values], dim=1)[:, : values.shape[1]] if "gaps" in layout else values.contiguous()
+    )
+
+
+@pytest.mark.parametrize("right_layout", LAYOUTS)
+@pytest.mark.parametrize("left_layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_of_any_layout(
+    shape: tuple[int, int, int], left_layout: str, right_layout: str, taken: list[tuple[int, ...]]
+) -> None:
+    rows, inner, columns = shape
+    left, right = data.normal(1, rows, inner), data.normal(2, inner, columns)
+    expected = left @ right
+    narrow = laid_out(left.float(), left_layout), laid_out(right.float(), right_layout)
+    out = torch.full((columns, rows), torch.nan).mT
+    into = torch.ones(rows, columns)
+    for found in (gemm.product(*narrow), gemm.product(*narrow, out=out)):
+        assert found.shape == expected.shape
+        assert oracles.relative_error(found.double(), expected) <= CLOSE
+    assert found is out
+    assert gemm.add_product(into, *narrow, alpha=-2) is into
+    assert oracles.relative_error(into.double(), 1 - 2 * expected) <= CLOSE
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_stacks_of_matrices(gaps: bool, taken: list[tuple[int, ...]]) -> None:
+    """As parts of directions are: each in order, with other parts between them."""
+    held, right = data.normal(1, 3, 120, 200), data.normal(2, 200, 150)
+    left = torch.cat([held, held], dim=1).float()[:, :120] if gaps else held.float()
+    for given, by in ((left, held), (left.mT, held.mT)):
+        other = right if by is held else data.normal(3, 120, 150)
+        assert oracles.relative_error(gemm.product(given, other.float()).double(), by @ other) <= CLOSE
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer(bias: bool, taken: list[tuple[int, ...]]) -> None:
+    layer, inputs = nn.Linear(200, 120, bias=bias), data.normal(1, 7, 13, 200).float()
+    with torch.no_grad():
+        found = gemm.linear(inputs, layer.weight, layer.bias)
+        torch.testing.assert_close(found, layer(inputs))
+
+
+@pytest.mark.parametrize("taken", [True], indirect=True)
+def test_what_onednn_is_given(taken: list[tuple[int, ...]]) -> None:
+    """Large products of float32 on a CPU, and of what is not in order the smaller side to be copied."""
+    wide, narrow = torch.ones(300, 200), torch.ones(200, 100)
+    gemm.product(wide, narrow)
+    gemm.product(wide.mT.contiguous().mT, narrow)  # the other side is copied
+    assert taken == [(300, 200, 100), (100, 200, 300)]
+    taken.clear()
+    gemm.product(wide.double(), narrow.double())
+    gemm.product(wide.bfloat16(), narrow.bfloat16())
+    gemm.product(wide, narrow[:, :1])
+    gemm.product(wide[:8, :8], narrow[:8, :8])
+    gemm.product(wide.to("meta"), narrow.to("meta"))
+    assert not taken
+
+
+def test_a_library_that_is_not_there_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(left: Tensor, right: Tensor) -> Tensor:
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr(gemm, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(gemm, "_times_transposed", missing)
+    assert not gemm.onednn_is_faster.__wrapped__()
+
+
+def test_a_library_that_multiplies_wrongly_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(gemm, "_times_transposed", lambda left, right: 1.01 * (left @ right.mT))
+    assert not gemm.onednn_is_faster.__wrapped__()
+
+
+def test_processors_of_intel_keep_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_vendor", lambda: "GenuineIntel")
+    assert not gemm.onednn_is_faster.__wrapped__()
