@@ -257,10 +257,10 @@ def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget
     """Form gradients of a few samples at a time, in memory that is reused, and multiply."""
     count = leading_size(y)
     step = gradients_at_once(problem.objective.size, problem.objective.dtype.itemsize, budget)
-    result = torch.empty(count, len(directions), dtype=directions.dtype, device=directions.device)
+    result = torch.empty(len(directions), count, dtype=directions.dtype, device=directions.device)
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = gradients(problem, sliced(x, part), sliced(y, part))
-        product(rows.to(directions), directions.mT, out=result[part])
+        product(directions, rows.to(directions).mT, out=result[:, part])  # the same bits as of scores in memory
         del rows  # before the next ones are formed
-    return result
+    return result.mT

@@ -29,6 +29,7 @@ def products(chain: Chain, vectors: Tensor, into: Tensor, *, gauss_newton: bool 
 
     Examples
     --------
+    >>> from dask_influence.core.objective import Objective
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     >>> objective = Objective.of(net, torch.nn.functional.mse_loss)
     >>> chain = Chain(objective, objective.parameters(), torch.ones(5, 3), torch.zeros(5, 2))
