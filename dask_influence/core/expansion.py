@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dask_influence.core.gemm import add_product, product
+from dask_influence.core.gemm import add_product, dense, product
 from dask_influence.core.sizes import BUDGET
 
 LEAST_TOLERANCE = 1e-12
@@ -113,7 +113,7 @@ class Block:
     ) -> None:
         """Add the terms' part of the scores; ``out`` is memory for the two factors of a term."""
         d, a = tests[0][:, self.rows], tests[1][:, self.columns]
-        d_train, a_train = trains[0][:, self.rows].mT, trains[1][:, self.columns].mT
+        d_train, a_train = dense(trains[0][:, self.rows].mT), dense(trains[1][:, self.columns].mT)
         for u, v in zip(self.left, self.right, strict=True):
             left = product(d * u, d_train, out=out[0])
             total.addcmul_(left, product(a * v, a_train, out=out[1]))

@@ -30,15 +30,24 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     tensor([[3.],
             [3.]])
     """
+    if left.dim() > 2 and out is None:
+        return _stacked(left, right)
     if not _held_back(left, right):
         return torch.matmul(left, right, out=out)
-    if left.dim() == 2 or left.is_contiguous():
-        found = _by_onednn(left.reshape(-1, left.shape[-1]), right).reshape(*left.shape[:-1], -1)
-        return found if out is None else out.copy_(found)
-    found = left.new_empty(*left.shape[:-1], right.shape[1]) if out is None else out
-    dense = _dense(right)
+    found = _by_onednn(left, right)
+    return found if out is None else out.copy_(found)
+
+
+def _stacked(left: Tensor, right: Tensor) -> Tensor:
+    """The product of a stack: as one matrix where it lies like one, or one by one."""
+    shape = *left.shape[:-1], right.shape[1]
+    if left.is_contiguous() or left.shape[-2] == 1:
+        return product(left.reshape(-1, left.shape[-1]), right).view(shape)
+    if not _held_back(left[0], right):
+        return torch.matmul(left, right)
+    found, ready = left.new_empty(shape), dense(right)
     for one, own in zip(left, found, strict=True):
-        product(one, dense, out=own)
+        product(one, ready, out=own)
     return found
 
 
@@ -64,6 +73,12 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found if bias is None else found.add_(bias)
 
 
+def dense(right: Tensor) -> Tensor:
+    """A matrix for many products from the left, without gaps, with which oneDNN takes a thousand times as long."""
+    ready = right.is_contiguous() or right.mT.is_contiguous()
+    return right if ready or right.dtype != torch.float32 or not onednn_is_faster() else right.contiguous()
+
+
 def _held_back(left: Tensor, right: Tensor) -> bool:
     """Whether MKL would be slow with these: vectors are bound by reading the matrix."""
     return (
@@ -79,12 +94,7 @@ def _by_onednn(left: Tensor, right: Tensor) -> Tensor:
     """The product. What stands to the left has to be in order, what stands to the right may be in that of columns."""
     if not left.is_contiguous() and (right.mT.is_contiguous() or right.numel() < left.numel()):
         return _by_onednn(right.mT, left.mT).mT
-    return _times_transposed(left.contiguous(), _dense(right).mT)
-
-
-def _dense(right: Tensor) -> Tensor:
-    """Without gaps between its rows or columns, with which oneDNN takes a thousand times as long."""
-    return right if right.is_contiguous() or right.mT.is_contiguous() else right.contiguous()
+    return _times_transposed(left.contiguous(), dense(right).mT)
 
 
 def _times_transposed(left: Tensor, right: Tensor) -> Tensor:
