@@ -47,7 +47,7 @@ Along = Mapping[str, Tensor]
 Moved = Tensor | None
 """A derivative along D directions, (n, D, ...); None stands for zero."""
 
-CACHE = 2**20
+CACHE = 2**21
 """Bytes that the widest array of a block of directions may take."""
 
 ROWS = 256
