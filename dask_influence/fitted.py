@@ -27,14 +27,14 @@ from dask_influence.errors import DataError, DataWarning, LossError, StoreMismat
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.base import Approximated, Executor
 from dask_influence.execution.dask import versions
-from dask_influence.execution.drive import Passes
+from dask_influence.execution.drive import MOST_JOINED, Passes
 from dask_influence.execution.forecast import Speed
 from dask_influence.execution.job import Job, to_tensors
 from dask_influence.execution.plan import Plan, arrange
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.run import Fit, required
 from dask_influence.execution.stored import StoredFactors
-from dask_influence.execution.work import Kept, Work
+from dask_influence.execution.work import Kept, Passing, Work
 from dask_influence.grid import Chunks
 from dask_influence.storage.sources import ArraySource, Source, check_finite, non_finite
 
@@ -397,7 +397,8 @@ class Fitted:
         tests = 1 if test is None else len(test)
         work = self.work(tests, train, mode, project=self.projects if project is None else project)
         estimated = self._estimated(test) if certify else 0
-        work = dataclasses.replace(work, kept=kept, estimated=estimated)
+        passing = self._passing(certify=certify and not estimated)
+        work = dataclasses.replace(work, kept=kept, estimated=estimated, passing=passing)
         limits["spread"] = not self.inverse.needs_rounds
         general, form = arrange(work, **limits), self.inverse.form
         if project is False or form is None or not self._pairs(test, train, mode):
@@ -408,12 +409,24 @@ class Fitted:
 
     def _estimated(self, test: Source | StoredFactors | None) -> int:
         """Random vectors from which residuals of the test points are estimated."""
-        closed = self.inverse.residuals_need_rounds and not self.inverse.needs_rounds
-        if self.passes is None or not closed or not isinstance(test, Source):
+        if not self._certifies or self.inverse.needs_rounds or not isinstance(test, Source):
             return 0
         multiplied = self.problem.forms.product == "chain" or self.system.curvature == "empirical_fisher"
         activations = 0 if multiplied else self.problem.activations
         return estimates.count_for(len(test), self.system.samples, self.system.size, activations)
+
+    @property
+    def _certifies(self) -> bool:
+        """Whether residuals take passes that can be made: not of a loaded fit, but of one that is yet to be made."""
+        return self.inverse.residuals_need_rounds and (self.passes is not None or self.named == "")
+
+    def _passing(self, *, certify: bool) -> Passing | None:
+        """The passes that factors take, to be solved or to ``certify`` them."""
+        solving = self.inverse.needs_rounds
+        if not (solving or (certify and self._certifies)):
+            return None
+        samples = self.system.samples
+        return Passing(samples, min(samples, MOST_JOINED), self.problem.forms.product == "chain", solving)
 
     def _pairs(self, test: Source | StoredFactors | None, train: Source, mode: InfluenceMode) -> bool:
         """Whether samples of both sides are such as pairs were found for."""

@@ -161,6 +161,7 @@ def foreseen(configuration: Configuration, resources: Resources, source: Source)
         estimator.directions(known.system),
         estimator.form(known.system),
         estimator.solves_by_rounds,
+        estimator.certifies_by_rounds,
     )
     counts = {"derivatives": known.report}
     return _fitted(configuration, known, known.problem, inverse, None, "", counts)
@@ -192,10 +193,21 @@ def _fitted(
 class _Foreseen(Inverse):
     """An inverse that is not there yet: what is known of its directions, and zero for every factor."""
 
-    def __init__(self, system: System, rank: int | None, form: Form | None, needs_rounds: bool) -> None:
+    def __init__(
+        self,
+        system: System,
+        rank: int | None,
+        form: Form | None,
+        solves_by_rounds: bool,
+        certifies_by_rounds: bool,
+    ) -> None:
         self.regularization, self._rank, self._size = system.regularization, rank, system.size
-        self._form = form
-        self.needs_rounds = needs_rounds  # type: ignore[misc]
+        self._form, self._certifies = form, certifies_by_rounds
+        self.needs_rounds = solves_by_rounds  # type: ignore[misc]
+
+    @property
+    def residuals_need_rounds(self) -> bool:
+        return self._certifies
 
     @property
     def directions(self) -> Tensor | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from dask_influence import (
     NystroemSketchInfluence,
 )
 from dask_influence.errors import ConfigurationError, MemoryLimitError, NotFittedError
+from dask_influence.execution.plan import PROCESS_BYTES, Plan
 from tests import data
 
 ESTIMATORS = {
@@ -44,6 +48,29 @@ def test_a_plan_before_the_fit_is_that_after_it(name: str) -> None:
     for field in ("work", "query_rows", "tile", "strip_columns", "batch", "factor_rows"):
         assert getattr(before, field) == getattr(after, field), field
     assert (before.speed.factor is None) == (after.speed.factor is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "solving"), [("cg", True), ("woodbury", False), ("direct", None), ("low rank", None)]
+)
+def test_plans_count_the_passes_that_factors_take(name: str, solving: bool | None) -> None:
+    """Workers hold vectors and sums of their products, the client the blocks of an iteration; certifying takes time."""
+    pair = data.normal(1, 23, 4).float(), data.normal(2, 23, 2).float()
+    plan = ESTIMATORS[name]().plan(pair, pair, before_fit=True)
+    own = Plan(plan.work, plan.query_rows, plan.tile, plan.strip_columns, plan.batch, plan.factor_rows)
+    assert Plan.from_json(json.loads(json.dumps(own.to_json()))) == own
+    passing, parameters = plan.work.passing, plan.work.parameters
+    assert (passing and passing.solving) == solving
+    without = dataclasses.replace(plan, work=dataclasses.replace(plan.work, passing=None))
+    block = 8 * plan.factor_rows * parameters
+    more = plan.client_bytes - without.client_bytes
+    if solving is None:
+        assert more == 0 == plan.certifying_seconds
+        return
+    assert more >= (10 if solving else 5) * block
+    assert plan.work.passing_bytes(plan.factor_rows) >= 4 * block
+    assert plan.worker_bytes() >= PROCESS_BYTES + plan.work.passing_bytes(plan.factor_rows)
+    assert (plan.certifying_seconds > 0) == (plan.factor_seconds > without.factor_seconds) == (not solving)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ CACHE = 2**21
 ROWS = 256
 """Rows that a matrix product should have, whatever the cache holds."""
 
+ORDERED = 2**25
+"""Bytes that a block of directions may take."""
+
 SMALL_OUTPUT = 64
 """Outputs of a sample up to which the loss's second derivative is formed."""
 
@@ -124,7 +127,7 @@ class Chain:
         with torch.no_grad():
             for start in range(0, len(directions), block):
                 part = slice(start, start + block)
-                moved = self._mixed(directions_of(self.objective, directions[part]))
+                moved = self._mixed(self.objective.unflatten(directions[part]))
                 if moved is None:
                     result[part].zero_()
                 else:
@@ -165,10 +168,14 @@ class Chain:
         return 4 * sum(step.output.nbytes for step in self.steps)
 
     def _block(self, directions: int) -> int:
-        """Directions at a time: what the cache holds, but enough for products of a fair size."""
-        samples = len(self.steps[0].input)
+        """Directions at a time: what the cache holds, but enough for products of a fair size.
+
+        They are put in order, those of a layer at a time, for which few samples should not take much memory.
+        """
+        samples, size = len(self.steps[0].input), self.objective.size * self.objective.dtype.itemsize
         widest = max(step.input.nbytes for step in self.steps)
-        return max(1, min(directions, max(CACHE // max(1, widest), ROWS // max(1, samples))))
+        block = max(CACHE // max(1, widest), ROWS // max(1, samples))
+        return max(1, min(directions, block, ORDERED // size))
 
 
 def directions_of(objective: Objective, vectors: Tensor) -> Along:
@@ -380,7 +387,7 @@ class General(Step):
             return result[1]
 
         with differentiation(), torch.no_grad():
-            return vmap(of, in_dims=(0, *(1,) * len(tangents)), out_dims=1)(own, *tangents)
+            return vmap(of, in_dims=(0, *(1,) * len(tangents)), out_dims=1)(own, *tangents).contiguous()
 
 
 class Loss:

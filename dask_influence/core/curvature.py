@@ -28,7 +28,7 @@ import optree
 import torch
 from torch import Tensor
 
-from dask_influence.core import forms, multiply, outputs
+from dask_influence.core import forms, multiply, outputs, sizes
 from dask_influence.core.directional import chain_of, directional_derivatives, gradients
 from dask_influence.core.elementary import differentiation
 from dask_influence.core.families import Likelihood, recognise
@@ -40,12 +40,6 @@ from dask_influence.core.precision import rounding
 from dask_influence.core.problem import Problem
 from dask_influence.core.structured import gauss_newton_sum, hessian_sum
 from dask_influence.errors import ConfigurationError, DerivativeError, InfluenceWarning
-
-VECTOR_BUDGET = 256 * 2**20
-"""Bytes that the vectors pushed through a chain at once may keep alive, and rows of factors."""
-
-SHARED_BUDGET = 512 * 2**20
-"""The same of vectors that share a graph, which is made anew for each call: what a chunk may take by default."""
 
 FEW_VECTORS = 8
 """Up to as many, weighted sums of gradients cost less than forming the gradients."""
@@ -61,7 +55,7 @@ def product_sums(problem: Problem, x: Tree, y: Tree, operand: dict[str, Tensor],
     vectors, count = operand["vectors"], leading_size(y)
     products = torch.empty(vectors.shape, dtype=torch.float64)
     if curvature in ("hessian", "ggn") and problem.forms.product == "chain":
-        chain, block = chain_of(problem, x, y), problem.block_of_vectors(count, VECTOR_BUDGET)
+        chain, block = chain_of(problem, x, y), problem.block_of_vectors(count, sizes.VECTORS)
         for part, into in zip(vectors.split(block), products.split(block), strict=True):
             multiply.products(chain, part, into, gauss_newton=curvature == "ggn")
     else:
@@ -74,7 +68,7 @@ def _write_shared(
 ) -> None:
     """Products of ``vectors`` (B, P), some of them with some samples at a time, which share a graph."""
     objective = problem.objective
-    samples, block = problem.shares(leading_size(y), len(vectors), SHARED_BUDGET)
+    samples, block = problem.shares(leading_size(y), len(vectors), sizes.SHARED)
     for part, rows in zip(vectors.split(block), into.split(block), strict=True):
         # torch's own memory, in order: the same wherever the operand came from, hence the same bits
         own = part.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -228,7 +222,7 @@ def _structured(problem: Problem, x: Tree, y: Tree, curvature: str) -> Tensor | 
 def _matrix_of_products(problem: Problem, x: Tree, y: Tree, products: Products) -> Tensor:
     """Columns are products with the unit vectors, a block at a time."""
     objective = problem.objective
-    block = problem.block_of_vectors(leading_size(y), VECTOR_BUDGET)
+    block = problem.block_of_vectors(leading_size(y), sizes.VECTORS)
     matrix = torch.empty(objective.size, objective.size, dtype=torch.float64)
     for start in range(0, objective.size, block):
         rows = range(start, min(start + block, objective.size))
@@ -297,7 +291,7 @@ def mirrored(total: Tensor) -> Tensor:
 def _samples_at_once(problem: Problem, width: int) -> int:
     """Samples whose ``width`` rows of length P fit the budget in the model's dtype and in float64."""
     itemsize = problem.objective.dtype.itemsize
-    return int(VECTOR_BUDGET // (width * problem.objective.size * (3 * itemsize + 16)))
+    return int(sizes.VECTORS // (width * problem.objective.size * (3 * itemsize + 16)))
 
 
 def _parts(x: Tree, y: Tree, size: int) -> Iterator[tuple[Tree, Tree]]:

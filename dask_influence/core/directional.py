@@ -261,6 +261,8 @@ def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = gradients(problem, sliced(x, part), sliced(y, part))
-        product(directions, rows.to(directions).mT, out=result[:, part])  # the same bits as of scores in memory
+        product(
+            directions, rows.to(directions).mT, out=result[:, part]
+        )  # the same bits as of scores in memory
         del rows  # before the next ones are formed
     return result.mT

@@ -17,12 +17,20 @@ from torch import Tensor, nn
 WORTHWHILE = 2**20
 """Multiplications m k n from which oneDNN is called: it takes 12 µs to begin, and once 0.4 ms for a new shape."""
 
+LARGE, DEEP = 2**19, 160
+"""Numbers of a product beyond a cache, which go to memory that is there only by a copy, and k that is worth it."""
+
+FEW = 32
+"""Rows m below which it is not worth to put k n numbers in order."""
+
 _TRIED = 64
 """Rows and columns of the products that show whether both libraries agree."""
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``left`` (..., m, k) times ``right`` (k, n), as ``torch.matmul`` has it; derivatives do not go through it.
+
+    The result is in the order of its rows, unless ``out`` (m, n), memory to take for a single product, is not.
 
     Examples
     --------
@@ -32,18 +40,18 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if left.dim() > 2 and out is None:
         return _stacked(left, right)
-    if not _held_back(left, right):
+    if not _held_back(left, right, into=out is not None):
         return torch.matmul(left, right, out=out)
     found = _by_onednn(left, right)
-    return found if out is None else out.copy_(found)
+    return found.contiguous() if out is None else out.copy_(found)
 
 
 def _stacked(left: Tensor, right: Tensor) -> Tensor:
     """The product of a stack: as one matrix where it lies like one, or one by one."""
     shape = *left.shape[:-1], right.shape[1]
-    if left.is_contiguous() or left.shape[-2] == 1:
+    if left.dim() > 3 or left.is_contiguous() or left.shape[-2] == 1:
         return product(left.reshape(-1, left.shape[-1]), right).view(shape)
-    if not _held_back(left[0], right):
+    if not _held_back(left[0], right, into=True):
         return torch.matmul(left, right)
     found, ready = left.new_empty(shape), dense(right)
     for one, own in zip(left, found, strict=True):
@@ -60,7 +68,7 @@ def add_product(into: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0
     tensor([[-2.],
             [-2.]])
     """
-    if not _held_back(left, right):
+    if not _held_back(left, right, into=True):
         return into.addmm_(left, right, alpha=alpha)
     return into.add_(_by_onednn(left, right), alpha=alpha)
 
@@ -74,31 +82,49 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def dense(right: Tensor) -> Tensor:
-    """A matrix for many products from the left, without gaps, with which oneDNN takes a thousand times as long."""
-    ready = right.is_contiguous() or right.mT.is_contiguous()
-    return right if ready or right.dtype != torch.float32 or not onednn_is_faster() else right.contiguous()
+    """A matrix for many products from the left, without gaps where oneDNN takes them, which is slow with gaps."""
+    narrow = right.dtype == torch.float32 and right.device.type == "cpu"
+    return right.contiguous() if narrow and not _without_gaps(right) and onednn_is_faster() else right
 
 
-def _held_back(left: Tensor, right: Tensor) -> bool:
-    """Whether MKL would be slow with these: vectors are bound by reading the matrix."""
+def _without_gaps(matrix: Tensor) -> bool:
+    return matrix.is_contiguous() or matrix.mT.is_contiguous()
+
+
+def _held_back(left: Tensor, right: Tensor, *, into: bool = False) -> bool:
+    """Whether MKL would be slow with these, for a result in new memory or ``into`` some that is there."""
+    if left.dtype != torch.float32 or right.dtype != torch.float32:
+        return False
+    rows, inner, columns = left.numel() // max(1, left.shape[-1]), *right.shape
     return (
-        left.dtype == right.dtype == torch.float32
-        and left.device.type == right.device.type == "cpu"
-        and left.numel() * right.shape[1] >= WORTHWHILE
-        and min(*left.shape[-2:], *right.shape) > 1
+        left.device.type == right.device.type == "cpu"
+        and rows * inner * columns >= WORTHWHILE
+        and min(rows, inner, columns) > 1  # vectors are bound by reading the matrix
+        and (inner >= DEEP or not into or rows * columns <= LARGE)
+        and (rows >= FEW or _without_gaps(right))
         and onednn_is_faster()
     )
 
 
 def _by_onednn(left: Tensor, right: Tensor) -> Tensor:
-    """The product. What stands to the left has to be in order, what stands to the right may be in that of columns."""
-    if not left.is_contiguous() and (right.mT.is_contiguous() or right.numel() < left.numel()):
-        return _by_onednn(right.mT, left.mT).mT
-    return _times_transposed(left.contiguous(), dense(right).mT)
+    """The product, of which the result may be in the order of columns.
+
+    What stands to the left has to be in order; what stands to the right may be in that of columns, but with gaps it
+    takes a thousand times as long. The sides change places where that copies less.
+    """
+    if not left.is_contiguous():
+        copied = (0 if right.mT.is_contiguous() else right.numel()) + left.shape[0] * right.shape[1]
+        if copied < left.numel():
+            return _times_transposed(right.mT.contiguous(), _ready(left.mT).mT).mT
+    return _times_transposed(left.contiguous(), _ready(right).mT)
+
+
+def _ready(right: Tensor) -> Tensor:
+    return right if _without_gaps(right) else right.contiguous()
 
 
 def _times_transposed(left: Tensor, right: Tensor) -> Tensor:
-    """left rightᵀ: a linear layer without bias, fused with nothing."""
+    """left rightᵀ of matrices: a linear layer without bias, fused with nothing. Shapes are not looked at."""
     return torch.ops.mkldnn._linear_pointwise.default(left, right, None, "none", [], "")
 
 
@@ -108,17 +134,18 @@ def onednn_is_faster() -> bool:
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not libraries or torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() == "GenuineIntel":
         return False
-    generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(2, _TRIED, _TRIED, generator=generator)
+    # whatever the caller has set: it is asked once in a process
+    own, generator = {"dtype": torch.float32, "device": "cpu"}, torch.Generator().manual_seed(0)
+    left, right = (torch.randn(_TRIED, _TRIED, generator=generator, **own) for _ in range(2))  # type: ignore[call-overload]
     try:
-        found = _times_transposed(left, right.mT)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return torch.allclose(_times_transposed(left, right.mT), left @ right, rtol=1e-4, atol=1e-4)
     except (
         AttributeError,
         NotImplementedError,
         RuntimeError,
     ):  # an operator of torch's own: it may be renamed
         return False
-    return torch.allclose(found, left @ right, rtol=1e-4, atol=1e-4)
 
 
 def _vendor() -> str:

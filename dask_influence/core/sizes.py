@@ -12,6 +12,12 @@ BUDGET = 128 * 2**20
 ESTIMATING = 2**29
 """Bytes of the random vectors that estimate residuals, as far as they are made at once, and of what makes them."""
 
+VECTORS = 2**28
+"""Bytes that the vectors pushed through a chain at once may keep alive, and rows of factors."""
+
+SHARED = 2**29
+"""The same of vectors that share a graph, which is made anew for each call: what a chunk may take by default."""
+
 _COPIES = 6
 """Times that making them holds as many numbers, beside those for each λ."""
 
@@ -90,6 +96,25 @@ def shares(
             1, min(vectors, budget // bytes_of_a_vector(samples, activations, parameters, itemsize))
         )
     return max(1, fitting), block
+
+
+def passing_bytes(
+    samples: int, vectors: int, activations: int, parameters: int, itemsize: int, *, chained: bool
+) -> int:
+    """Bytes that a task takes which multiplies ``vectors`` by the curvature of its samples, and adds up the products.
+
+    The vectors are there in float64, and so are products of some samples, those of all before, and their sum.
+
+    >>> [passing_bytes(1024, 64, 532, 68_362, 4, chained=chained) >> 20 for chained in (True, False)]
+    [383, 645]
+    """
+    if chained:
+        each = bytes_of_a_vector(samples, activations, parameters, itemsize)
+        working = each * min(vectors, max(1, VECTORS // each))
+    else:
+        some, block = shares(samples, vectors, activations, parameters, itemsize, SHARED)
+        working = block * bytes_of_a_vector(some, activations, parameters, itemsize)
+    return 4 * 8 * vectors * parameters + working
 
 
 def estimating_blocks(count: int, parameters: int, copies: int = 1) -> Chunks:

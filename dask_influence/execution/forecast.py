@@ -59,7 +59,9 @@ def calibrate(problem: Problem, inverse: Inverse, x: Tree, y: Tree) -> Speed:
     few = (CALIBRATION_DIRECTIONS, objective.size)
     along = torch.ones(few, dtype=objective.dtype, device=objective.device)
     seconds = _fastest(lambda: directional.directional_derivatives(problem, x, y, along))
-    relative = seconds / training_seconds(objective.size, samples, CALIBRATION_DIRECTIONS)
+    relative = seconds / training_seconds(
+        objective.size, problem.activations, samples, CALIBRATION_DIRECTIONS
+    )
     if inverse.needs_rounds:
         return Speed(relative)
     alone = torch.ones(1, objective.size, dtype=torch.float64)
@@ -152,16 +154,18 @@ class Forecast(Plan):
 
     @property
     def factor_seconds(self) -> float:
-        """Of all cores together, for factors; 0 where they take passes, whose number is not known before."""
-        work = self.work
+        """Of all cores together, for factors; not of passes that solve them, whose number is not known before."""
+        work, certifying = self.work, self.speed.derivatives * self.certifying_seconds
         if work.diagonal:  # solved in strips
-            return 0.0
+            return certifying
         if (
             work.paired is not None and work.estimated
         ):  # rows of pairs are made of test points as of training points
-            seen = training_seconds(work.parameters, work.tests, work.estimated * work.copies)
+            seen = training_seconds(
+                work.parameters, work.activations, work.tests, work.estimated * work.copies
+            )
             return self.speed.derivatives * (1e-9 * work.tests * self._row_ns + seen)
-        return 0.0 if self.speed.factor is None else work.tests * self.speed.factor
+        return certifying + (0.0 if self.speed.factor is None else work.tests * self.speed.factor)
 
     @property
     def published_bytes(self) -> int:

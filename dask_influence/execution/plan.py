@@ -21,7 +21,7 @@ from dask_influence.core.sizes import Size
 from dask_influence.errors import ConfigurationError, MemoryLimitError
 from dask_influence.execution.tree import Tree, strip_name
 from dask_influence.execution.units import format_bytes, format_seconds
-from dask_influence.execution.work import Kept, Work
+from dask_influence.execution.work import Kept, Passing, Work
 from dask_influence.grid import MOST_BYTES, Chunks, balanced
 from dask_influence.scalars import check_integer
 
@@ -75,14 +75,18 @@ _NS_PER_BYTE_WRITTEN = 1.5
 _NS_PER_TILE = 1e6  # an object of its own, whatever its size
 _NS_PER_SCORE_REDUCED = 3.0
 _NS_PER_SOLVED_NUMBER = 0.2
+_FORWARD_PER_PRODUCT = 3.0  # directions pushed forward that take as long as one product with the curvature
 _LARGEST_SOLVED = 20_000
 """P up to which a factor may cost a dense product with P × P numbers."""
 
 
-def training_seconds(parameters: int, samples: int, directions: int, perturbation: bool = False) -> float:
+def training_seconds(
+    parameters: int, activations: int, samples: int, directions: int, perturbation: bool = False
+) -> float:
     """Rough time of one core for the derivatives of ``samples`` along ``directions``."""
     along = _NS_PER_DIRECTION * directions * (3 if perturbation else 1)
-    return 1e-9 * samples * parameters * (_NS_PER_PARAMETER + along)
+    each = parameters * (_NS_PER_PARAMETER + along) + sizes.PASSES_PER_ACTIVATION * activations
+    return 1e-9 * samples * each
 
 
 @dataclass(frozen=True)
@@ -321,11 +325,13 @@ class Plan:
 
         Interpreter and libraries are taken as ``PROCESS_BYTES``.
         """
-        if self.work.paired is not None:
-            return PROCESS_BYTES + threads * self.peak_bytes
+        work = self.work
+        passing = threads * work.passing_bytes(self.factor_rows)
+        if work.paired is not None:
+            return PROCESS_BYTES + max(threads * self.peak_bytes, self.resident_bytes + passing)
         strips = self.query_bytes + threads * self.strip_bytes
-        factors = self.work.narrow_bytes + self.work.estimating_bytes + threads * self.solving_bytes
-        return PROCESS_BYTES + self.resident_bytes + max(strips, factors, self.work.making_bytes)
+        factors = work.narrow_bytes + work.estimating_bytes + threads * self.solving_bytes
+        return PROCESS_BYTES + self.resident_bytes + max(strips, factors, passing, work.making_bytes)
 
     @property
     def client_bytes(self) -> int:
@@ -333,12 +339,13 @@ class Plan:
 
         Scores are never among them. The model is there twice, and in float64 while derivatives are checked; the
         inverse is, and is put in order and written out where it is published. Ids are also written and opened. What
-        residuals are estimated by is made there, and stays where there are no workers.
+        residuals are estimated by is made there, and stays where there are no workers; and iterations are driven.
         """
         work = self.work
         ids = 3 * 8 * (work.tests + work.trains)
         estimating = work.estimated_bytes + work.making_bytes
-        held = 3 * self.resident_bytes + 8 * work.parameters + ids + estimating
+        driving = work.iterating_bytes(self.factor_rows)
+        held = 3 * self.resident_bytes + 8 * work.parameters + ids + max(estimating, driving)
         return PROCESS_BYTES + CLIENT_BYTES + held
 
     def _paired_bytes(self, size: Size) -> int:
@@ -395,7 +402,9 @@ class Plan:
         if work.paired is not None:
             return 1e-9 * self.passes * work.trains * self._row_ns
         directions = 0 if work.diagonal else self.directions
-        return self.passes * training_seconds(work.parameters, work.trains, directions, work.width > 1)
+        return self.passes * training_seconds(
+            work.parameters, work.activations, work.trains, directions, work.width > 1
+        )
 
     @property
     def _row_ns(self) -> float:
@@ -403,7 +412,11 @@ class Plan:
         work = self.work
         assert work.paired is not None
         each = _NS_CAPTURED + _NS_PER_PROJECTION * self.directions
-        return work.parameters * each + _NS_PER_ROTATED * work.paired.rotated
+        return (
+            work.parameters * each
+            + _NS_PER_ROTATED * work.paired.rotated
+            + sizes.PASSES_PER_ACTIVATION * work.activations
+        )
 
     @property
     def product_seconds(self) -> float:
@@ -420,6 +433,19 @@ class Plan:
         written = _NS_PER_BYTE_WRITTEN * self.output_bytes + _NS_PER_TILE * self.tiles
         return 1e-9 * (scores * each + written)
 
+    @property
+    def certifying_seconds(self) -> float:
+        """Rough time of one core for the products with the curvature that certify factors; 0 where none do.
+
+        Of those that solve them the number is not known before.
+        """
+        work, passing = self.work, self.work.passing
+        if passing is None or passing.solving:
+            return 0.0
+        points = work.copies * (work.trains if work.diagonal else work.tests)
+        each = _FORWARD_PER_PRODUCT * sizes.forward_cost(1, work.parameters, work.activations)
+        return 1e-9 * points * passing.fitted * each
+
     def beats(self, general: Plan) -> bool:
         """Whether pairs, of which this is the plan, cost a training sample less than the ``general`` way."""
         work, directions = self.work, general.directions
@@ -433,7 +459,8 @@ class Plan:
         )
         own = self.passes * self._row_ns
         own += _NS_PER_SCORE_DIRECTION * work.copies * work.tests * work.paired.products
-        return own < general.passes * work.parameters * along
+        each = work.parameters * along + sizes.PASSES_PER_ACTIVATION * work.activations
+        return own < general.passes * each
 
     @property
     def seconds(self) -> float:
@@ -500,11 +527,12 @@ class Plan:
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """Inverse of :meth:`to_json`."""
         kept = values["work"].get("kept")
-        paired = values["work"].get("paired")
+        paired, passing = (values["work"].get(name) for name in ("paired", "passing"))
         own = {
             "features": tuple(values["work"]["features"]),
             "kept": None if kept is None else Kept(**kept),
             "paired": None if paired is None else Size(**paired),
+            "passing": None if passing is None else Passing(**passing),
         }
         work = Work(**{**values["work"], **own})
         return cls(**{**values, "work": work, "tile": tuple(values["tile"])})

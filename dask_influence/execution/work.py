@@ -9,6 +9,9 @@ from dask_influence.core import sizes
 from dask_influence.core.sizes import BUDGET, Size
 from dask_influence.execution.tree import Axis
 
+_ITERATED, _CERTIFIED = 11, 5
+"""Blocks as large as the factors, in float64, that solving and that checking holds at its peak, by measurement."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -30,6 +33,28 @@ class Kept:
     axis: Axis
     nbytes: int
     diagonal: bool
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Passes over the fitted data that factors take.
+
+    Attributes
+    ----------
+    fitted : int
+        Samples that each of them goes over.
+    samples : int
+        Of those, multiplied at once.
+    chained : bool
+        Whether products go along a chain of linear layers, and not by graphs.
+    solving : bool
+        Whether factors are solved by them, and not only certified.
+    """
+
+    fitted: int
+    samples: int
+    chained: bool
+    solving: bool
 
 
 @dataclass(frozen=True)
@@ -62,6 +87,8 @@ class Work:
         What pairs of samples take, where they are scored without factors; R are the projections then.
     estimated : int
         Random vectors from which residuals are estimated; 0 where they are computed.
+    passing : Passing, optional
+        Passes that factors take; None where they take none.
     """
 
     tests: int
@@ -77,6 +104,7 @@ class Work:
     inverse_bytes: int = 0
     paired: Size | None = None
     estimated: int = 0
+    passing: Passing | None = None
 
     @property
     def diagonal(self) -> bool:
@@ -126,6 +154,21 @@ class Work:
         if not self.estimated:
             return 0
         return sizes.estimating_blocks(self.estimated, self.parameters, self.copies).size
+
+    def passing_bytes(self, points: int) -> int:
+        """What a task holds that multiplies factors of so many test points by the curvature of some samples."""
+        if self.passing is None:
+            return 0
+        each = self.passing.samples, points * self.copies, self.activations, self.parameters, self.itemsize
+        return sizes.passing_bytes(*each, chained=self.passing.chained)
+
+    def iterating_bytes(self, points: int) -> int:
+        """What the process holds that drives those passes: gradients, factors, and blocks of an iteration as large."""
+        if self.passing is None:
+            return 0
+        return (
+            8 * points * self.copies * self.parameters * (_ITERATED if self.passing.solving else _CERTIFIED)
+        )
 
     def kept_bytes(self, points: int) -> int:
         """What is kept of one of ``points``, and of its parts while they are joined."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dask_influence.core import chain
+from dask_influence.core import chain, gemm
 from dask_influence.core.chain import Chain
 from dask_influence.core.derivatives import choose_forms
 from dask_influence.core.multiply import products
@@ -66,6 +66,14 @@ def hooked() -> nn.Module:
 
 def pairs_of_tokens(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output.flatten(1), target)
+
+
+class Arranged(nn.Module):
+    """What enters it, in another order."""
+
+    def __init__(self, arrange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = arrange
 
 
 CHAINS = {
@@ -122,6 +130,38 @@ CHAINS = {
             nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3), nn.LogSoftmax(-1)
         ),
         loss=F.nll_loss,
+    ),
+    "turned images": Specimen(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, 3, 4)),
+            Arranged(lambda a: a.permute(0, 3, 2, 1)),
+            nn.Linear(2, 6),
+            nn.Tanh(),
+            nn.Linear(6, 2),
+            Arranged(lambda a: a.transpose(1, 2)),
+            nn.Flatten(),
+            nn.Linear(24, 3),
+        ),
+        (24,),
+    ),
+    "last position": Specimen(
+        lambda: nn.Sequential(
+            nn.Linear(4, 6),
+            nn.Tanh(),
+            Arranged(lambda a: a[:, -1]),
+            nn.Linear(6, 5),
+            nn.ReLU(),
+            nn.Linear(5, 3),
+        ),
+        (3, 4),
+    ),
+    "some features": Specimen(
+        lambda: nn.Sequential(nn.Linear(5, 8), Arranged(lambda a: a[:, ::2]), nn.SiLU(), nn.Linear(4, 3))
+    ),
+    "repeated": Specimen(
+        lambda: nn.Sequential(
+            nn.Linear(5, 1), Arranged(lambda a: a.expand(-1, 6)), nn.ReLU(), nn.Linear(6, 3)
+        )
     ),
     "many outputs": Specimen(lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 70)), target=70),
     "piecewise linear loss": Specimen(
@@ -193,6 +233,27 @@ def test_products_equal_those_of_the_dense_hessian(name: str) -> None:
         matrix = 7 * dense(objective.module, objective.loss, x, y, objective.names)
         assert matrix.any() or name == "piecewise linear loss"
         assert (value - directions @ matrix).norm() <= 1e-12 * (1 + matrix.norm())
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_products_by_another_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product by oneDNN, as large ones are on processors of some makers."""
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(gemm, "WORTHWHILE", 1)
+    monkeypatch.setattr(gemm, "FEW", 1)
+    specimen = CHAINS[name]
+    objective, (x, y) = specimen.objective(), specimen.samples(7)
+    directions = data.normal(3, 4, objective.size)
+    narrow = objective.to(dtype=torch.float32), x.float(), y.float() if y.is_floating_point() else y
+    exact, chained = (Chain(own, own.parameters(), *pair) for own, *pair in ((objective, x, y), narrow))
+    expected = exact.mixed_derivatives(directions)
+    value = chained.mixed_derivatives(directions.float())
+    assert oracles.relative_error(value.double(), expected) <= 1e-5
+    if name not in NO_PRODUCTS:
+        expected, value = (
+            products(one, directions, torch.empty_like(directions)) for one in (exact, chained)
+        )
+        assert (value - expected).norm() <= 1e-5 * (1 + expected.norm())
 
 
 @pytest.mark.parametrize("name", sorted(NO_PRODUCTS))

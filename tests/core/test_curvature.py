@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dask_influence import DirectInfluence
-from dask_influence.core import curvature
+from dask_influence.core import curvature, sizes
 from dask_influence.core.curvature import PRODUCTS, check_curvature, matrix_sums, product_sums
 from dask_influence.core.moments import merge
 from dask_influence.core.objective import Objective
@@ -249,7 +249,7 @@ def test_vectors_share_the_graph_of_some_samples(
     monkeypatch.setitem(
         PRODUCTS, "fisher", lambda own, x, y, v: seen.append((len(v), len(y))) or whole(own, x, y, v)
     )
-    monkeypatch.setattr(curvature, "SHARED_BUDGET", budget)
+    monkeypatch.setattr(sizes, "SHARED", budget)
     products = product_sums(problem, *case.train, {"vectors": vectors}, "fisher").mean("products")
     assert error(products, expected) < 1e-12
     assert sum(count * samples for count, samples in seen) == 5 * 37
@@ -263,7 +263,7 @@ def test_small_memory_takes_other_ways_to_the_same_matrix(
 ) -> None:
     case = data.mlp_classification()
     problem = problem_of(case.model, case.loss, case.train)
-    monkeypatch.setattr(curvature, "VECTOR_BUDGET", budget)
+    monkeypatch.setattr(sizes, "VECTORS", budget)
     monkeypatch.setattr(curvature, "_GRAM_COLUMNS", 20)
     expected = TRUE[name](case.model, case.loss, *case.train)
     assert error(matrix(problem, case.train, name), expected) < 1e-12

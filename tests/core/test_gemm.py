@@ -58,6 +58,7 @@ def test_products_of_any_layout(
     narrow = laid_out(left.float(), left_layout), laid_out(right.float(), right_layout)
     out = torch.full((columns, rows), torch.nan).mT
     into = torch.ones(rows, columns)
+    assert gemm.product(*narrow).is_contiguous()
     for found in (gemm.product(*narrow), gemm.product(*narrow, out=out)):
         assert found.shape == expected.shape
         assert oracles.relative_error(found.double(), expected) <= CLOSE
@@ -74,6 +75,26 @@ def test_stacks_of_matrices(gaps: bool, taken: list[tuple[int, ...]]) -> None:
     for given, by in ((left, held), (left.mT, held.mT)):
         other = right if by is held else data.normal(3, 120, 150)
         assert oracles.relative_error(gemm.product(given, other.float()).double(), by @ other) <= CLOSE
+
+
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (0, 3, 2, 1), (2, 0, 1, 3)], ids=str)
+def test_stacks_of_more_axes(order: tuple[int, ...], taken: list[tuple[int, ...]]) -> None:
+    """As of images whose channels a linear layer takes."""
+    held = data.normal(1, 5, 24, 20, 16).permute(order)
+    right = data.normal(2, held.shape[-1], 120)
+    found = gemm.product(held.float(), right.float())
+    assert found.is_contiguous()
+    assert oracles.relative_error(found.double(), held @ right) <= CLOSE
+
+
+def test_large_shallow_products_go_straight_to_the_memory_they_are_given(
+    taken: list[tuple[int, ...]],
+) -> None:
+    left, right = data.normal(1, 800, 20).float(), data.normal(2, 20, 900).float()
+    gemm.product(left, right, out=torch.empty(800, 900))
+    gemm.add_product(torch.zeros(800, 900), left, right)
+    assert not taken
+    assert gemm.product(left[:, :].mT.contiguous().mT, right).is_contiguous()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -107,6 +128,18 @@ def test_a_library_that_is_not_there_is_not_asked(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gemm, "_vendor", lambda: "AuthenticAMD")
     monkeypatch.setattr(gemm, "_times_transposed", missing)
     assert not gemm.onednn_is_faster.__wrapped__()
+
+
+def test_what_the_caller_has_set_does_not_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once in a process, wherever that is."""
+    monkeypatch.setattr(gemm, "_vendor", lambda: "AuthenticAMD")
+    expected = gemm.onednn_is_faster.__wrapped__()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+            assert gemm.onednn_is_faster.__wrapped__() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_library_that_multiplies_wrongly_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

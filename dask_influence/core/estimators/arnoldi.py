@@ -349,6 +349,11 @@ class Arnoldi(Estimator):
                 "give hessian_regularization > 0 or complement=False"
             )
 
+    @property
+    def certifies_by_rounds(self) -> bool:
+        """Where the complement is kept."""
+        return self.complement
+
     def fit(self, system: System) -> Generator[Round, Moments, LowRankInverse]:
         """Grow the basis B vectors a pass, restart when it is full, stop when R pairs have converged."""
         block = min(self.block_size or _block(self.rank, system.pass_cost), system.size)

@@ -269,6 +269,11 @@ class Estimator(ABC):
     inverts_products: ClassVar[bool] = True
 
     @property
+    def certifies_by_rounds(self) -> bool:
+        """Whether some residuals will take a pass over the data."""
+        return False
+
+    @property
     def tolerance(self) -> float | None:
         """Relative error of scores that factored directions may make; None takes directions as they are."""
         return None

@@ -447,6 +447,11 @@ class BlockDiagonal(Estimator):
         """That of every block."""
         return self.estimator.solves_by_rounds
 
+    @property
+    def certifies_by_rounds(self) -> bool:
+        """What that of the blocks does."""
+        return self.estimator.certifies_by_rounds
+
     def directions(self, system: System) -> int | None:
         """Those of all blocks; None where a block has none."""
         assert isinstance(system, BlockSystem)

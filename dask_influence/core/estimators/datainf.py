@@ -178,6 +178,11 @@ class DataInf(Estimator):
             )
         _positive(system.regularization)
 
+    @property
+    def certifies_by_rounds(self) -> bool:
+        """Of the curvature that was asked for."""
+        return True
+
     def fit(self, system: System) -> Generator[Round, Moments, DataInfInverse]:
         """Nothing but the geometry of the blocks."""
         return DataInfInverse(self._ranges(system), system.regularization)

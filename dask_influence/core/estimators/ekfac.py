@@ -460,6 +460,11 @@ class Ekfac(Estimator):
                         "or use another estimator"
                     )
 
+    @property
+    def certifies_by_rounds(self) -> bool:
+        """Of the curvature that was asked for."""
+        return True
+
     def fit(self, system: System) -> Generator[Round, Moments, EkfacInverse]:
         """One pass for A and B, one for Λ."""
         layout, expectation = self._layout(system), self._expectation(system.curvature)

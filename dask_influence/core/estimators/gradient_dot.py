@@ -77,6 +77,11 @@ class GradientDot(Estimator):
         """No directions."""
         return Spectral.foreseen(0, system.size)
 
+    @property
+    def certifies_by_rounds(self) -> bool:
+        """Of the curvature that was asked for."""
+        return True
+
     def fit(self, system: System) -> Generator[Round, Moments, IdentityInverse]:
         """Nothing to do."""
         return IdentityInverse(system.regularization)

@@ -215,6 +215,11 @@ class NystroemSketch(Estimator):
         """R directions."""
         return Spectral.foreseen(self.rank, system.size)
 
+    @property
+    def certifies_by_rounds(self) -> bool:
+        """Of the curvature that was asked for."""
+        return True
+
     def fit(self, system: System) -> Generator[Round, Moments, SketchInverse]:
         """One round: R products."""
         sketch = yield from nystroem_sketch(system, self.rank, self.seed)
