@@ -426,7 +426,8 @@ class Fitted:
         if not (solving or (certify and self._certifies)):
             return None
         samples = self.system.samples
-        return Passing(samples, min(samples, MOST_JOINED), self.problem.forms.product == "chain", solving)
+        at_once = min(-(-samples // 2), MOST_JOINED)  # as chunks are joined, so that there are two at least
+        return Passing(samples, at_once, self.problem.forms.product == "chain", solving)
 
     def _pairs(self, test: Source | StoredFactors | None, train: Source, mode: InfluenceMode) -> bool:
         """Whether samples of both sides are such as pairs were found for."""
