@@ -27,7 +27,7 @@ from dask_influence.errors import DataError, DataWarning, LossError, StoreMismat
 from dask_influence.execution import persistence, tasks
 from dask_influence.execution.base import Approximated, Executor
 from dask_influence.execution.dask import versions
-from dask_influence.execution.drive import MOST_JOINED, Passes
+from dask_influence.execution.drive import Passes, most_joined
 from dask_influence.execution.forecast import Speed
 from dask_influence.execution.job import Job, to_tensors
 from dask_influence.execution.plan import Plan, arrange
@@ -426,8 +426,7 @@ class Fitted:
         if not (solving or (certify and self._certifies)):
             return None
         samples = self.system.samples
-        at_once = min(-(-samples // 2), MOST_JOINED)  # as chunks are joined, so that there are two at least
-        return Passing(samples, at_once, self.problem.forms.product == "chain", solving)
+        return Passing(samples, most_joined(samples), self.problem.forms.product == "chain", solving)
 
     def _pairs(self, test: Source | StoredFactors | None, train: Source, mode: InfluenceMode) -> bool:
         """Whether samples of both sides are such as pairs were found for."""

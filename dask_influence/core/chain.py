@@ -54,7 +54,7 @@ ROWS = 256
 """Rows that a matrix product should have, whatever the cache holds."""
 
 ORDERED = 2**25
-"""Bytes that a block of directions may take."""
+"""Bytes that the directions of a block may take themselves."""
 
 SMALL_OUTPUT = 64
 """Outputs of a sample up to which the loss's second derivative is formed."""
@@ -176,17 +176,6 @@ class Chain:
         widest = max(step.input.nbytes for step in self.steps)
         block = max(CACHE // max(1, widest), ROWS // max(1, samples))
         return max(1, min(directions, block, ORDERED // size))
-
-
-def directions_of(objective: Objective, vectors: Tensor) -> Along:
-    """θ's parts of the ``vectors`` (D, P), each in torch's own memory and in order, which products need.
-
-    It is the same wherever the vectors came from, hence the same bits.
-    """
-    return {
-        name: part.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, part in objective.unflatten(vectors).items()
-    }
 
 
 # -- the steps -------------------------------------------------------------------------

@@ -261,8 +261,7 @@ def _by_gradients(problem: Problem, x: Tree, y: Tree, directions: Tensor, budget
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = gradients(problem, sliced(x, part), sliced(y, part))
-        product(
-            directions, rows.to(directions).mT, out=result[:, part]
-        )  # the same bits as of scores in memory
+        # this way round, as scores in memory are multiplied, for the same bits
+        product(directions, rows.to(directions).mT, out=result[:, part])
         del rows  # before the next ones are formed
     return result.mT

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dask_influence.core.chain import Chain, Linear, Moved, directions_of, matrix
+from dask_influence.core.chain import Along, Chain, Linear, Moved, matrix
 from dask_influence.core.gemm import product
+from dask_influence.core.objective import Objective
 
 
 def products(chain: Chain, vectors: Tensor, into: Tensor, *, gauss_newton: bool = False) -> Tensor:
@@ -29,7 +30,6 @@ def products(chain: Chain, vectors: Tensor, into: Tensor, *, gauss_newton: bool 
 
     Examples
     --------
-    >>> from dask_influence.core.objective import Objective
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     >>> objective = Objective.of(net, torch.nn.functional.mse_loss)
     >>> chain = Chain(objective, objective.parameters(), torch.ones(5, 3), torch.zeros(5, 2))
@@ -39,7 +39,7 @@ def products(chain: Chain, vectors: Tensor, into: Tensor, *, gauss_newton: bool 
     """
     steps, sums = chain.moving, dict[str, Tensor]()
     with torch.no_grad():
-        along = directions_of(chain.objective, vectors)
+        along = _directions(chain.objective, vectors)
         moved: list[Moved] = [None]
         for step in steps:
             moved.append(step.push(along, moved[-1]))
@@ -60,6 +60,17 @@ def products(chain: Chain, vectors: Tensor, into: Tensor, *, gauss_newton: bool 
             else:  # not every parameter has a product
                 part.zero_()
     return into
+
+
+def _directions(objective: Objective, vectors: Tensor) -> Along:
+    """θ's parts of the ``vectors`` (D, P), each in torch's own memory and in order, which products need.
+
+    It is the same wherever the vectors came from, hence the same bits.
+    """
+    return {
+        name: part.to(objective.device, objective.dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, part in objective.unflatten(vectors).items()
+    }
 
 
 def _gather(step: Linear, tangent: Moved, adjoint: Moved, count: int, into: dict[str, Tensor]) -> None:

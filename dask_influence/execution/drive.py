@@ -118,7 +118,7 @@ class Passes:
         enough, allowed = BESIDE_SUMS * sums, self.executor.memory_limit
         if allowed is not None:  # beside sums of a chunk, and of all before it
             enough = min(enough, max(0, allowed - 2 * sums))
-        most = min(MOST_JOINED, enough // self.sample_bytes, -(-self.chunks.total // 2))
+        most = min(most_joined(self.chunks.total), enough // self.sample_bytes)
         if request.whole:
             most = max(most, min(self.whole, self.chunks.total))
         wide = balanced(self.chunks.total, max(most, self.chunks.size)).size
@@ -128,6 +128,11 @@ class Passes:
         most = min(MOST_GROUPS, max(4, SUMS_IN_FLIGHT // max(1, result_bytes)))
         per_group = -(-len(pieces) // most)
         return (pieces[low : low + per_group] for low in range(0, len(pieces), per_group))
+
+
+def most_joined(samples: int) -> int:
+    """Up to how many of ``samples`` chunks are joined, whatever their sums take: there stay two."""
+    return min(MOST_JOINED, -(-samples // 2))
 
 
 def drive(computation: Generator[Round, Moments, Any], answer: Callable[[Round], Moments]) -> Any:

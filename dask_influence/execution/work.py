@@ -166,9 +166,8 @@ class Work:
         """What the process holds that drives those passes: gradients, factors, and blocks of an iteration as large."""
         if self.passing is None:
             return 0
-        return (
-            8 * points * self.copies * self.parameters * (_ITERATED if self.passing.solving else _CERTIFIED)
-        )
+        blocks = _ITERATED if self.passing.solving else _CERTIFIED
+        return 8 * blocks * points * self.copies * self.parameters
 
     def kept_bytes(self, points: int) -> int:
         """What is kept of one of ``points``, and of its parts while they are joined."""

@@ -350,7 +350,7 @@ class Arnoldi(Estimator):
             )
 
     @property
-    def certifies_by_rounds(self) -> bool:
+    def certifies_by_rounds(self) -> bool:  # type: ignore[override]
         """Where the complement is kept."""
         return self.complement
 

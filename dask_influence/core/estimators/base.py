@@ -261,17 +261,15 @@ class Estimator(ABC):
     ----------
     solves_by_rounds : bool
         What ``needs_rounds`` of its inverse will be, known before a fit.
+    certifies_by_rounds : bool
+        What ``residuals_need_rounds`` of it will be.
     inverts_products : bool
         Its inverse is one of products with the curvature, so that their error counts beside λ.
     """
 
     solves_by_rounds: ClassVar[bool] = False
+    certifies_by_rounds: ClassVar[bool] = False
     inverts_products: ClassVar[bool] = True
-
-    @property
-    def certifies_by_rounds(self) -> bool:
-        """Whether some residuals will take a pass over the data."""
-        return False
 
     @property
     def tolerance(self) -> float | None:

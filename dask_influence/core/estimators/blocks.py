@@ -448,7 +448,7 @@ class BlockDiagonal(Estimator):
         return self.estimator.solves_by_rounds
 
     @property
-    def certifies_by_rounds(self) -> bool:
+    def certifies_by_rounds(self) -> bool:  # type: ignore[override]
         """What that of the blocks does."""
         return self.estimator.certifies_by_rounds
 

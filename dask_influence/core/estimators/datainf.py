@@ -166,6 +166,7 @@ class DataInf(Estimator):
     """
 
     solves_by_rounds: ClassVar[bool] = True
+    certifies_by_rounds: ClassVar[bool] = True
     inverts_products: ClassVar[bool] = False
 
     blocks: str = "layer"
@@ -177,11 +178,6 @@ class DataInf(Estimator):
                 f"blocks must be one of {', '.join(map(repr, BLOCKS))}; got {self.blocks!r}"
             )
         _positive(system.regularization)
-
-    @property
-    def certifies_by_rounds(self) -> bool:
-        """Of the curvature that was asked for."""
-        return True
 
     def fit(self, system: System) -> Generator[Round, Moments, DataInfInverse]:
         """Nothing but the geometry of the blocks."""

@@ -385,6 +385,7 @@ class Ekfac(Estimator):
         Of the draws, which depend on the sample and on nothing else.
     """
 
+    certifies_by_rounds: ClassVar[bool] = True
     inverts_products: ClassVar[bool] = False
 
     update_diagonal: bool = True
@@ -459,11 +460,6 @@ class Ekfac(Estimator):
                         "gradients: its parameters are used in another way too. Leave them out with parameters=, "
                         "or use another estimator"
                     )
-
-    @property
-    def certifies_by_rounds(self) -> bool:
-        """Of the curvature that was asked for."""
-        return True
 
     def fit(self, system: System) -> Generator[Round, Moments, EkfacInverse]:
         """One pass for A and B, one for Λ."""

@@ -71,16 +71,12 @@ class IdentityInverse(Inverse):
 class GradientDot(Estimator):
     """Scores ⟨g_test, g_train⟩: no pass over the data, no curvature, no λ."""
 
+    certifies_by_rounds: ClassVar[bool] = True
     inverts_products: ClassVar[bool] = False
 
     def form(self, system: System) -> Spectral:
         """No directions."""
         return Spectral.foreseen(0, system.size)
-
-    @property
-    def certifies_by_rounds(self) -> bool:
-        """Of the curvature that was asked for."""
-        return True
 
     def fit(self, system: System) -> Generator[Round, Moments, IdentityInverse]:
         """Nothing to do."""

@@ -183,6 +183,8 @@ class NystroemSketch(Estimator):
         takes them always. Perturbation and influence factors do.
     """
 
+    certifies_by_rounds: ClassVar[bool] = True
+
     rank: int = 10
     seed: int = 0
     direction_tol: float | None = None
@@ -214,11 +216,6 @@ class NystroemSketch(Estimator):
     def form(self, system: System) -> Spectral:
         """R directions."""
         return Spectral.foreseen(self.rank, system.size)
-
-    @property
-    def certifies_by_rounds(self) -> bool:
-        """Of the curvature that was asked for."""
-        return True
 
     def fit(self, system: System) -> Generator[Round, Moments, SketchInverse]:
         """One round: R products."""
