@@ -70,7 +70,22 @@ def test_plans_count_the_passes_that_factors_take(name: str, solving: bool | Non
     assert more >= (10 if solving else 5) * block
     assert plan.work.passing_bytes(plan.factor_rows) >= 4 * block
     assert plan.worker_bytes() >= PROCESS_BYTES + plan.work.passing_bytes(plan.factor_rows)
-    assert (plan.certifying_seconds > 0) == (plan.factor_seconds > without.factor_seconds) == (not solving)
+    if solving:
+        assert plan.certifying_seconds == 0
+        return
+    twice = dataclasses.replace(passing, fitted=2 * passing.fitted)
+    longer = dataclasses.replace(plan, work=dataclasses.replace(plan.work, passing=twice))
+    assert longer.certifying_seconds == pytest.approx(2 * plan.certifying_seconds)
+    spent = plan.speed.derivatives * plan.certifying_seconds
+    assert plan.factor_seconds - without.factor_seconds == pytest.approx(spent) != 0
+
+
+def test_what_layers_put_out_takes_time() -> None:
+    """Of models that share weights it is most of what a derivative takes."""
+    pair = data.normal(1, 23, 4).float(), data.normal(2, 23, 2).float()
+    plan = DirectInfluence(*MODEL, 0.1).plan(pair, pair, before_fit=True)
+    wide = dataclasses.replace(plan, work=dataclasses.replace(plan.work, activations=10**6))
+    assert wide.derivative_seconds >= 23 * 1e-9 * 10**6 > 100 * plan.derivative_seconds
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,21 @@ def test_products_equal_those_of_the_dense_hessian(name: str) -> None:
         assert (value - directions @ matrix).norm() <= 1e-12 * (1 + matrix.norm())
 
 
+def test_few_samples_take_few_directions_of_a_large_model_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are put in order, which takes as much memory as they do."""
+    objective, (x, y) = CHAINS["perceptron"].objective(), CHAINS["perceptron"].samples(2)
+    chained, seen = Chain(objective, objective.parameters(), x, y), list[int]()
+    original = chained._mixed
+    monkeypatch.setattr(
+        chained, "_mixed", lambda along: seen.append(len(along["0.weight"])) or original(along)
+    )
+    monkeypatch.setattr(chain, "ORDERED", 3 * 8 * objective.size)
+    directions = data.normal(3, 10, objective.size)
+    value = chained.mixed_derivatives(directions)
+    assert seen == [3, 3, 3, 1]
+    assert oracles.relative_error(value, mixed(objective, x, y, directions)) <= 1e-12
+
+
 @pytest.mark.parametrize("name", CHAINS)
 def test_products_by_another_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product by oneDNN, as large ones are on processors of some makers."""
@@ -287,9 +302,10 @@ def test_threads_share_a_chain(name: str) -> None:
     objective, (x, y) = specimen.objective(), specimen.samples(6)
     along = Chain(objective, objective.parameters(), x, y)
     parts = data.normal(3, 24, objective.size).split(3)
-    together = threading.Barrier(4)
+    together, threads = threading.Barrier(4), torch.get_num_threads()
 
     def one(part: Tensor) -> Tensor:
+        torch.set_num_threads(threads)  # as tasks do, on which bits depend
         together.wait()
         return along.mixed_derivatives(part)
 

@@ -80,8 +80,8 @@ def test_stacks_of_matrices(gaps: bool, taken: list[tuple[int, ...]]) -> None:
 @pytest.mark.parametrize("order", [(0, 2, 3, 1), (0, 3, 2, 1), (2, 0, 1, 3)], ids=str)
 def test_stacks_of_more_axes(order: tuple[int, ...], taken: list[tuple[int, ...]]) -> None:
     """As of images whose channels a linear layer takes."""
-    held = data.normal(1, 5, 24, 20, 16).permute(order)
-    right = data.normal(2, held.shape[-1], 120)
+    held = data.normal(1, 3, 64, 24, 24).permute(order)
+    right = data.normal(2, held.shape[-1], 256)
     found = gemm.product(held.float(), right.float())
     assert found.is_contiguous()
     assert oracles.relative_error(found.double(), held @ right) <= CLOSE
@@ -94,7 +94,7 @@ def test_large_shallow_products_go_straight_to_the_memory_they_are_given(
     gemm.product(left, right, out=torch.empty(800, 900))
     gemm.add_product(torch.zeros(800, 900), left, right)
     assert not taken
-    assert gemm.product(left[:, :].mT.contiguous().mT, right).is_contiguous()
+    assert gemm.product(left.mT.contiguous().mT, right).is_contiguous()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -118,6 +118,9 @@ def test_what_onednn_is_given(taken: list[tuple[int, ...]]) -> None:
     gemm.product(wide, narrow[:, :1])
     gemm.product(wide[:8, :8], narrow[:8, :8])
     gemm.product(wide.to("meta"), narrow.to("meta"))
+    gemm.product(
+        torch.ones(gemm.FEW - 1, 400), torch.ones(400, 200)[:, :100]
+    )  # more to be put in order than gained
     assert not taken
 
 
