@@ -591,6 +591,41 @@ def test_a_fit_whose_workers_are_gone_ends() -> None:
             fitted.fit(case.train, progress=leave)
 
 
+def test_workers_that_hold_too_much_to_be_given_tasks_end_a_call() -> None:
+    case = data.mlp_regression()
+    paused = {"distributed.worker.memory.pause": 0.01, "distributed.worker.memory.terminate": False}
+    with (
+        dask.config.set(paused),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="8GiB"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        while {worker["status"] for worker in client.scheduler_info()["workers"].values()} != {"paused"}:
+            time.sleep(0.1)
+        with (
+            dask.config.set({"influence.workers-gone": "2 s"}),
+            pytest.raises(
+                ClusterError, match=r"taken a task for .*: there are 2 paused, .* of 8\.0 GiB, .*memory"
+            ),
+        ):
+            direct(case, client)
+
+
+def test_a_worker_that_is_paused_but_has_a_task_is_waited_for(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, found = DaskExecutor(client), client.scheduler_info(n_workers=-1)
+    for worker in found["workers"].values():
+        worker |= {"status": "paused", "metrics": {**worker["metrics"], "task_counts": {"executing": 1}}}
+    monkeypatch.setattr(client, "scheduler_info", lambda **_: found)
+    assert executor._hands() == (len(found["workers"]), "")
+    next(iter(found["workers"].values()))["metrics"]["task_counts"] = {"ready": 1}
+    able, others = executor._hands()
+    assert able == len(found["workers"]) - 1
+    assert others.startswith("1 paused")
+
+
 def test_a_scheduler_that_tells_nothing_is_gone(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = DaskExecutor(client)
     assert executor.cluster.workers >= 1

@@ -34,6 +34,7 @@ from dask_influence.execution.base import Executor
 from dask_influence.execution.forecast import Cluster
 from dask_influence.execution.options import Options
 from dask_influence.execution.shipping import Envelope, ShippedInverse, ShippedModel
+from dask_influence.execution.units import format_bytes
 from dask_influence.storage.sources import Source, stage
 from dask_influence.storage.stores import Location
 
@@ -244,13 +245,13 @@ class DaskExecutor(Executor):
         Raises
         ------
         ClusterError
-            There have been no workers for as long as the configuration allows.
+            For as long as the configuration allows there have been no workers, or none that takes or has a task.
         """
-        patience = _Patience(self._nthreads)
+        patience = _Patience(self._hands)
         while not running.is_empty():
             if running.has_ready():
                 yield next(running)
-                patience = _Patience(self._nthreads)
+                patience = _Patience(self._hands)
                 continue
             with running.thread_condition:
                 running.thread_condition.wait(0.1)
@@ -290,9 +291,21 @@ class DaskExecutor(Executor):
         with self._reaching():
             return self.client.nthreads()
 
+    def _hands(self) -> tuple[int, str]:
+        """How many workers take tasks or have one, and what the others are, where there are any."""
+        there = self._nthreads()
+        with self._reaching():
+            workers = self.client.scheduler_info(n_workers=-1).get("workers", {}).values()
+        idle = [worker for worker in workers if worker["status"] == "paused" and not _executing(worker)]
+        most = max(idle, key=lambda worker: worker["metrics"]["memory"], default=None)
+        if most is None:
+            return len(there), ""
+        held, limit = format_bytes(most["metrics"]["memory"]), format_bytes(most["memory_limit"] or 0)
+        return len(there) - len(idle), f"{len(idle)} paused, which hold up to {held} of {limit}"
+
     def _result(self, future: Any) -> Any:
         """Of a future that is done, or is to be done again since its worker has left with the only copy."""
-        patience, wait = _Patience(self._nthreads), LOOK
+        patience, wait = _Patience(self._hands), LOOK
         while future.status not in ("error", "cancelled"):  # what it raises now comes from fetching it
             try:
                 return future.result(timeout=wait)
@@ -397,20 +410,20 @@ def versions() -> dict[str, str]:
 
 
 class _Patience:
-    """With a cluster whose workers are gone, as long as the configuration allows.
+    """With a cluster that has nobody to do its tasks, as long as the configuration allows.
 
     Parameters
     ----------
-    nthreads : callable
-        Threads of each worker.
+    hands : callable
+        How many workers take tasks or have one, and what is said of the others.
     """
 
-    def __init__(self, nthreads: Callable[[], Mapping[str, int]]) -> None:
-        self._nthreads = nthreads
-        self._looked = self._seen = time.monotonic()
+    def __init__(self, hands: Callable[[], tuple[int, str]]) -> None:
+        self._hands = hands
+        self._began = self._looked = self._seen = time.monotonic()
 
     def look(self, waiting: int) -> None:
-        """See now and then whether there are workers for the ``waiting`` tasks.
+        """See now and then, ever more rarely, whether there are workers for the ``waiting`` tasks.
 
         Raises
         ------
@@ -418,17 +431,31 @@ class _Patience:
             There have been none for too long.
         """
         now, allowed = time.monotonic(), settings.seconds("workers-gone")
-        if now < self._looked + LOOK:
+        if now < self._looked + max(LOOK, 0.1 * (self._looked - self._began)):
             return
         self._looked = now
-        if self._nthreads():
+        able, others = self._hands()
+        if able:
             self._seen = now
-        elif now > self._seen + allowed:
+            return
+        if now <= self._seen + allowed:
+            return
+        seconds = f"{now - self._seen:.0f} s"
+        if others:
             raise ClusterError(
-                f"the cluster has had no workers for {now - self._seen:.0f} s, and {waiting} tasks wait for one; "
-                "start workers and make the same call again, which goes on where this one was "
-                f"(config influence.workers-gone allows {allowed:g} s)"
+                f"no worker has taken a task for {seconds}, and {waiting} tasks wait for one: there are {others}, and "
+                "Dask gives a worker that holds that much no more; give workers more memory, or let go of what they "
+                f"hold, and make the same call again (config influence.workers-gone allows {allowed:g} s)"
             )
+        raise ClusterError(
+            f"the cluster has had no workers for {seconds}, and {waiting} tasks wait for one; "
+            "start workers and make the same call again, which goes on where this one was "
+            f"(config influence.workers-gone allows {allowed:g} s)"
+        )
+
+
+def _executing(worker: Mapping[str, Any]) -> bool:
+    return worker["metrics"].get("task_counts", {}).get("executing", 0) > 0
 
 
 def _killed_its_worker(future: Any) -> bool:

@@ -23,6 +23,7 @@ from dask_influence.core.objective import Objective, Tree
 from dask_influence.core.precision import check_products, matmul_precision
 from dask_influence.core.problem import Problem
 from dask_influence.errors import DataError
+from dask_influence.execution import heap
 from dask_influence.execution.base import Model
 from dask_influence.execution.blame import INNOCENT, MOST_POISON, to_blame, told
 from dask_influence.storage.sources import Source, check_finite, non_finite
@@ -199,3 +200,4 @@ def torch_threads(count: int) -> Iterator[None]:
             torch.set_num_threads(own)
             if _THREADS_DEPTH == 0:
                 torch.set_num_threads(_THREADS_BEFORE)
+        heap.at_work()

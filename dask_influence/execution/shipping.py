@@ -8,8 +8,6 @@ weight-bearing modules enter a task graph.
 from __future__ import annotations
 
 import copyreg
-import ctypes
-import functools
 import hashlib
 import io
 import pickle
@@ -27,6 +25,7 @@ from dask_influence.core.forms import Forms
 from dask_influence.core.objective import Objective, loss_on
 from dask_influence.core.problem import Pairing, Problem
 from dask_influence.errors import ConfigurationError
+from dask_influence.execution import heap
 from dask_influence.execution.artifacts import Artifact, Artifacts
 from dask_influence.execution.devices import resolve_device
 
@@ -52,7 +51,8 @@ class Envelope:
 
     def open(self) -> Any:
         """The value, one per process."""
-        steady_heap()
+        heap.steady()
+        heap.at_work()
         return _OPENED.get(self.digest, lambda: pickle.loads(self.data))
 
 
@@ -163,22 +163,6 @@ class Held:
         if isinstance(self.value, Inverse):
             return _same, (ShippedInverse.of(self.value, riding),)
         return _same, (Envelope.of(self.value),)
-
-
-@functools.cache
-def steady_heap() -> bool:
-    """Let this process keep the memory that it frees, up to 256 MiB; whether it could be asked to.
-
-    Dask's nannies start workers with MALLOC_TRIM_THRESHOLD_=65536, under which glibc hands
-    every freed tensor back to the kernel and takes the next one page by page: a fit of the
-    digits network made two million page faults and took four times as long.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # no glibc, no such setting
-        return False
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(mallopt(m_mmap_threshold, 32 * 2**20) and mallopt(m_trim_threshold, 256 * 2**20))
 
 
 def _same(value: Any) -> Any:
