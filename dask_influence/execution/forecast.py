@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
+import optree
 import torch
 
 from dask_influence.core import directional
 from dask_influence.core.estimators.base import Inverse, without_rounds
-from dask_influence.core.objective import Tree, leading_size, sliced
+from dask_influence.core.objective import Tree, leading_size
 from dask_influence.core.problem import Problem
 from dask_influence.errors import ConfigurationError
 from dask_influence.execution.plan import PROCESS_BYTES, Plan, training_seconds
@@ -28,11 +30,14 @@ PAUSE = 0.8
 TASKS_PER_SECOND = 350.0
 """What one scheduler hands out: measured with empty tasks on a two-core machine."""
 
-CALIBRATION_SAMPLES, CALIBRATION_DIRECTIONS = 32, 8
-"""What is timed after a fit; as many test points as directions."""
+FEWEST, MOST = (32, 8), (512, 32)
+"""Samples and directions that are timed after a fit: more of them, until a call takes ENOUGH or there are most."""
 
-SLOW, SLOW_ROW = 0.1, 0.01
-"""Seconds from which one call tells enough, and from which a factor solved alone tells what many take."""
+ENOUGH, SLOW = 0.01, 0.1
+"""Seconds of a call of which what it costs to begin is a small part, and from which one call tells enough."""
+
+ROWS, ROWS_SECONDS, ROWS_BYTES = 32, 4.0, 2**28
+"""Factors that are timed together, as they are solved: fewer, where they may take longer or are larger."""
 
 
 @dataclass(frozen=True)
@@ -52,32 +57,47 @@ class Speed:
 
 
 def calibrate(problem: Problem, inverse: Inverse, x: Tree, y: Tree) -> Speed:
-    """Time the hot primitive, and the solving of factors, on a few samples, in this thread."""
-    objective = problem.objective
-    samples = min(leading_size(y), CALIBRATION_SAMPLES)
-    x, y = sliced(x, slice(0, samples)), sliced(y, slice(0, samples))
-    few = (CALIBRATION_DIRECTIONS, objective.size)
-    along = torch.ones(few, dtype=objective.dtype, device=objective.device)
-    seconds = _fastest(lambda: directional.directional_derivatives(problem, x, y, along))
-    relative = seconds / training_seconds(
-        objective.size, problem.activations, samples, CALIBRATION_DIRECTIONS
-    )
+    """Time the hot primitive, and the solving of factors, on a few samples that are repeated, in this thread."""
+    relative = _derivatives(problem, x, y)
     if inverse.needs_rounds:
         return Speed(relative)
-    alone = torch.ones(1, objective.size, dtype=torch.float64)
-    solve = _timed(lambda: without_rounds(inverse.solve(alone)))
-    if solve < SLOW_ROW:
-        rows = torch.ones(few, dtype=torch.float64)
-        solve = _fastest(lambda: without_rounds(inverse.solve(rows))) / CALIBRATION_DIRECTIONS
-    tests = slice(0, min(samples, CALIBRATION_DIRECTIONS))
-    gradients = _fastest(lambda: directional.gradients(problem, sliced(x, tests), sliced(y, tests)))
-    return Speed(relative, solve + gradients / tests.stop)
+    size = problem.objective.size
+    alone = _solving(inverse, 1, size)
+    rows = max(1, min(ROWS, int(ROWS_SECONDS / alone), ROWS_BYTES // (8 * size)))
+    together = alone if rows == 1 else _fastest(partial(_solving, inverse, rows, size))
+    gradients = _fastest(partial(_timed, partial(directional.gradients, problem, *_repeated(rows, x, y))))
+    return Speed(relative, (together + gradients) / rows)
 
 
-def _fastest(call: Callable[[], object]) -> float:
+def _derivatives(problem: Problem, x: Tree, y: Tree) -> float:
+    """Measured over predicted time of derivatives."""
+    objective, (samples, directions) = problem.objective, FEWEST
+    while True:
+        along = torch.ones(directions, objective.size, dtype=objective.dtype, device=objective.device)
+        call = partial(
+            directional.directional_derivatives, problem, *_repeated(samples, x, y), directions=along
+        )
+        seconds = _fastest(partial(_timed, call))
+        if seconds >= ENOUGH or samples >= MOST[0]:
+            return seconds / training_seconds(objective.size, problem.activations, samples, directions)
+        samples, directions = min(4 * samples, MOST[0]), min(2 * directions, MOST[1])
+
+
+def _repeated(samples: int, x: Tree, y: Tree) -> tuple[Tree, Tree]:
+    again = torch.arange(samples) % leading_size(y)
+    repeated: tuple[Tree, Tree] = optree.tree_map(lambda leaf: leaf[again.to(leaf.device)], (x, y))
+    return repeated
+
+
+def _solving(inverse: Inverse, rows: int, size: int) -> float:
+    gradients = torch.ones(rows, size, dtype=torch.float64)
+    return _timed(lambda: without_rounds(inverse.solve(gradients)))
+
+
+def _fastest(timed: Callable[[], float]) -> float:
     """The shorter of two calls, if one takes so little that it may be for warming up."""
-    first = _timed(call)
-    return first if first >= SLOW else min(first, _timed(call))
+    first = timed()
+    return first if first >= SLOW else min(first, timed())
 
 
 def _timed(call: Callable[[], object]) -> float:

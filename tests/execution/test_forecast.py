@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dask_influence.core import directional
 from dask_influence.core.objective import Objective
 from dask_influence.core.problem import prepare
 from dask_influence.core.sizes import Size
@@ -66,8 +67,8 @@ def test_twice_the_workers_take_half_the_time_until_something_else_limits() -> N
     assert threads.run_seconds == pytest.approx(more.run_seconds)
 
 
-@pytest.mark.parametrize(("seconds", "solved"), [(0.02, [1]), (0.0, [1, 8, 8])])
-def test_a_factor_that_takes_long_is_timed_once(seconds: float, solved: list[int]) -> None:
+@pytest.mark.parametrize(("seconds", "solved"), [(0.3, [1, 13]), (0.0, [1, 32, 32])])
+def test_as_many_factors_are_timed_together_as_may_take_a_while(seconds: float, solved: list[int]) -> None:
     net, x, y = torch.nn.Linear(6, 1), torch.ones(11, 6), torch.ones(11, 1)
     problem, _ = prepare(Objective.of(net, torch.nn.functional.mse_loss), x, y)
     rows: list[int] = []
@@ -84,7 +85,31 @@ def test_a_factor_that_takes_long_is_timed_once(seconds: float, solved: list[int
     speed = calibrate(problem, Watched(), x, y)  # type: ignore[arg-type]
     assert rows == solved
     assert speed.factor is not None
-    assert speed.factor > seconds
+    assert seconds / solved[-1] < speed.factor < seconds / solved[-1] + 0.05
+
+
+@pytest.mark.parametrize(
+    ("seconds", "samples"), [(0.1, [32]), (0.02, [32, 32]), (0.0, [32, 32, 128, 128, 512, 512])]
+)
+def test_derivatives_are_timed_until_a_call_costs_more_than_to_begin(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, samples: list[int]
+) -> None:
+    net, x, y = torch.nn.Linear(6, 1), torch.ones(11, 6), torch.ones(11, 1)
+    problem, _ = prepare(Objective.of(net, torch.nn.functional.mse_loss), x, y)
+    seen: list[int] = []
+
+    def differentiate(_: Any, x: Tensor, y: Tensor, directions: Tensor) -> None:
+        seen.append(len(x))
+        time.sleep(seconds)
+
+    monkeypatch.setattr(directional, "directional_derivatives", differentiate)
+
+    class Passes:
+        needs_rounds = True
+
+    speed = calibrate(problem, Passes(), x, y)  # type: ignore[arg-type]
+    assert seen == samples
+    assert speed.factor is None
 
 
 def test_slower_machines_take_longer() -> None:
