@@ -17,7 +17,8 @@ for all directions and is computed once. Directions stand next to the samples, �
 they have in common is one matrix product for all of them: V a for the rows of all V, W ȧ for all samples and
 directions. They go through in blocks that stay in the cache.
 
-A kind of module is one class here; any other module takes its derivatives from ``torch.func``.
+A kind of module is one class here; any other module takes its derivatives from ``torch.func``, and a loss that is not
+written down in :mod:`~dask_influence.core.closed` from a graph.
 
 Products with the Hessian go the same way in :mod:`~dask_influence.core.multiply`.
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,7 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from dask_influence.core.elementary import differentiation
+from dask_influence.core.closed import FUNCTIONS, closed_loss
+from dask_influence.core.elementary import alone, differentiation
 from dask_influence.core.gemm import add_product, linear, product
 from dask_influence.core.objective import Objective, Tree
 from dask_influence.errors import ConfigurationError
@@ -92,8 +94,9 @@ class Chain:
         self, objective: Objective, theta: Mapping[str, Tensor], x: Tree, y: Tree, *, twice: bool = True
     ) -> None:
         self.objective = objective
-        with differentiation(), torch.no_grad():
-            self.steps = list(_steps(objective, theta, x, twice))
+        modules = list(_links(objective.module))
+        with differentiation() if any(map(_differentiated, modules)) else alone(), torch.no_grad():
+            self.steps = list(_steps(objective, modules, theta, x, twice))
             output = self.steps[-1].output
             self.loss = Loss(objective, output, y, twice)
             adjoint = self.loss.adjoint
@@ -309,6 +312,20 @@ class Elementwise(Step):
         return bend * tangent if moved is None else moved.addcmul_(bend, tangent)
 
 
+class Closed(Elementwise):
+    """One of those whose derivatives are written down."""
+
+    def __init__(self, module: nn.Module, theta: _Own, entering: Tensor, twice: bool) -> None:
+        self._function, self._twice = FUNCTIONS[type(module)], twice
+        Step.__init__(self, entering, self._function.value(entering))
+
+    def _back(self, adjoint: Tensor) -> Tensor:
+        self.slope, self.bend = self._function.slope(self.output), None
+        if self._twice and self._function.bend is not None:
+            self.bend = self._function.bend(self.output, self.slope) * adjoint
+        return self.slope * adjoint
+
+
 class Reshaped(Step):
     """h holds the entries of a in their order."""
 
@@ -383,13 +400,22 @@ class Loss:
     """Σ_j ℓ as a function of the chain's output."""
 
     def __init__(self, objective: Objective, output: Tensor, y: Tree, twice: bool) -> None:
+        self._each = partial(objective.losses, output, y)
+        self._closed = closed_loss(objective.loss, output, y)
+        self._matrices: Tensor | None = None
+        if self._closed is not None:
+            self._total, self.adjoint = self._closed.total, self._closed.adjoint
+            return
+        with differentiation(), torch.no_grad():
+            self._differentiate(objective, output, y, twice)
+
+    def _differentiate(self, objective: Objective, output: Tensor, y: Tree, twice: bool) -> None:
         with torch.enable_grad():
             self._output = output.detach().requires_grad_()
             total = objective.loss(self._output, y) * len(output)
             self._adjoint = _derivative(total, self._output, keep=twice)
-        self._total, self._each = total.detach(), partial(objective.losses, output, y)
+        self._total = total.detach()
         self.adjoint, size = self._adjoint.detach(), math.prod(output.shape[1:])
-        self._matrices: Tensor | None = None
         if twice and size <= SMALL_OUTPUT:
             unit = torch.eye(size, dtype=output.dtype, device=output.device)
             seeds = unit[:, None].expand(-1, len(output), -1).reshape(size, *output.shape)
@@ -406,6 +432,8 @@ class Loss:
 
     def pull(self, tangent: Tensor) -> Tensor:
         """h̄̇ = A ḣ, (n, D, ...)."""
+        if self._closed is not None:
+            return self._closed.times(tangent)
         if self._matrices is None:
             with differentiation():
                 return self._times(tangent.transpose(0, 1)).transpose(0, 1)
@@ -464,6 +492,7 @@ _KINDS: dict[type[nn.Module], _Maker] = {
     nn.Linear: Linear,
     **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.Identity), Reshaped),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), Reshaped),
+    **dict.fromkeys(FUNCTIONS, Closed),
     **dict.fromkeys(
         (
             nn.CELU,
@@ -473,14 +502,11 @@ _KINDS: dict[type[nn.Module], _Maker] = {
             nn.LeakyReLU,
             nn.LogSigmoid,
             nn.Mish,
-            nn.ReLU,
             nn.ReLU6,
             nn.SELU,
             nn.SiLU,
-            nn.Sigmoid,
             nn.Softplus,
             nn.Softsign,
-            nn.Tanh,
             nn.Tanhshrink,
         ),
         Elementwise,
@@ -489,8 +515,9 @@ _KINDS: dict[type[nn.Module], _Maker] = {
 """Modules by their exact class: a subclass may do anything. (Dropout is the identity in eval mode.)"""
 
 
-def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree, twice: bool) -> Iterator[Step]:
-    modules = list(_links(objective.module))
+def _steps(
+    objective: Objective, modules: Sequence[nn.Module], theta: Mapping[str, Tensor], x: Tree, twice: bool
+) -> Iterator[Step]:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         raise ConfigurationError("the model's input is not one floating tensor with features")
     if nn.Linear not in map(type, modules):
@@ -498,10 +525,18 @@ def _steps(objective: Objective, theta: Mapping[str, Tensor], x: Tree, twice: bo
     known = {id(value): name for name, value in objective.module.named_parameters() if name in theta}
     entering = x
     for module in modules:
-        kind: _Maker = General if _hooked(module) else _KINDS.get(type(module), General)
-        step = kind(module, _Own(module, theta, known), entering, twice)
+        step = _kind(module)(module, _Own(module, theta, known), entering, twice)
         yield step
         entering = step.output
+
+
+def _kind(module: nn.Module) -> _Maker:
+    return General if _hooked(module) else _KINDS.get(type(module), General)
+
+
+def _differentiated(module: nn.Module) -> bool:
+    """Whether its step takes derivatives from torch."""
+    return _kind(module) in (Elementwise, General)
 
 
 def _links(module: nn.Module) -> Iterator[nn.Module]:

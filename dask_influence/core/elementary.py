@@ -369,6 +369,19 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Run the body while no other thread is inside :func:`differentiation`: for what reads the module's parameters.
+
+    Examples
+    --------
+    >>> with alone():
+    ...     weight = torch.nn.Linear(1, 2).weight.detach()
+    """
+    with _lock, undisturbed():
+        yield
+
+
+@contextlib.contextmanager
 def differentiation() -> Iterator[None]:
     """Run the body alone in this process, with derivatives that are right.
 

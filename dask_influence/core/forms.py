@@ -143,7 +143,7 @@ def sample_gradients(objective: Objective, x: Tree, y: Tree, forms: Forms) -> Te
     torch.Size([4, 3])
     """
     run = compiled.per_sample if "gradient" in forms.compiled else _plainly
-    with differentiation(), torch.no_grad():
+    with _differentiating(forms.gradient), torch.no_grad():
         return run(GRADIENT[forms.gradient], objective, objective.parameters(), x, y)
 
 
@@ -154,7 +154,7 @@ def products(objective: Objective, x: Tree, y: Tree, vectors: Tensor, forms: For
     vectors (one at a time in the ``_loop`` forms).
     """
     run = compiled.summed if "product" in forms.compiled else _plainly
-    with differentiation(), torch.no_grad():
+    with _differentiating(forms.product), torch.no_grad():
         return run(PRODUCT[forms.product], objective, objective.parameters(), x, y, vectors)
 
 
@@ -173,8 +173,13 @@ def mixed_derivatives(objective: Objective, x: Tree, y: Tree, vectors: Tensor, f
     x is differentiated in its one floating tensor; see :func:`input_leaf` for what it raises.
     """
     input_leaf(x)
-    with differentiation(), torch.no_grad():
+    with _differentiating(forms.mixed), torch.no_grad():
         return MIXED[forms.mixed](objective, objective.parameters(), x, y, vectors)
+
+
+def _differentiating(form: str) -> contextlib.AbstractContextManager[None]:
+    """For forms that differentiate; a chain sees to it itself, where it has to."""
+    return contextlib.nullcontext() if form == "chain" else differentiation()
 
 
 def _plainly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

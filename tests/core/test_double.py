@@ -74,7 +74,8 @@ def test_of_samples_the_model_is_sure_of_only_its_own_rounding_is_lost(form: str
     found = double.gradients(problem, x, y)
     assert found.dtype == torch.float32
     assert errors(found, expected).max() < ROUNDED
-    assert errors(plainly(problem, x, y), expected).max() > 500 * ROUNDED  # it matters
+    lost = errors(plainly(problem, x, y), expected).max()
+    assert lost < ROUNDED if form == "chain" else lost > 500 * ROUNDED  # a chain's loss is written down
 
 
 def test_one_sample_the_model_is_sure_of_is_no_exception() -> None:
