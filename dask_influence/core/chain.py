@@ -39,7 +39,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 
 from dask_influence.core.closed import FUNCTIONS, closed_loss
 from dask_influence.core.elementary import alone, differentiation
-from dask_influence.core.gemm import add_product, linear, product
+from dask_influence.core.gemm import add_product, linear, product, products
 from dask_influence.core.objective import Objective, Tree
 from dask_influence.errors import ConfigurationError
 
@@ -51,6 +51,9 @@ Moved = Tensor | None
 
 CACHE = 2**21
 """Bytes that the widest array of a block of directions may take."""
+
+WRITTEN = 2**22
+"""Bytes of what is written in two steps at a time."""
 
 ROWS = 256
 """Rows that a matrix product should have, whatever the cache holds."""
@@ -130,23 +133,20 @@ class Chain:
         with torch.no_grad():
             for start in range(0, len(directions), block):
                 part = slice(start, start + block)
-                moved = self._mixed(self.objective.unflatten(directions[part]))
-                if moved is None:
-                    result[part].zero_()
-                else:
-                    samples_first[:, part].copy_(moved)
+                self._write_mixed(self.objective.unflatten(directions[part]), result[part])
             self.loss.mark(samples_first)
         return samples_first
 
-    def _mixed(self, along: Along) -> Moved:
+    def _write_mixed(self, along: Along, into: Tensor) -> None:
+        """ā̇ of the first step, into (D, n, *features)."""
         moved: list[Moved] = [None]
         for step in self.steps:
             moved.append(step.push(along, moved[-1]))
         output = moved.pop()
         adjoint = None if output is None else self.loss.pull(output)
-        for step in reversed(self.steps):
+        for step in reversed(self.steps[1:]):
             adjoint = step.pull(along, moved.pop(), adjoint)
-        return adjoint
+        self.steps[0].write_pulled(along, adjoint, into)
 
     @cached_property
     def moving(self) -> list[Step]:
@@ -176,7 +176,7 @@ class Chain:
         They are put in order, those of a layer at a time, for which few samples should not take much memory.
         """
         samples, size = len(self.steps[0].input), self.objective.size * self.objective.dtype.itemsize
-        widest = max(step.input.nbytes for step in self.steps)
+        widest = max(step.output.nbytes for step in self.steps)
         block = max(CACHE // max(1, widest), ROWS // max(1, samples))
         return max(1, min(directions, block, ORDERED // size))
 
@@ -215,6 +215,14 @@ class Step(abc.ABC):
     @abc.abstractmethod
     def pull(self, along: Along, tangent: Moved, adjoint: Moved) -> Moved:
         """ā̇ of ȧ and h̄̇, whose memory it may take."""
+
+    def write_pulled(self, along: Along, adjoint: Moved, into: Tensor) -> None:
+        """:meth:`pull` of the first step, which nothing has moved before, into (D, n, ...)."""
+        moved = self.pull(along, None, adjoint)
+        if moved is None:
+            into.zero_()
+        else:
+            into.copy_(moved.transpose(0, 1))
 
 
 class Linear(Step):
@@ -266,6 +274,21 @@ class Linear(Step):
             side_by_side = weights.transpose(0, 1).flatten(1)  # (q, D p)
             moved = self._spread(product(matrix(self.adjoint), side_by_side), len(weights))
         return _added(moved, adjoint, self.weight)
+
+    def write_pulled(self, along: Along, adjoint: Moved, into: Tensor) -> None:
+        """:meth:`pull` without a copy: where samples have one position each, a matrix product for each direction."""
+        weights = self.of(along, "weight")
+        if self.input.dim() > 2 or (weights is None and adjoint is None):
+            super().write_pulled(along, adjoint, into)
+            return
+        # both products of some directions while the cache holds them
+        several = max(1, WRITTEN // max(1, into[:1].nbytes))
+        for low in range(0, len(into), several):
+            part = slice(low, low + several)
+            if weights is not None:
+                products(self.adjoint, weights[part], into[part])
+            if adjoint is not None:
+                products(adjoint[:, part].transpose(0, 1), self.weight, into[part], add=weights is not None)
 
     def _spread(self, rows: Tensor, count: int) -> Tensor:
         """(n, D, ..., p), in order, of rows (n S, D p) for the S positions of each sample."""

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 WORTHWHILE = 2**20
 """Multiplications m k n from which oneDNN is called: it takes 12 µs to begin, and once 0.4 ms for a new shape."""
 
+SINGLY = 2**23
+"""Multiplications m k n from which products that MKL makes all at once go to oneDNN one by one."""
+
 LARGE, DEEP = 2**19, 160
 """Numbers of a product beyond a cache, which go to memory that is there only by a copy, and k that is worth it."""
 
@@ -71,6 +74,26 @@ def add_product(into: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0
     if not _held_back(left, right, into=True):
         return into.addmm_(left, right, alpha=alpha)
     return into.add_(_by_onednn(left, right), alpha=alpha)
+
+
+def products(left: Tensor, right: Tensor, into: Tensor, *, add: bool = False) -> Tensor:
+    """``into`` (b, m, n) filled with products, or with products added: of (b, m, k) or (m, k) with (b, k, n) or (k, n).
+
+    Examples
+    --------
+    >>> products(torch.ones(2, 3), torch.ones(2, 3, 1), torch.ones(2, 2, 1), add=True).flatten()
+    tensor([4., 4., 4., 4.])
+    """
+    lefts, rights = left.expand(len(into), *left.shape[-2:]), right.expand(len(into), *right.shape[-2:])
+    count = left.shape[-2] * left.shape[-1] * right.shape[-1]
+    if len(into) and count >= SINGLY and _held_back(lefts[0], rights[0], into=True):
+        for one, own, to in zip(lefts, rights, into, strict=True):
+            if add:
+                add_product(to, one, own)
+            else:
+                product(one, own, out=to)
+        return into
+    return into.baddbmm_(lefts, rights) if add else torch.bmm(lefts, rights, out=into)
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

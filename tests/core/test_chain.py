@@ -239,9 +239,11 @@ def test_few_samples_take_few_directions_of_a_large_model_at_once(monkeypatch: p
     """They are put in order, which takes as much memory as they do."""
     objective, (x, y) = CHAINS["perceptron"].objective(), CHAINS["perceptron"].samples(2)
     chained, seen = Chain(objective, objective.parameters(), x, y), list[int]()
-    original = chained._mixed
+    original = chained._write_mixed
     monkeypatch.setattr(
-        chained, "_mixed", lambda along: seen.append(len(along["0.weight"])) or original(along)
+        chained,
+        "_write_mixed",
+        lambda along, into: seen.append(len(along["0.weight"])) or original(along, into),
     )
     monkeypatch.setattr(chain, "ORDERED", 3 * 8 * objective.size)
     directions = data.normal(3, 10, objective.size)
@@ -256,6 +258,7 @@ def test_products_by_another_library(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(gemm, "WORTHWHILE", 1)
     monkeypatch.setattr(gemm, "FEW", 1)
+    monkeypatch.setattr(gemm, "SINGLY", 1)
     specimen = CHAINS[name]
     objective, (x, y) = specimen.objective(), specimen.samples(7)
     directions = data.normal(3, 4, objective.size)
@@ -294,6 +297,21 @@ def test_result_goes_where_it_is_asked_for() -> None:
     assert torch.equal(whole[:, 2:6].transpose(0, 1), along.mixed_derivatives(directions))
     assert not whole[:, :2].any()
     assert not whole[:, 6:].any()
+
+
+@pytest.mark.parametrize("written", [1, 2**22])
+@pytest.mark.parametrize("name", ["perceptron", "subset", "frozen", "one layer"])
+def test_the_first_layer_writes_some_directions_at_a_time(
+    name: str, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "WRITTEN", written)
+    objective, (x, y) = CHAINS[name].objective(), CHAINS[name].samples(4)
+    directions, whole = data.normal(3, 6, objective.size), torch.full((6, 9, 5), torch.nan).double()
+    Chain(objective, objective.parameters(), x, y).mixed_derivatives(directions, out=whole[:, 2:6])
+    expected = mixed(objective, x, y, directions).transpose(0, 1)
+    torch.testing.assert_close(whole[:, 2:6], expected, rtol=1e-10, atol=1e-12)
+    assert whole[:, :2].isnan().all()
+    assert whole[:, 6:].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["perceptron", "images", "many outputs"])

@@ -77,6 +77,25 @@ def test_stacks_of_matrices(gaps: bool, taken: list[tuple[int, ...]]) -> None:
         assert oracles.relative_error(gemm.product(given, other.float()).double(), by @ other) <= CLOSE
 
 
+@pytest.mark.parametrize("shape", [(3, 300, 200, 150), (2, 3, 2, 1)], ids=str)
+@pytest.mark.parametrize("shared", [0, 1], ids=["left shared", "right shared"])
+def test_several_products_at_once(
+    shared: int, shape: tuple[int, ...], taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one matrix with each of a stack, into memory with gaps; large ones one by one where oneDNN is faster."""
+    monkeypatch.setattr(gemm, "SINGLY", 2**20)
+    count, rows, inner, columns = shape
+    sides = [data.normal(1, count, rows, inner), data.normal(2, count, inner, columns)]
+    sides[shared] = data.normal(3, *sides[shared].shape[1:])
+    expected, into = sides[0] @ sides[1], torch.full((count, rows + 2, columns), torch.nan)[:, 1:-1]
+    narrow = [side.float() for side in sides]
+    assert gemm.products(*narrow, into) is into
+    assert oracles.relative_error(into.double(), expected) <= CLOSE
+    gemm.products(*narrow, into, add=True)
+    assert oracles.relative_error(into.double(), 2 * expected) <= CLOSE
+    assert len(taken) in (0, 2 * count)
+
+
 @pytest.mark.parametrize("order", [(0, 2, 3, 1), (0, 3, 2, 1), (2, 0, 1, 3)], ids=str)
 def test_stacks_of_more_axes(order: tuple[int, ...], taken: list[tuple[int, ...]]) -> None:
     """As of images whose channels a linear layer takes."""
