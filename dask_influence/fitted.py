@@ -28,7 +28,7 @@ from dask_influence.execution import persistence, tasks
 from dask_influence.execution.base import Approximated, Executor
 from dask_influence.execution.dask import versions
 from dask_influence.execution.drive import Passes, most_joined
-from dask_influence.execution.forecast import Speed, calibrate
+from dask_influence.execution.forecast import Speed
 from dask_influence.execution.job import Job, computing, to_tensors
 from dask_influence.execution.plan import Plan, arrange
 from dask_influence.execution.resources import Resources
@@ -77,7 +77,7 @@ class Learned:
     specs : set of str
         Shapes and dtypes of queries that went well.
     speed : Speed or None
-        Of this machine at this problem.
+        With the time of factors, which a plan asks for.
     """
 
     mixed: Problem | None = None
@@ -105,8 +105,8 @@ class Fitted:
         Losses and gradient norms of the first samples, to be told from other fits.
     content : Content
         What model and loss compute, to be told from others of their names.
-    sample : (x, y) or None
-        Some of the fitted data, for forecasts; a fit that was loaded has none.
+    differentiating : Speed
+        Of this machine at this problem, for forecasts; a guess where nothing was timed.
     learned : Learned
         What has been found out since the fit.
     """
@@ -120,16 +120,16 @@ class Fitted:
     counts: dict[str, Any]
     behaviour: list[str]
     content: Content
-    sample: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
+    differentiating: Speed = dataclasses.field(default_factory=Speed, repr=False)
     learned: Learned = dataclasses.field(default_factory=Learned, repr=False)
 
     @property
     def speed(self) -> Speed:
-        """Of one core of this machine, timed when it is first asked for; a guess where there is nothing to time."""
-        if self.learned.speed is None and self.sample is not None:
+        """Of one core of this machine, its factors timed when they are first asked for."""
+        if self.learned.speed is None:
             with computing(Held(self.problem), 1):
-                self.learned.speed = calibrate(self.problem, self.inverse, *self.sample)
-        return self.learned.speed or Speed()
+                self.learned.speed = self.differentiating.solving(self.inverse, self.problem.objective.size)
+        return self.learned.speed
 
     # -- λ ----------------------------------------------------------------------------
     def with_regularization(self, hessian_regularization: Regularization) -> Fitted:

@@ -29,6 +29,7 @@ from dask_influence.execution import persistence, tasks
 from dask_influence.execution.base import Executor
 from dask_influence.execution.checkpoints import Checkpoints
 from dask_influence.execution.drive import Passes, drive
+from dask_influence.execution.forecast import Speed, calibrate
 from dask_influence.execution.job import Job, computing
 from dask_influence.execution.options import Options
 from dask_influence.execution.progress import Report, check_progress, reporting
@@ -72,6 +73,11 @@ class _Checked:
         shown = behaviour(objective, *sample)
         content = Content.of(fresh, called, contents(objective.module, objective.loss))
         return cls(sample, system, problem, report, shown, content)
+
+    def speed(self) -> Speed:
+        """Of one core of this machine."""
+        with computing(Held(self.problem), 1):
+            return calibrate(self.problem, *self.sample)
 
 
 def fit(
@@ -180,7 +186,7 @@ def _fitted(
         counts,
         known.behaviour,
         known.content,
-        known.sample,
+        known.speed(),
     )
 
 

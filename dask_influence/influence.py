@@ -569,8 +569,8 @@ class InfluenceFunctionModel:
         Returns
         -------
         Plan
-            ``str(plan)`` is a table of tiles, strips, passes, bytes, time (at the speed that was
-            measured after the fit), and of what limits the run first;
+            ``str(plan)`` is a table of tiles, strips, passes, bytes, time (at the speed that
+            derivatives had after the fit, and factors have now), and of what limits the run first;
             ``plan.validate(memory_limit)`` raises where it does not fit.
         """
         fitted = None if before_fit else self._require_fit()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import optree
@@ -31,12 +31,12 @@ TASKS_PER_SECOND = 350.0
 """What one scheduler hands out: measured with empty tasks on a two-core machine."""
 
 FEWEST, MOST = (32, 8), (512, 32)
-"""Samples and directions that are timed after a fit: more of them, until a call takes ENOUGH or there are most."""
+"""Samples and directions that are timed after a fit, and as many of both at once if those take less than ENOUGH."""
 
-ENOUGH, SLOW = 0.01, 0.1
+ENOUGH, SLOW = 0.005, 0.1
 """Seconds of a call of which what it costs to begin is a small part, and from which one call tells enough."""
 
-ROWS, ROWS_SECONDS, ROWS_BYTES = 32, 4.0, 2**28
+ROWS, ROWS_SECONDS, ROWS_BYTES = 32, 1.0, 2**28
 """Factors that are timed together, as they are solved: fewer, where they may take longer or are larger."""
 
 
@@ -50,37 +50,45 @@ class Speed:
         Measured over predicted time of the training side: 2 says that it takes twice what ``plan`` assumes.
     factor : float or None
         Seconds that solve one factor; None where that takes passes over the data.
+    gradient : float
+        Seconds of a gradient that is solved with.
     """
 
     derivatives: float = 1.0
     factor: float | None = None
+    gradient: float = 0.0
+
+    def solving(self, inverse: Inverse, size: int) -> Speed:
+        """The same with the time of factors, of ``size`` numbers each; nothing of a user's is called."""
+        if inverse.needs_rounds:
+            return self
+        rows = max(1, min(_rows(size), int(ROWS_SECONDS / _solving(inverse, 1, size))))
+        return replace(self, factor=self.gradient + _fastest(partial(_solving, inverse, rows, size)) / rows)
 
 
-def calibrate(problem: Problem, inverse: Inverse, x: Tree, y: Tree) -> Speed:
-    """Time the hot primitive, and the solving of factors, on a few samples that are repeated, in this thread."""
-    relative = _derivatives(problem, x, y)
-    if inverse.needs_rounds:
-        return Speed(relative)
-    size = problem.objective.size
-    alone = _solving(inverse, 1, size)
-    rows = max(1, min(ROWS, int(ROWS_SECONDS / alone), ROWS_BYTES // (8 * size)))
-    together = alone if rows == 1 else _fastest(partial(_solving, inverse, rows, size))
-    gradients = _fastest(partial(_timed, partial(directional.gradients, problem, *_repeated(rows, x, y))))
-    return Speed(relative, (together + gradients) / rows)
+def calibrate(problem: Problem, x: Tree, y: Tree) -> Speed:
+    """Time derivatives of a few samples that are repeated, in this thread."""
+    rows = _rows(problem.objective.size)
+    gradients = partial(directional.gradients, problem, *_repeated(rows, x, y))
+    return Speed(_derivatives(problem, x, y), gradient=_fastest(partial(_timed, gradients)) / rows)
+
+
+def _rows(size: int) -> int:
+    return max(1, min(ROWS, ROWS_BYTES // (8 * size)))
 
 
 def _derivatives(problem: Problem, x: Tree, y: Tree) -> float:
-    """Measured over predicted time of derivatives."""
-    objective, (samples, directions) = problem.objective, FEWEST
-    while True:
+    """Measured over predicted time."""
+    relative, objective = 1.0, problem.objective
+    for samples, directions in (FEWEST, MOST):
         along = torch.ones(directions, objective.size, dtype=objective.dtype, device=objective.device)
-        call = partial(
-            directional.directional_derivatives, problem, *_repeated(samples, x, y), directions=along
-        )
+        repeated = _repeated(samples, x, y)
+        call = partial(directional.directional_derivatives, problem, *repeated, directions=along)
         seconds = _fastest(partial(_timed, call))
-        if seconds >= ENOUGH or samples >= MOST[0]:
-            return seconds / training_seconds(objective.size, problem.activations, samples, directions)
-        samples, directions = min(4 * samples, MOST[0]), min(2 * directions, MOST[1])
+        relative = seconds / training_seconds(objective.size, problem.activations, samples, directions)
+        if seconds >= ENOUGH:
+            break
+    return relative
 
 
 def _repeated(samples: int, x: Tree, y: Tree) -> tuple[Tree, Tree]:

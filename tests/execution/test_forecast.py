@@ -67,10 +67,8 @@ def test_twice_the_workers_take_half_the_time_until_something_else_limits() -> N
     assert threads.run_seconds == pytest.approx(more.run_seconds)
 
 
-@pytest.mark.parametrize(("seconds", "solved"), [(0.3, [1, 13]), (0.0, [1, 32, 32])])
-def test_as_many_factors_are_timed_together_as_may_take_a_while(seconds: float, solved: list[int]) -> None:
-    net, x, y = torch.nn.Linear(6, 1), torch.ones(11, 6), torch.ones(11, 1)
-    problem, _ = prepare(Objective.of(net, torch.nn.functional.mse_loss), x, y)
+@pytest.mark.parametrize(("seconds", "solved"), [(0.15, [1, 6]), (0.0, [1, 32, 32]), (1.1, [1, 1])])
+def test_as_many_factors_are_timed_together_as_may_take_a_second(seconds: float, solved: list[int]) -> None:
     rows: list[int] = []
 
     class Watched:
@@ -82,15 +80,14 @@ def test_as_many_factors_are_timed_together_as_may_take_a_while(seconds: float, 
             return gradients
             yield
 
-    speed = calibrate(problem, Watched(), x, y)  # type: ignore[arg-type]
+    speed = Speed(3.0, gradient=0.5).solving(Watched(), 7)  # type: ignore[arg-type]
     assert rows == solved
+    assert speed.derivatives == 3
     assert speed.factor is not None
-    assert seconds / solved[-1] < speed.factor < seconds / solved[-1] + 0.05
+    assert seconds / solved[-1] <= speed.factor - 0.5 < seconds / solved[-1] + 0.05
 
 
-@pytest.mark.parametrize(
-    ("seconds", "samples"), [(0.1, [32]), (0.02, [32, 32]), (0.0, [32, 32, 128, 128, 512, 512])]
-)
+@pytest.mark.parametrize(("seconds", "samples"), [(0.1, [32]), (0.02, [32, 32]), (0.0, [32, 32, 512, 512])])
 def test_derivatives_are_timed_until_a_call_costs_more_than_to_begin(
     monkeypatch: pytest.MonkeyPatch, seconds: float, samples: list[int]
 ) -> None:
@@ -104,12 +101,10 @@ def test_derivatives_are_timed_until_a_call_costs_more_than_to_begin(
 
     monkeypatch.setattr(directional, "directional_derivatives", differentiate)
 
-    class Passes:
-        needs_rounds = True
-
-    speed = calibrate(problem, Passes(), x, y)  # type: ignore[arg-type]
+    speed = calibrate(problem, x, y)
     assert seen == samples
     assert speed.factor is None
+    assert speed.gradient > 0
 
 
 def test_slower_machines_take_longer() -> None:
