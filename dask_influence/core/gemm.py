@@ -116,7 +116,7 @@ def _without_gaps(matrix: Tensor) -> bool:
 
 def _held_back(left: Tensor, right: Tensor, *, into: bool = False) -> bool:
     """Whether MKL would be slow with these, for a result in new memory or ``into`` some that is there."""
-    if left.dtype != torch.float32 or right.dtype != torch.float32:
+    if not onednn_is_faster() or left.dtype != torch.float32 or right.dtype != torch.float32:
         return False
     rows, inner, columns = left.numel() // max(1, left.shape[-1]), *right.shape
     return (
@@ -125,7 +125,6 @@ def _held_back(left: Tensor, right: Tensor, *, into: bool = False) -> bool:
         and min(rows, inner, columns) > 1  # vectors are bound by reading the matrix
         and (inner >= DEEP or not into or rows * columns <= LARGE)
         and (rows >= FEW or _without_gaps(right))
-        and onednn_is_faster()
     )
 
 
