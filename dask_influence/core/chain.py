@@ -428,6 +428,8 @@ class Loss:
         self._matrices: Tensor | None = None
         if self._closed is not None:
             self._total, self.adjoint = self._closed.total, self._closed.adjoint
+            if twice and output[:1].numel() <= SMALL_OUTPUT and self._closed.matrices is not None:
+                self._matrices = self._closed.matrices()
             return
         with differentiation(), torch.no_grad():
             self._differentiate(objective, output, y, twice)
@@ -455,12 +457,12 @@ class Loss:
 
     def pull(self, tangent: Tensor) -> Tensor:
         """h̄̇ = A ḣ, (n, D, ...)."""
+        if self._matrices is not None:
+            return torch.bmm(tangent.flatten(2), self._matrices).reshape(tangent.shape)
         if self._closed is not None:
             return self._closed.times(tangent)
-        if self._matrices is None:
-            with differentiation():
-                return self._times(tangent.transpose(0, 1)).transpose(0, 1)
-        return torch.bmm(tangent.flatten(2), self._matrices).reshape(tangent.shape)
+        with differentiation():
+            return self._times(tangent.transpose(0, 1)).transpose(0, 1)
 
 
 def _derivative(value: Tensor, at: Tensor, *, keep: bool = False, seeds: Tensor | None = None) -> Tensor:

@@ -1,10 +1,12 @@
 """Closed forms: first and second derivatives of common functions and losses, written down.
 
 To have them from a graph takes a dozen calls of a few microseconds each, which for small batches is most of
-the time, and for losses loses digits. Of softmax probabilities p at a sample of class y, with 1 − p_y as the
-sum of all others, which cancels nothing where p_y is next to 1,
+the time, and for losses loses digits. Of softmax probabilities p at a sample of class y,
 
-    ∂ℓ/∂f = p − e_y,    (∂ℓ/∂f)_y = −Σ_{k≠y} p_k,    ∂²ℓ/∂f² t = p ∘ (u − ⟨p, u⟩),    u = t − t_y.
+    ∂ℓ/∂f = p − e_y,    A = ∂²ℓ/∂f² = diag p − p pᵀ,
+
+where 1 − p_k is the sum of all others, which cancels nothing where p_k is next to 1. Products with A are those of
+t less its entry of the likeliest class, which A does not see.
 """
 
 from __future__ import annotations
@@ -60,12 +62,15 @@ class ClosedLoss:
     adjoint : Tensor
         ∂ℓ/∂f of each sample, as the outputs.
     times : callable
-        t (n, D, ...) → ∂²ℓ/∂f² t of each sample.
+        t (n, D, ...) → A t of each sample.
+    matrices : callable or None
+        → A of each sample, (n, C, C), where that may be formed and is no multiple of the identity.
     """
 
     total: Tensor
     adjoint: Tensor
     times: Callable[[Tensor], Tensor]
+    matrices: Callable[[], Tensor] | None = None
 
 
 def closed_loss(loss: Any, outputs: Tensor, targets: Any) -> ClosedLoss | None:
@@ -104,15 +109,21 @@ def _cross_entropy(outputs: Tensor, classes: Tensor) -> ClosedLoss | None:
     own, logarithms = classes[:, None], outputs.log_softmax(1)
     probabilities = logarithms.exp()
     others = probabilities.scatter(1, own, 0.0)
-    weights = probabilities[:, None]
 
     def times(tangents: Tensor) -> Tensor:
-        own_tangents = tangents.gather(2, own[:, None].expand(-1, tangents.shape[1], -1))
-        apart = tangents - own_tangents
+        likeliest = outputs.argmax(1)[:, None, None].expand(-1, tangents.shape[1], 1)
+        apart, weights = tangents - tangents.gather(2, likeliest), probabilities[:, None]
         return apart.sub_(apart @ weights.mT).mul_(weights)
 
+    def matrices() -> Tensor:
+        formed = probabilities[:, :, None] * -probabilities[:, None]
+        diagonal = formed.diagonal(dim1=1, dim2=2)
+        diagonal.zero_()
+        diagonal.copy_(-formed.sum(2))
+        return formed
+
     adjoint = others.scatter(1, own, -others.sum(1, keepdim=True))
-    return ClosedLoss(-logarithms.gather(1, own).sum(), adjoint, times)
+    return ClosedLoss(-logarithms.gather(1, own).sum(), adjoint, times, matrices)
 
 
 def _mse(outputs: Tensor, targets: Tensor) -> ClosedLoss | None:

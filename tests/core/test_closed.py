@@ -79,6 +79,8 @@ def test_losses(name: str) -> None:
     kept = along.transpose(0, 1).contiguous()
     torch.testing.assert_close(found.times(kept), times, rtol=1e-12, atol=1e-14)
     assert torch.equal(kept, along.transpose(0, 1))  # it is not what is written to
+    if found.matrices is not None:
+        torch.testing.assert_close(kept @ found.matrices(), times, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -86,18 +88,21 @@ def test_other_losses_are_left_alone(name: str) -> None:
     assert closed_loss(*OTHERS[name]) is None
 
 
-def test_nothing_is_lost_of_classes_that_are_next_to_certain() -> None:
+@pytest.mark.parametrize("right", [True, False])
+def test_nothing_is_lost_of_classes_that_are_next_to_certain(right: bool) -> None:
     outputs, along = 40 * data.normal(1, 20, 5), data.normal(5, 20, 3, 5)
-    classes = outputs.argmax(1)
+    classes = outputs.argmax(1) if right else outputs.argmin(1)
     exact = closed_loss(functional.cross_entropy, outputs.float().double(), classes)
     found = closed_loss(functional.cross_entropy, outputs.float(), classes)
     assert exact is not None
     assert found is not None
+    assert found.matrices is not None
     uncertain = 1 - outputs.softmax(1).amax(1)
     assert uncertain.min() < 1e-15
     for value, expected in (
         (found.adjoint, exact.adjoint),
         (found.times(along.float()), exact.times(along.float().double())),
+        (along.float() @ found.matrices(), exact.times(along.float().double())),
     ):
         lost = (value.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
         assert lost.max() < 1e-4  # of logits up to 100, whose exponentials lose as much
