@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -33,6 +34,7 @@ from dask_influence.errors import (
     StoreMismatchError,
 )
 from dask_influence.execution import artifacts, plan, reduce_tasks, resources, tasks
+from dask_influence.execution import dask as execution_dask
 from dask_influence.execution.artifacts import Artifact, Artifacts, whole
 from dask_influence.execution.dask import DaskExecutor
 from dask_influence.execution.lanes import lanes_of
@@ -610,6 +612,35 @@ def test_workers_that_hold_too_much_to_be_given_tasks_end_a_call() -> None:
             ),
         ):
             direct(case, client)
+
+
+def test_only_an_absence_that_lasts_ends_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long nothing has come back before it was seen."""
+    now, able, looks = [0.0], [1], list[float]()
+
+    def hands() -> tuple[int, str]:
+        looks.append(now[0])
+        return able[0], ""
+
+    monkeypatch.setattr(execution_dask, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    patience = execution_dask._Patience(hands)
+
+    def go_on(until: float) -> None:
+        while now[0] < until:
+            now[0] += 0.5
+            patience.look(3)
+
+    go_on(9_000)
+    assert 300 < len(looks) < 400  # one in half a minute
+    assert np.diff(looks).max() <= 31
+    able[0] = 0
+    go_on(9_200)
+    able[0] = 1
+    go_on(9_500)
+    able[0] = 0
+    with pytest.raises(ClusterError, match=r"no workers for 30\d s, and 3 tasks"):
+        go_on(9_900)
+    assert 9_800 <= now[0] <= 9_840
 
 
 def test_a_worker_that_is_paused_but_has_a_task_is_waited_for(

@@ -177,6 +177,8 @@ class Chain:
         """
         samples, size = len(self.steps[0].input), self.objective.size * self.objective.dtype.itemsize
         widest = max(step.output.nbytes for step in self.steps)
+        if not self.steps[0].writes:
+            widest = max(widest, self.steps[0].input.nbytes)
         block = max(CACHE // max(1, widest), ROWS // max(1, samples))
         return max(1, min(directions, block, ORDERED // size))
 
@@ -215,6 +217,11 @@ class Step(abc.ABC):
     @abc.abstractmethod
     def pull(self, along: Along, tangent: Moved, adjoint: Moved) -> Moved:
         """ā̇ of ȧ and h̄̇, whose memory it may take."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether :meth:`write_pulled` takes no memory of the size of what it writes."""
+        return False
 
     def write_pulled(self, along: Along, adjoint: Moved, into: Tensor) -> None:
         """:meth:`pull` of the first step, which nothing has moved before, into (D, n, ...)."""
@@ -275,10 +282,15 @@ class Linear(Step):
             moved = self._spread(product(matrix(self.adjoint), side_by_side), len(weights))
         return _added(moved, adjoint, self.weight)
 
+    @property
+    def writes(self) -> bool:
+        """Where samples have one position each."""
+        return self.input.dim() == 2
+
     def write_pulled(self, along: Along, adjoint: Moved, into: Tensor) -> None:
         """:meth:`pull` without a copy: where samples have one position each, a matrix product for each direction."""
         weights = self.of(along, "weight")
-        if self.input.dim() > 2 or (weights is None and adjoint is None):
+        if not self.writes or (weights is None and adjoint is None):
             super().write_pulled(along, adjoint, into)
             return
         # both products of some directions while the cache holds them

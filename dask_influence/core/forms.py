@@ -23,7 +23,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from dask_influence.core import compiled, multiply
 from dask_influence.core.chain import Chain
-from dask_influence.core.elementary import differentiation
+from dask_influence.core.elementary import differentiation, undisturbed
 from dask_influence.core.objective import Objective, Tree, leading_size
 from dask_influence.errors import ConfigurationError
 
@@ -179,7 +179,7 @@ def mixed_derivatives(objective: Objective, x: Tree, y: Tree, vectors: Tensor, f
 
 def _differentiating(form: str) -> contextlib.AbstractContextManager[None]:
     """For forms that differentiate; a chain sees to it itself, where it has to."""
-    return contextlib.nullcontext() if form == "chain" else differentiation()
+    return undisturbed() if form == "chain" else differentiation()
 
 
 def _plainly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from dask_influence.core.elementary import alone
 from dask_influence.errors import ConfigurationError
 
 Tree = Any
@@ -123,9 +124,10 @@ class Objective:
 
     # -- θ as dictionary and as vector ------------------------------------------------
     def parameters(self) -> dict[str, Tensor]:
-        """θ by name, detached from the module."""
-        held = dict(self.module.named_parameters())
-        return {name: held[name].detach() for name in self.names}
+        """θ by name, detached from the module; never what another thread puts in its place for a while."""
+        with alone():
+            held = dict(self.module.named_parameters())
+            return {name: held[name].detach() for name in self.names}
 
     def flatten(self, tangents: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
         """Concatenate tensors of θ's shapes, after ``batch_dims`` leading axes, to (..., P)."""

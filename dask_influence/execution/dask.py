@@ -44,8 +44,8 @@ FAN_IN = 8
 SMALL_RESULT = 2**16
 """Bytes of sums that travel through the scheduler; larger ones go through the store."""
 
-LOOK = 1.0
-"""Seconds between two looks at whether there are workers, while nothing comes back."""
+LOOK, SELDOM = 1.0, 30.0
+"""Seconds between two looks at whether there are workers, while nothing comes back: at first, and after a long time."""
 
 
 def check_client(client: Any) -> None:
@@ -293,15 +293,16 @@ class DaskExecutor(Executor):
 
     def _hands(self) -> tuple[int, str]:
         """How many workers take tasks or have one, and what the others are, where there are any."""
-        there = self._nthreads()
+        if not self._nthreads():  # which raises where nobody answers
+            return 0, ""
         with self._reaching():
             workers = self.client.scheduler_info(n_workers=-1).get("workers", {}).values()
         idle = [worker for worker in workers if worker["status"] == "paused" and not _executing(worker)]
-        most = max(idle, key=lambda worker: worker["metrics"]["memory"], default=None)
+        most = max(idle, key=_held, default=None)
         if most is None:
-            return len(there), ""
-        held, limit = format_bytes(most["metrics"]["memory"]), format_bytes(most["memory_limit"] or 0)
-        return len(there) - len(idle), f"{len(idle)} paused, which hold up to {held} of {limit}"
+            return len(workers), ""
+        held, limit = format_bytes(_held(most)), format_bytes(most["memory_limit"] or 0)
+        return len(workers) - len(idle), f"{len(idle)} paused, which hold up to {held} of {limit}"
 
     def _result(self, future: Any) -> Any:
         """Of a future that is done, or is to be done again since its worker has left with the only copy."""
@@ -420,7 +421,8 @@ class _Patience:
 
     def __init__(self, hands: Callable[[], tuple[int, str]]) -> None:
         self._hands = hands
-        self._began = self._looked = self._seen = time.monotonic()
+        self._began = self._looked = time.monotonic()
+        self._alone: float | None = None
 
     def look(self, waiting: int) -> None:
         """See now and then, ever more rarely, whether there are workers for the ``waiting`` tasks.
@@ -431,16 +433,19 @@ class _Patience:
             There have been none for too long.
         """
         now, allowed = time.monotonic(), settings.seconds("workers-gone")
-        if now < self._looked + max(LOOK, 0.1 * (self._looked - self._began)):
+        rarely = min(0.1 * (self._looked - self._began), SELDOM) if self._alone is None else 0.0
+        if now < self._looked + max(LOOK, rarely):
             return
         self._looked = now
         able, others = self._hands()
         if able:
-            self._seen = now
+            self._alone = None
             return
-        if now <= self._seen + allowed:
+        if self._alone is None:
+            self._alone = now
+        if now <= self._alone + allowed:
             return
-        seconds = f"{now - self._seen:.0f} s"
+        seconds = f"{now - self._alone:.0f} s"
         if others:
             raise ClusterError(
                 f"no worker has taken a task for {seconds}, and {waiting} tasks wait for one: there are {others}, and "
@@ -452,6 +457,10 @@ class _Patience:
             "start workers and make the same call again, which goes on where this one was "
             f"(config influence.workers-gone allows {allowed:g} s)"
         )
+
+
+def _held(worker: Mapping[str, Any]) -> int:
+    return int(worker["metrics"].get("memory", 0))
 
 
 def _executing(worker: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +30,10 @@ def steady() -> bool:
     every freed tensor back to the kernel and takes the next one page by page: a fit of the
     digits network made two million page faults and took four times as long. What is kept is kept once,
     not by every thread for itself: of a thread's own heap nothing is handed back before all of it is free.
+    Elsewhere glibc learns by itself what to keep.
     """
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        return False
     try:
         mallopt, trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):  # no glibc, no such setting
@@ -40,6 +44,10 @@ def steady() -> bool:
         return False
     threading.Thread(target=_hand_back, args=(trim,), name="dask-influence-heap", daemon=True).start()
     return True
+
+
+# a child of this process has its settings, but no thread that hands anything back
+os.register_at_fork(after_in_child=steady.cache_clear)
 
 
 def at_work() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dask_influence.core.curvature import matrix_sums
-from dask_influence.core.elementary import differentiation
+from dask_influence.core.elementary import alone, differentiation
 from dask_influence.core.moments import merge
 from dask_influence.core.objective import Loss, Objective, Tree, leading_size, sliced
 from dask_influence.core.problem import Problem, prepare
@@ -199,7 +199,8 @@ def flat(objective: Objective) -> Tensor:
 
 def moved(objective: Objective, theta: Tensor) -> Objective:
     """The objective of a copy of its module with parameters ``theta`` (P,)."""
-    module = copy.deepcopy(objective.module)
+    with alone():
+        module = copy.deepcopy(objective.module)
     parts = objective.unflatten(theta)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

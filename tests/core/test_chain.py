@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dask_influence.core import chain, gemm
+from dask_influence.core import chain, forms, gemm
 from dask_influence.core.chain import Chain
 from dask_influence.core.derivatives import choose_forms
+from dask_influence.core.elementary import differentiation
+from dask_influence.core.forms import Forms
 from dask_influence.core.multiply import products
 from dask_influence.core.objective import Objective
 from dask_influence.errors import ConfigurationError
@@ -331,6 +333,72 @@ def test_threads_share_a_chain(name: str) -> None:
         values = list(pool.map(one, parts))
     for part, value in zip(parts, values, strict=True):
         assert torch.equal(value, along.mixed_derivatives(part))
+
+
+@pytest.mark.parametrize("form", ["gradient", "product", "mixed"])
+def test_parameters_are_not_those_that_another_thread_has_put_in_their_place(form: str) -> None:
+    """As derivatives at another θ do for a while, of the same module, on a worker of two threads."""
+    inside, going_on = threading.Event(), threading.Event()
+
+    def wait(a: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            going_on.wait(0.3)  # as long as the other one, who should wait, would take
+        return a
+
+    net = data.seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), Arranged(wait), nn.Linear(4, 3)))
+    objective, (x, y) = Objective.of(net.double(), F.cross_entropy), CHAINS["perceptron"].samples(4)
+    theta, along = objective.parameters(), data.normal(3, 2, objective.size)
+    elsewhere = {name: value + 1 for name, value in theta.items()}
+    taken = Forms(gradient="chain", product="chain", mixed="chain")
+
+    def differentiated() -> Tensor:
+        if form == "gradient":
+            return forms.sample_gradients(objective, x, y, taken)
+        differentiate = forms.products if form == "product" else forms.mixed_derivatives
+        return differentiate(objective, x, y, along, taken)
+
+    expected = differentiated()
+
+    def move() -> Tensor:
+        with differentiation():
+            return forms.total_gradient(objective, elsewhere, x, y)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(move)
+        inside.wait()
+        found = differentiated()
+        going_on.set()
+        other.result()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "features", "held"),
+    [
+        (lambda: nn.Linear(64, 2), (64,), False),
+        (lambda: nn.Linear(64, 2), (3, 64), True),
+        (lambda: nn.Conv1d(2, 1, 8, stride=8), (2, 64), True),
+        (lambda: nn.Flatten(), (2, 32), True),
+    ],
+    ids=["features", "positions", "a convolution", "flattened"],
+)
+def test_blocks_are_as_wide_as_what_they_take(
+    first: Callable[[], nn.Module],
+    features: tuple[int, ...],
+    held: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = nn.Sequential(first(), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+    net(data.normal(1, 2, *features))
+    objective = Objective.of(net, F.cross_entropy)
+    chained = Chain(
+        objective, objective.parameters(), data.normal(1, 300, *features), data.classes(2, 300, 3)
+    )
+    widest = max(step.output.nbytes for step in chained.steps)
+    taken = max(widest, chained.steps[0].input.nbytes) if held else widest
+    monkeypatch.setattr(chain, "CACHE", 7 * taken)
+    assert chained._block(100) == 7
 
 
 @pytest.mark.parametrize("name", CHAINS)
