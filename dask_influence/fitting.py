@@ -74,10 +74,10 @@ class _Checked:
         content = Content.of(fresh, called, contents(objective.module, objective.loss))
         return cls(sample, system, problem, report, shown, content)
 
-    def speed(self) -> Speed:
+    def speed(self, inverse: Inverse) -> Speed:
         """Of one core of this machine."""
         with computing(Held(self.problem), 1):
-            return calibrate(self.problem, *self.sample)
+            return calibrate(self.problem, *self.sample, solved=not inverse.needs_rounds)
 
 
 def fit(
@@ -186,7 +186,7 @@ def _fitted(
         counts,
         known.behaviour,
         known.content,
-        known.speed(),
+        known.speed(inverse),
     )
 
 

@@ -577,7 +577,7 @@ class InfluenceFunctionModel:
         reduction, train_source = check_reduction(reduce), as_source(train, "train")
         if fitted is None:
             fitted = fitting.foreseen(self._configuration, self._resources, train_source)
-        speed, fitted = fitted.speed, fitted.swept(hessian_regularization)
+        one, fitted = fitted, fitted.swept(hessian_regularization)
         test_side = runs.test_side(test, train_source, reduction, None)
         if before_fit and isinstance(test_side, Source):
             fitted.check_query(test_side, "test")
@@ -595,7 +595,7 @@ class InfluenceFunctionModel:
             one_by_one=workers is None and self._resources.one_by_one(fitted.problem),
             certify=self._resources.certify,
         )
-        return Forecast.of(plan, speed, cluster)
+        return Forecast.of(plan, one.speed, cluster)  # timed once all has been checked
 
     # -- saving -----------------------------------------------------------------------
     def save(self, url: str | PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:

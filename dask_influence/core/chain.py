@@ -40,7 +40,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 from dask_influence.core.closed import FUNCTIONS, closed_loss
 from dask_influence.core.elementary import alone, differentiation
 from dask_influence.core.gemm import add_product, linear, product, products
-from dask_influence.core.objective import Objective, Tree
+from dask_influence.core.objective import Objective, Tree, hooked
 from dask_influence.errors import ConfigurationError
 
 Along = Mapping[str, Tensor]
@@ -568,7 +568,7 @@ def _steps(
 
 
 def _kind(module: nn.Module) -> _Maker:
-    return General if _hooked(module) else _KINDS.get(type(module), General)
+    return General if hooked(module) else _KINDS.get(type(module), General)
 
 
 def _differentiated(module: nn.Module) -> bool:
@@ -578,18 +578,8 @@ def _differentiated(module: nn.Module) -> bool:
 
 def _links(module: nn.Module) -> Iterator[nn.Module]:
     """The modules of nested sequences, in order."""
-    if type(module) is nn.Sequential and not _hooked(module):
+    if type(module) is nn.Sequential and not hooked(module):
         for part in module:
             yield from _links(part)
     else:
         yield module
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or nn.utils.parametrize.is_parametrized(module)
-    )

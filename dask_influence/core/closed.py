@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dask_influence.core.objective import hooked
+
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -95,7 +97,7 @@ def closed_loss(loss: Any, outputs: Tensor, targets: Any) -> ClosedLoss | None:
 
 def _plain(loss: Any, kind: type[nn.Module]) -> bool:
     """Whether a loss is a module of this very class without hooks or anything that was asked of it."""
-    if type(loss) is not kind or loss._forward_hooks or loss._forward_pre_hooks:
+    if type(loss) is not kind or hooked(loss):
         return False
     own, usual = ({k: v for k, v in vars(one).items() if not k.startswith("_")} for one in (loss, kind()))
     return own | {"training": True} == usual and getattr(loss, "weight", None) is None

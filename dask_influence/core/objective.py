@@ -196,6 +196,17 @@ def loss_on(loss: Loss, device: torch.device | str) -> Loss:
     return copy.deepcopy(loss).to(device)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether more than its own ``forward`` makes what it returns, or what is derived of it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.utils.parametrize.is_parametrized(module)
+    )
+
+
 def leading_size(tree: Tree) -> int:
     """Number of samples along the leading axis."""
     return int(optree.tree_leaves(tree)[0].shape[0])

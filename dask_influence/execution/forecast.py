@@ -62,15 +62,19 @@ class Speed:
         """The same with the time of factors, of ``size`` numbers each; nothing of a user's is called."""
         if inverse.needs_rounds:
             return self
-        rows = max(1, min(_rows(size), int(ROWS_SECONDS / _solving(inverse, 1, size))))
-        return replace(self, factor=self.gradient + _fastest(partial(_solving, inverse, rows, size)) / rows)
+        alone = _timed(_solving(inverse, 1, size))
+        rows = max(1, min(_rows(size), int(ROWS_SECONDS / alone)))
+        return replace(self, factor=self.gradient + _fastest(_solving(inverse, rows, size)) / rows)
 
 
-def calibrate(problem: Problem, x: Tree, y: Tree) -> Speed:
-    """Time derivatives of a few samples that are repeated, in this thread."""
+def calibrate(problem: Problem, x: Tree, y: Tree, *, solved: bool = True) -> Speed:
+    """Time derivatives of a few samples that are repeated, in this thread; gradients where they are ``solved`` with."""
+    speed = Speed(_derivatives(problem, x, y))
+    if not solved:
+        return speed
     rows = _rows(problem.objective.size)
     gradients = partial(directional.gradients, problem, *_repeated(rows, x, y))
-    return Speed(_derivatives(problem, x, y), gradient=_fastest(partial(_timed, gradients)) / rows)
+    return replace(speed, gradient=_fastest(gradients) / rows)
 
 
 def _rows(size: int) -> int:
@@ -84,7 +88,7 @@ def _derivatives(problem: Problem, x: Tree, y: Tree) -> float:
         along = torch.ones(directions, objective.size, dtype=objective.dtype, device=objective.device)
         repeated = _repeated(samples, x, y)
         call = partial(directional.directional_derivatives, problem, *repeated, directions=along)
-        seconds = _fastest(partial(_timed, call))
+        seconds = _fastest(call)
         relative = seconds / training_seconds(objective.size, problem.activations, samples, directions)
         if seconds >= ENOUGH:
             break
@@ -97,15 +101,15 @@ def _repeated(samples: int, x: Tree, y: Tree) -> tuple[Tree, Tree]:
     return repeated
 
 
-def _solving(inverse: Inverse, rows: int, size: int) -> float:
+def _solving(inverse: Inverse, rows: int, size: int) -> Callable[[], object]:
     gradients = torch.ones(rows, size, dtype=torch.float64)
-    return _timed(lambda: without_rounds(inverse.solve(gradients)))
+    return lambda: without_rounds(inverse.solve(gradients))
 
 
-def _fastest(timed: Callable[[], float]) -> float:
+def _fastest(call: Callable[[], object]) -> float:
     """The shorter of two calls, if one takes so little that it may be for warming up."""
-    first = timed()
-    return first if first >= SLOW else min(first, timed())
+    first = _timed(call)
+    return first if first >= SLOW else min(first, _timed(call))
 
 
 def _timed(call: Callable[[], object]) -> float:
