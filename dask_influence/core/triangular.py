@@ -6,7 +6,9 @@ slowed down by what lies on it. Cut in halves, L = [[L₁₁, 0], [L₂₁, L₂
     x₁ ← x₁ L₁₁⁻ᵀ,    x₂ ← (x₂ − x₁ L₂₁ᵀ) L₂₂⁻ᵀ,    and back    x₂ ← x₂ L₂₂⁻¹,    x₁ ← (x₁ − x₂ L₂₁) L₁₁⁻¹,
 
 and halves of halves down to blocks D on the diagonal of which D⁻¹ is known: all of it is products, the largest
-of them as large as can be (Elmroth, Gustavson, Jonsson & Kågström 2004, "Recursive blocked algorithms").
+of them as large as can be (Elmroth, Gustavson, Jonsson & Kågström 2004, "Recursive blocked algorithms"). The
+products are listed beforehand, with all that does not depend on x: threads that solve few rows side by side wait for
+Python's lock after every call of torch.
 
 Its backward error has the condition of a diagonal block where that of substitution has 1 (Du Croz & Higham
 1992, "Stability of methods for matrix inversion"): whoever solves looks at the residuals.
@@ -14,7 +16,9 @@ Its backward error has the condition of a diagonal block where that of substitut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,45 +31,39 @@ BLOCK = 320
 ALIGNED = 16
 """Columns of which halves hold a multiple: what processors multiply at once."""
 
-Span = tuple[int, int]
+
+class Step(NamedTuple):
+    """The product of ``length`` columns from ``start`` on with a matrix, for ``width`` columns from ``to`` on.
+
+    Either of what enters columns, with a D⁻¹, and is what leaves them; or, where it ``joins`` two halves, of what has
+    left the columns of one, and is taken off what enters the other.
+    """
+
+    joins: bool
+    start: int
+    length: int
+    to: int
+    width: int
+    matrix: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Blocked:
-    """L of a matrix L Lᵀ in blocks, and the inverses of those on its diagonal.
+    """L of a matrix L Lᵀ in blocks, of which those on its diagonal are inverted.
 
     Attributes
     ----------
-    size : int
-        P.
-    below : dict of (int, int) to Tensor
-        L₂₁ by where the halves of which it joins the second to the first begin and end.
-    inverses : dict of (int, int) to Tensor
-        D⁻¹ by where D begins and ends, of at most BLOCK rows each.
+    forward, back : sequence of Step
+        What makes x L⁻ᵀ of x, and x L⁻¹; matrices of one are those of the other, transposed.
     """
 
-    size: int
-    below: dict[Span, Tensor]
-    inverses: dict[Span, Tensor]
+    forward: Sequence[Step]
+    back: Sequence[Step]
 
     @classmethod
     def of(cls, factor: Tensor, dtype: torch.dtype) -> Blocked:
         """In another dtype than ``factor`` (P, P) has, in which the blocks are inverted."""
-        found = cls(len(factor), {}, {})
-        found._take(factor, (0, len(factor)), dtype)
-        return found
-
-    def _take(self, factor: Tensor, span: Span, dtype: torch.dtype) -> None:
-        if span[1] - span[0] <= BLOCK:
-            block = factor[slice(*span), slice(*span)]
-            identity = torch.eye(len(block), dtype=block.dtype)
-            self.inverses[span] = torch.linalg.solve_triangular(block, identity, upper=False).to(dtype)
-            return
-        first, second = _halves(span)
-        below = factor[slice(*second), slice(*first)]
-        self.below[span] = below.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        self._take(factor, first, dtype)
-        self._take(factor, second, dtype)
+        return cls(*_steps(factor, 0, len(factor), dtype))
 
     def solve(self, rows: Tensor) -> Tensor:
         """(L Lᵀ)⁻¹ x of the rows x (n, P).
@@ -76,35 +74,32 @@ class Blocked:
         >>> Blocked.of(lower, torch.float32).solve(torch.tensor([[4.0, 3.0]]))
         tensor([[0.5000, 1.0000]])
         """
-        found, half = rows.clone(), torch.empty_like(rows)
-        self._forward(found, half, (0, self.size))
-        self._back(half, found, (0, self.size))
-        return found
-
-    def _forward(self, rows: Tensor, found: Tensor, span: Span) -> None:
-        """x L⁻ᵀ in the columns of ``span``; ``rows`` are written to."""
-        if span in self.inverses:
-            product(rows[:, slice(*span)], self.inverses[span].mT, out=found[:, slice(*span)])
-            return
-        first, second = _halves(span)
-        low, high = slice(*first), slice(*second)
-        self._forward(rows, found, first)
-        add_product(rows[:, high], found[:, low], self.below[span].mT, alpha=-1)
-        self._forward(rows, found, second)
-
-    def _back(self, rows: Tensor, found: Tensor, span: Span) -> None:
-        """x L⁻¹ in the columns of ``span``; ``rows`` are written to."""
-        if span in self.inverses:
-            product(rows[:, slice(*span)], self.inverses[span], out=found[:, slice(*span)])
-            return
-        first, second = _halves(span)
-        low, high = slice(*first), slice(*second)
-        self._back(rows, found, second)
-        add_product(rows[:, low], found[:, high], self.below[span], alpha=-1)
-        self._back(rows, found, first)
+        entering, leaving = rows.clone(), torch.empty_like(rows)
+        for steps in (self.forward, self.back):
+            for step in steps:
+                columns = step.to, step.width
+                if step.joins:
+                    known = leaving.narrow(1, step.start, step.length)
+                    add_product(entering.narrow(1, *columns), known, step.matrix, alpha=-1)
+                else:
+                    own = entering.narrow(1, step.start, step.length)
+                    product(own, step.matrix, out=leaving.narrow(1, *columns))
+            entering, leaving = leaving, entering
+        return entering
 
 
-def _halves(span: Span) -> tuple[Span, Span]:
-    low, high = span
+def _steps(factor: Tensor, low: int, high: int, dtype: torch.dtype) -> tuple[list[Step], list[Step]]:
+    """Those of the columns ``low`` to ``high``, forward and back."""
+    if high - low <= BLOCK:
+        block, own = factor[low:high, low:high], (low, high - low)
+        identity = torch.eye(len(block), dtype=block.dtype)
+        inverse = torch.linalg.solve_triangular(block, identity, upper=False)
+        inverse = inverse.to(dtype, memory_format=torch.contiguous_format)
+        return [Step(False, *own, *own, inverse.mT)], [Step(False, *own, *own, inverse)]
     middle = low + -(-(high - low) // (2 * ALIGNED)) * ALIGNED
-    return (low, middle), (middle, high)
+    below = factor[middle:high, low:middle]
+    below = below.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    first, last = _steps(factor, low, middle, dtype), _steps(factor, middle, high, dtype)
+    upper, lower = (low, middle - low), (middle, high - middle)
+    forward, back = Step(True, *upper, *lower, below.mT), Step(True, *lower, *upper, below)
+    return [*first[0], forward, *last[0]], [*last[1], back, *first[1]]

@@ -1,7 +1,8 @@
 """Cores: threads that have all cores of the process between them compute on one each.
 
-The kernel wakes threads that have slept for a tenth of a second on one core, and may take tens of
-milliseconds to part them: what is small takes as long as by one thread.
+The kernel wakes threads that have slept for a tenth of a second on one core (a virtual one that was idle it takes
+for one that is away), and may take milliseconds to part them, in which only one computes. A thread on its way
+elsewhere has to wait for the other as well: it is told before it wakes.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ def keeping_to(cores: Sequence[int], number: int) -> Iterator[None]:
     if not cores:
         yield
         return
-    _place(cores[number : number + 1])
+    place(cores[number : number + 1])
     try:
         yield
     finally:
-        _place(cores)
+        place(cores)
 
 
-def _place(cores: Sequence[int]) -> None:
+def place(cores: Sequence[int], thread: int = 0) -> None:
+    """A thread of this process by its native number, or the calling one, on one of ``cores`` from now on."""
     with suppress(OSError):  # a container may refuse, or have taken cores away: all goes as without
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(thread, cores)

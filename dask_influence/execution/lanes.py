@@ -12,13 +12,14 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypeVar
 
 import torch
 
-from dask_influence.execution.cores import cores_of, keeping_to
+from dask_influence.execution.cores import cores_of, keeping_to, place
 
 T = TypeVar("T")
 
@@ -31,20 +32,45 @@ def lanes_of(threads: int) -> int:
     return max(1, torch.get_num_threads() // threads)
 
 
-_own = threading.local()
+class _Lanes:
+    """Threads that stay, each a lane: to start some takes milliseconds beside others that compute."""
+
+    def __init__(self, count: int) -> None:
+        self._own, self._numbers = threading.local(), itertools.count()
+        self._resting = dict[int, int]()
+        self._pool = ThreadPoolExecutor(count, "dask-influence", initializer=self._begin)
+
+    def _begin(self) -> None:
+        self._own.number = next(self._numbers)
+
+    def submit(self, call: Callable[[], T], cores: Sequence[int]) -> Future[T]:
+        """Let a lane make the call, on its own of the ``cores`` if there are any: the first lane on the first."""
+        return self._pool.submit(self._make, call, cores)
+
+    def _make(self, call: Callable[[], T], cores: Sequence[int]) -> T:
+        number = self._own.number
+        self._resting.pop(number, None)
+        try:
+            with keeping_to(cores, number):
+                return call()
+        finally:
+            self._resting[number] = threading.get_native_id()
+
+    @contextmanager
+    def at_hand(self, cores: Sequence[int]) -> Iterator[None]:
+        """Lanes that rest wake up on their own of the ``cores``, and rest on any of them afterwards."""
+        for number, thread in [*self._resting.items()] if cores else ():
+            place(cores[number : number + 1], thread)
+        try:
+            yield
+        finally:
+            for thread in [*self._resting.values()] if cores else ():
+                place(cores, thread)
 
 
-def _number(numbers: Iterator[int]) -> None:
-    _own.lane = next(numbers)
+_pool = functools.cache(_Lanes)
 
-
-@functools.cache
-def _pool(lanes: int) -> ThreadPoolExecutor:
-    """Threads that stay: to start some takes milliseconds beside others that compute."""
-    return ThreadPoolExecutor(lanes, "dask-influence", initializer=_number, initargs=(itertools.count(),))
-
-
-# a child of this process has the pool, but none of its threads
+# a child of this process has the lanes, but none of their threads
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
@@ -59,22 +85,17 @@ def in_lanes(calls: Iterable[Callable[[], T]], threads: int, *, apart: bool = Fa
         yield from (call() for call in calls)
         return
     coming, futures, cores = iter(calls), deque[Future[T]](), cores_of(lanes) if apart else ()
-
-    def take(call: Callable[[], T]) -> T:
-        with keeping_to(cores, _own.lane):
-            return call()
-
-    try:
-        while True:
-            futures.extend(
-                _pool(lanes).submit(take, call)
-                for call in itertools.islice(coming, AHEAD * lanes - len(futures))
-            )
-            if not futures:
-                return
-            yield futures.popleft().result()
-    finally:
-        wait(_begun(futures))
+    pool = _pool(lanes)
+    with pool.at_hand(cores):
+        try:
+            while True:
+                few = itertools.islice(coming, AHEAD * lanes - len(futures))
+                futures.extend(pool.submit(call, cores) for call in few)
+                if not futures:
+                    return
+                yield futures.popleft().result()
+        finally:
+            wait(_begun(futures))
 
 
 def _begun(futures: Iterable[Future[Any]]) -> list[Future[Any]]:
@@ -102,8 +123,12 @@ class Shared:
         self, threads: int, *, apart: bool = False, abandon: Callable[[], None] = lambda: None
     ) -> None:
         self._others = lanes_of(threads) - 1
-        self._cores = cores_of(lanes_of(threads)) if apart else ()
-        self._here, self._abandon = keeping_to(self._cores, 0), abandon
+        self._cores, self._placed, self._abandon = (
+            cores_of(lanes_of(threads)) if apart else (),
+            ExitStack(),
+            abandon,
+        )
+        self._elsewhere = *self._cores[1:], *self._cores[:1]  # the first core is this thread's
         self._numbers, self._failed = itertools.count(), dict[int, Exception]()
         self._queue = deque[tuple[int, Callable[[], None]]]()
         self._busy: list[Future[None]] = []
@@ -112,7 +137,7 @@ class Shared:
         """Let the others begin with ``calls``, after those that were added before."""
         self._raise()
         self._queue.extend((next(self._numbers), call) for call in calls)
-        self._busy += [_pool(self._others).submit(self._take_elsewhere) for _ in range(self._others)]
+        self._busy += [_pool(self._others).submit(self._take, self._elsewhere) for _ in range(self._others)]
 
     def relieve(self, most: int) -> None:
         """Take part until no more than ``most`` calls wait for somebody to begin."""
@@ -129,7 +154,9 @@ class Shared:
         self._raise()
 
     def __enter__(self) -> Self:
-        self._here.__enter__()
+        self._placed.enter_context(keeping_to(self._cores, 0))
+        if self._others:
+            self._placed.enter_context(_pool(self._others).at_hand(self._elsewhere))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -139,17 +166,13 @@ class Shared:
         try:
             wait(_begun(self._busy))
         finally:  # whoever interrupts twice gets the cores back, too
-            self._here.__exit__(None, None, None)
+            self._placed.close()
 
     def _raise(self) -> None:
         if self._failed:
             self._queue.clear()
             wait(_begun(self._busy))  # what was added before may fail yet
             raise self._failed[min(self._failed)]
-
-    def _take_elsewhere(self) -> None:
-        with keeping_to(self._cores, 1 + _own.lane):
-            self._take()
 
     def _take(self) -> None:
         while self._take_one():

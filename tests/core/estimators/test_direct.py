@@ -161,7 +161,8 @@ def test_plans_know_what_a_process_holds_of_an_inverse() -> None:
     inverse = DirectInverse(matrix, DAMPING, SINGLE)
     narrow = inverse._narrow
     assert narrow is not None
-    blocks = *narrow.below.values(), *narrow.inverses.values()
+    blocks = [step.matrix for step in narrow.forward]
+    assert {step.matrix.data_ptr() for step in narrow.back} == {block.data_ptr() for block in blocks}
     held = sum(tensor.nbytes for tensor in (matrix, inverse._factor, *blocks))
     assert held <= Direct().inverse_bytes(dense.system(SIZE, DAMPING, torch.float32)) <= 1.1 * held
 
