@@ -26,9 +26,10 @@ from dask_influence.core.expansion import Expansion, typical_products
 from dask_influence.core.gemm import product
 from dask_influence.core.layers import Layer, Layout
 from dask_influence.core.objective import Tree
-from dask_influence.core.pairs import Form, PairScores, formed, trusted, watched
+from dask_influence.core.pairs import Form, PairScores, formed, trusted
 from dask_influence.core.problem import Problem
 from dask_influence.core.sizes import BUDGET, Size
+from dask_influence.core.watching import watched
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,28 +8,27 @@ Notation: n samples, B vectors, q × p the weight of one layer, P parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from dask_influence.core.capture import Captured, capture, perceptron
+from dask_influence.core.capture import Captured, perceptron
 from dask_influence.core.curvature import weighted_gradients
 from dask_influence.core.gemm import product
 from dask_influence.core.layers import Layout
 from dask_influence.core.objective import Tree, leading_size
 from dask_influence.core.precision import rounding
-from dask_influence.core.predictive import Expectation
 from dask_influence.core.problem import Problem
+from dask_influence.core.watching import watched
 
 BUDGET = 64 * 2**20
 """Bytes that a product makes on its way for each of few vectors."""
 
 Span = tuple[int, int]
 """First and one past the last entry of θ."""
-
-_GRADIENT = Expectation("empirical_fisher")
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,11 @@ class _Run:
 class OuterGradients:
     """Gradients of n samples, by the span of each parameter."""
 
-    def __init__(self, problem: Problem, layout: Layout, seen: list[Captured | None]) -> None:
+    def __init__(self, problem: Problem, layout: Layout, seen: Sequence[Captured]) -> None:
         names, sizes = problem.objective.names, problem.objective.sizes
         starts = dict(zip(names, accumulate(sizes, initial=0), strict=False))
         self._runs: dict[Span, _Run] = {}
         for layer, found in zip(layout.layers, seen, strict=True):
-            assert found is not None  # each layer is called
             derivatives = found.derivatives[:, 0, 0, 0].to(torch.float64)
             if layer.weight is not None:
                 start = starts[layer.weight] + layer.key[1] * layer.columns
@@ -121,9 +119,7 @@ def outer_gradients(problem: Problem, x: Tree, y: Tree) -> list[OuterGradients] 
     layout = perceptron(problem, x)
     if layout is None:
         return None
-    found = [
-        OuterGradients(problem, layout, seen) for seen in capture(problem, x, y, layout, _GRADIENT.columns)
-    ]
+    found = [OuterGradients(problem, layout, seen) for seen in watched(problem, x, y, layout)]
     return found if _agree(problem, x, y, found) else None
 
 

@@ -35,17 +35,17 @@ import optree
 import torch
 from torch import Tensor
 
-from dask_influence.core.capture import Captured, capture
+from dask_influence.core.capture import Captured
 from dask_influence.core.factored import CHECKED as FEW
 from dask_influence.core.factored import Block, Factored, Span, directions_in
 from dask_influence.core.forms import sample_gradients
 from dask_influence.core.gemm import product
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
-from dask_influence.core.predictive import Expectation
 from dask_influence.core.problem import Pairing, Problem
 from dask_influence.core.sizes import Size
-from dask_influence.errors import DerivativeError, InfluenceWarning
+from dask_influence.core.watching import layers_seen, watched
+from dask_influence.errors import InfluenceWarning
 
 BUDGET = 64 * 2**20
 """Bytes of what one product makes on its way."""
@@ -62,9 +62,6 @@ BLOCK = 256, 512
 
 NOISE = 16
 """Roundoffs of a whole gradient by which that of a layer may be off."""
-
-_GRADIENT = Expectation("empirical_fisher")
-"""Columns whose pullback is the gradient at the targets given."""
 
 
 # -- what an inverse has to offer -------------------------------------------------------
@@ -681,22 +678,6 @@ def trusted(objective: Objective, pairing: Pairing) -> Layout:
     return Layout(tuple(layer for layer in layout_of(objective).layers if layer.path in known), ())
 
 
-def watched(problem: Problem, x: Tree, y: Tree, layout: Layout) -> Iterator[list[Captured]]:
-    """Inputs and output gradients of each layer at the targets given, some samples at a time.
-
-    Raises
-    ------
-    DerivativeError
-        The model does not call one of them for these samples.
-    """
-    for captured in capture(problem, x, y, layout, _GRADIENT.columns):
-        found = [seen for seen in captured if seen is not None]
-        if len(found) < len(captured):
-            path = layout.layers[captured.index(None)].path
-            raise DerivativeError(f"layer {path} is called for some samples only")
-        yield found
-
-
 def _part(layer: Layer, positions: int, spans: dict[str, Span]) -> _LayerPart:
     """The part of a layer that takes the fewest multiplications for a pair."""
     weight = bias = None
@@ -735,18 +716,18 @@ def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]
     x, y = sliced(x, few), sliced(y, few)
     layout = layout_of(objective)
     try:
-        captured = next(capture(problem, x, y, layout, _GRADIENT.columns))
+        captured = next(layers_seen(problem, x, y, layout))
     except Exception as error:  # noqa: BLE001 - the user's own code runs in here
         return problem, {"layers": [], "reason": f"{type(error).__name__}: {error}"[:200]}
     true = sample_gradients(objective, x, y, problem.forms).to(torch.float64)
     spans = _spans(objective)
     agreeing: list[tuple[str, int]] = []
     differing: list[tuple[str, int]] = []
-    for layer, seen in zip(layout.layers, captured, strict=True):
-        if seen is None:  # never called: its gradient is zero by the general way
+    for layer, one in zip(layout.layers, captured, strict=True):
+        if one is None:  # never called: its gradient is zero by the general way
             continue
-        positions = seen.inputs.shape[1]
-        agrees = _agrees(_part(layer, positions, spans), seen, true[: len(seen.inputs)], objective.dtype)
+        positions = one.inputs.shape[1]
+        agrees = _agrees(_part(layer, positions, spans), one, true[: len(one.inputs)], objective.dtype)
         (agreeing if agrees else differing).append((layer.path, positions))
     if differing:
         names = ", ".join(path for path, _ in differing)
