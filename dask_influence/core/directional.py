@@ -40,6 +40,7 @@ from dask_influence.core.sizes import (
 # Further costs, in the unit of those of ``sizes``.
 _CAPTURED = 0.25  # the backward pass of a gradient, of which only what layers see is written
 _CAPTURE = 1e7  # of a call: the model is traced, and watched
+_CHAINED, _CHAINED_PER_ACTIVATION = 1e5, 4.0  # the same along a chain, whose passes are written down
 _WRITTEN = 2.0  # of a number that a contraction writes and reads again
 
 
@@ -179,7 +180,7 @@ def _projecting(
         return None
     layers = Pairs(problem, directions, dtype)
     saved = (GRADIENT - _CAPTURED) * leading_size(y) * problem.objective.size
-    cheaper = saved > _CAPTURE and 2 * layers.size.numbers <= problem.objective.size
+    cheaper = saved > _beginning(problem) and 2 * layers.size.numbers <= problem.objective.size
     return layers if cheaper or isinstance(directions, Factored) else None
 
 
@@ -221,16 +222,24 @@ def chosen(problem: Problem, x: Tree, directions: Tensor) -> Way:
     count, parameters, activations = len(directions), problem.objective.size, problem.activations
     forward, formed = (cost(count, parameters, activations) for cost in (forward_cost, gradient_cost))
     general = Way.GRADIENTS if forward > formed else Way.FORWARD
-    contracted = (
-        _CAPTURED + PRODUCT_PER_DIRECTION * count
-    ) * parameters + PASSES_PER_ACTIVATION * activations
+    passes = _CHAINED_PER_ACTIVATION if _along_a_chain(problem) else PASSES_PER_ACTIVATION
+    contracted = (_CAPTURED + PRODUCT_PER_DIRECTION * count) * parameters + passes * activations
     saved = min(forward, formed) - contracted
-    if not problem.pairs(x) or saved * leading_size(x) <= _CAPTURE:
+    if not problem.pairs(x) or saved * leading_size(x) <= _beginning(problem):
         return general
     layers = _layers(problem, directions)
     if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved:
         return general
     return Way.LAYERS
+
+
+def _along_a_chain(problem: Problem) -> bool:
+    return problem.forms.gradient == "chain"
+
+
+def _beginning(problem: Problem) -> float:
+    """What a call that watches layers takes, however few the samples."""
+    return _CHAINED if _along_a_chain(problem) else _CAPTURE
 
 
 def _layers(problem: Problem, directions: Tensor) -> Pairs:

@@ -188,7 +188,7 @@ def test_what_is_seen_of_gradients(pairs: bool, monkeypatch: pytest.MonkeyPatch)
     problem = Problem(objective, choose_forms(objective, *case.train)[0], 20)
     if pairs:
         problem, _ = paired(problem, *case.train)
-        monkeypatch.setattr(directional, "_CAPTURE", 0)
+        monkeypatch.setattr(directional, "_CHAINED", 0)
         monkeypatch.setattr(directional, "gradients", None)
     directions, images = data.normal(5, 2, objective.size), data.normal(6, 2, objective.size)
     budget = 3 * 2 * 8 * objective.size
