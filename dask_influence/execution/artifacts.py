@@ -145,8 +145,10 @@ class Artifacts:
         if folder is not None:
             if not _sound_file(folder / artifact.key):
                 doing = f"write {artifact.key!r} to"
-                with store_errors(self.location, doing), _written(folder, artifact.key) as path:
-                    _save_file(held, path)
+                with store_errors(self.location, doing):
+                    with _written(folder, artifact.key) as path:
+                        _save_file(held, path)
+                    _SOUND[folder / artifact.key] = _mark(folder / artifact.key)
         elif not self.location.exists(artifact.key):
             self.location.put(artifact.key, _packed(held))
         return artifact
@@ -196,8 +198,7 @@ def _whole_file(path: Path) -> bool:
 def _sound_file(path: Path) -> bool:
     """Whether a file of tensors is there and holds what was written; read once, until it is another or is changed."""
     try:
-        found = path.stat()
-        mark = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        mark = _mark(path)
         if _SOUND.get(path) != mark:
             _mapped_file(path)
             _SOUND[path] = mark
@@ -206,8 +207,13 @@ def _sound_file(path: Path) -> bool:
     return True
 
 
+def _mark(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 _SOUND: dict[Path, tuple[int, ...]] = {}
-"""Files that this process has read and found to be what was written, as they were then."""
+"""Files that this process has written, or has read and found to be what was written, as they were then."""
 
 
 def damaged_artifact(location: Location, key: str) -> str | None:
