@@ -449,10 +449,13 @@ class Loss:
     def _differentiate(self, objective: Objective, output: Tensor, y: Tree, twice: bool) -> None:
         with torch.enable_grad():
             self._output = output.detach().requires_grad_()
-            total = objective.loss(self._output, y) * len(output)
+            # not the mean times n: a loss that leaves out some of its samples is the mean of the others
+            total = objective.losses(self._output, y).sum()
             self._adjoint = _derivative(total, self._output, keep=twice)
         self._total = total.detach()
-        self.adjoint, size = self._adjoint.detach(), math.prod(output.shape[1:])
+        # in memory of its own: the gradient of a sum is one number for all samples, and they may be marked
+        self.adjoint = self._adjoint.detach().clone(memory_format=torch.contiguous_format)
+        size = math.prod(output.shape[1:])
         if twice and size <= SMALL_OUTPUT:
             unit = torch.eye(size, dtype=output.dtype, device=output.device)
             seeds = unit[:, None].expand(-1, len(output), -1).reshape(size, *output.shape)

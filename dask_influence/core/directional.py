@@ -228,7 +228,8 @@ def chosen(problem: Problem, x: Tree, directions: Tensor) -> Way:
     if not problem.pairs(x) or saved * leading_size(x) <= _beginning(problem):
         return general
     layers = _layers(problem, directions)
-    if 2 * layers.size.numbers > parameters or _WRITTEN * count * layers.written > saved:
+    made = layers.made + count * layers.written
+    if 2 * layers.size.numbers > parameters or _WRITTEN * made > saved:
         return general
     return Way.LAYERS
 

@@ -199,7 +199,8 @@ def loss_on(loss: Loss, device: torch.device | str) -> Loss:
 def hooked(module: nn.Module) -> bool:
     """Whether more than its own ``forward`` makes what it returns, or what is derived of it."""
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)  # put in the place of its class's, as adapters do
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -38,7 +38,7 @@ from torch import Tensor
 from dask_influence.core.capture import Captured
 from dask_influence.core.factored import CHECKED as FEW
 from dask_influence.core.factored import Block, Factored, Span, directions_in
-from dask_influence.core.forms import sample_gradients
+from dask_influence.core.forms import Forms, sample_gradients
 from dask_influence.core.gemm import product
 from dask_influence.core.layers import Layer, Layout, layout_of
 from dask_influence.core.objective import Objective, Tree, leading_size, sliced
@@ -130,6 +130,8 @@ class _Part(ABC):
     """Multiplications of one pair of samples."""
     written: int = 0
     """Numbers that one projection of a sample makes on its way."""
+    made: int = 0
+    """Numbers of a sample that projections make on their way, however many there are."""
 
     @abstractmethod
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
@@ -204,6 +206,7 @@ class Product(_LayerPart):
         self.width = positions * (layer.rows + layer.width)
         self.products = positions**2 * (layer.rows + layer.width)
         self.written = min(layer.rows, layer.columns) if positions == 1 else 0
+        self.made = 0 if positions == 1 else layer.size
 
     def hold(self, seen: Captured, rows: Tensor) -> None:
         """δ, then a with the 1 of the bias."""
@@ -544,6 +547,11 @@ class Pairs:
         """Numbers that one projection of a sample makes on its way."""
         return sum(part.written for part in self.parts)
 
+    @property
+    def made(self) -> int:
+        """Numbers of a sample that projections make on their way, however many there are."""
+        return sum(part.made for part in self.parts)
+
     # -- rows -------------------------------------------------------------------------
     def rows(self, problem: Problem, x: Tree, y: Tree) -> Tensor:
         """⟨v_r, g_j⟩ and the numbers of every part, (n, W)."""
@@ -719,7 +727,8 @@ def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]
         captured = next(layers_seen(problem, x, y, layout))
     except Exception as error:  # noqa: BLE001 - the user's own code runs in here
         return problem, {"layers": [], "reason": f"{type(error).__name__}: {error}"[:200]}
-    true = sample_gradients(objective, x, y, problem.forms).to(torch.float64)
+    # one by one: by nothing that layers are watched by
+    true = sample_gradients(objective, x, y, Forms(gradient="loop")).to(torch.float64)
     spans = _spans(objective)
     agreeing: list[tuple[str, int]] = []
     differing: list[tuple[str, int]] = []

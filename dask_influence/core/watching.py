@@ -56,7 +56,10 @@ def _along(problem: Problem, x: Tree, y: Tree, layout: Layout) -> Iterator[list[
     for start in range(0, leading_size(y), step):
         own = slice(start, start + step)
         chain = Chain(objective, objective.parameters(), sliced(x, own), sliced(y, own), twice=False)
-        yield [_of_layer(chain, layer) for layer in layout.layers]
+        seen = [_of_layer(chain, layer) for layer in layout.layers]
+        del chain  # or it would be there beside the next one
+        yield seen
+        del seen
 
 
 def _of_layer(chain: Chain, layer: Layer) -> Captured | None:

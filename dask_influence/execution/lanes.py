@@ -37,7 +37,8 @@ class _Lanes:
 
     def __init__(self, count: int) -> None:
         self._own, self._numbers = threading.local(), itertools.count()
-        self._resting = dict[int, int]()
+        self._lock, self._resting = threading.Lock(), dict[int, int]()
+        self._told = dict[int, Sequence[int]]()
         self._pool = ThreadPoolExecutor(count, "dask-influence", initializer=self._begin)
 
     def _begin(self) -> None:
@@ -49,23 +50,31 @@ class _Lanes:
 
     def _make(self, call: Callable[[], T], cores: Sequence[int]) -> T:
         number = self._own.number
-        self._resting.pop(number, None)
+        with self._lock:
+            self._resting.pop(number, None)
+            told = self._told.pop(number, ())
+        if told and not cores:  # for a call beside this one
+            place(told)
         try:
             with keeping_to(cores, number):
                 return call()
         finally:
-            self._resting[number] = threading.get_native_id()
+            with self._lock:
+                self._resting[number] = threading.get_native_id()
 
     @contextmanager
     def at_hand(self, cores: Sequence[int]) -> Iterator[None]:
-        """Lanes that rest wake up on their own of the ``cores``, and rest on any of them afterwards."""
-        for number, thread in [*self._resting.items()] if cores else ():
-            place(cores[number : number + 1], thread)
+        """Lanes that rest are told their own of the ``cores``, to wake up on; those not woken may go anywhere again."""
         try:
+            with self._lock:
+                for number, thread in self._resting.items() if cores else ():
+                    self._told[number] = cores
+                    place(cores[number : number + 1], thread)
             yield
         finally:
-            for thread in [*self._resting.values()] if cores else ():
-                place(cores, thread)
+            with self._lock:
+                for number in [*self._told] if cores else ():
+                    place(self._told.pop(number), self._resting[number])
 
 
 _pool = functools.cache(_Lanes)
@@ -154,9 +163,11 @@ class Shared:
         self._raise()
 
     def __enter__(self) -> Self:
-        self._placed.enter_context(keeping_to(self._cores, 0))
-        if self._others:
-            self._placed.enter_context(_pool(self._others).at_hand(self._elsewhere))
+        with ExitStack() as placed:
+            placed.enter_context(keeping_to(self._cores, 0))
+            if self._others:
+                placed.enter_context(_pool(self._others).at_hand(self._elsewhere))
+            self._placed = placed.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

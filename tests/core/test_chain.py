@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -50,6 +51,22 @@ class Specimen:
 def tied() -> nn.Module:
     net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 3))
     net[2].weight = net[0].weight
+    return net
+
+
+def twice() -> nn.Module:
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.SiLU(), nn.Linear(5, 3))
+
+
+def thrice(self: nn.Linear, a: Tensor) -> Tensor:
+    return 3 * F.linear(a, self.weight, self.bias)
+
+
+def adapted() -> nn.Module:
+    """Its last layer does otherwise than its class, as where an adapter was put on it."""
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    net[2].forward = MethodType(thrice, net[2])  # type: ignore[method-assign]
     return net
 
 
@@ -101,7 +118,9 @@ CHAINS = {
         )
     ),
     "tied": Specimen(tied),
+    "twice": Specimen(twice),
     "frozen": Specimen(frozen),
+    "adapted": Specimen(adapted, parameters=["0.*"]),
     "hooked": Specimen(lambda: nn.Sequential(hooked(), nn.SiLU(), nn.Linear(3, 3))),
     "subset": Specimen(
         lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), parameters=["0.bias", "2.weight"]
@@ -235,6 +254,18 @@ def test_products_equal_those_of_the_dense_hessian(name: str) -> None:
         matrix = 7 * dense(objective.module, objective.loss, x, y, objective.names)
         assert matrix.any() or name == "piecewise linear loss"
         assert (value - directions @ matrix).norm() <= 1e-12 * (1 + matrix.norm())
+
+
+def test_a_target_that_the_loss_ignores_makes_no_other_sample_count_more() -> None:
+    """The loss is then the mean of the others; a sample alone has none."""
+    specimen = CHAINS["perceptron"]
+    objective, (x, y) = specimen.objective(), specimen.samples(7)
+    expected = oracles.gradients(objective.module, objective.loss, x, y)
+    y[[2, 5]] = -100
+    found = Chain(objective, objective.parameters(), x, y, twice=False).gradients()
+    counted = [0, 1, 3, 4, 6]
+    assert oracles.relative_error(found[counted], expected[counted]) <= 1e-13
+    assert found[[2, 5]].isnan().any(1).all()
 
 
 def test_few_samples_take_few_directions_of_a_large_model_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

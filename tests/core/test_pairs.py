@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dask_influence.core import directional, layers
+from dask_influence.core import chain, directional, layers
 from dask_influence.core import pairs as module
 from dask_influence.core.forms import Forms
 from dask_influence.core.objective import Objective
@@ -289,6 +289,44 @@ def test_directions_are_contracted_with_layers_where_it_is_cheaper(
     plain = dataclasses.replace(problem, pairing=None)
     expected = directional.directional_derivatives(plain, *samples, along)
     assert oracles.relative_error(found.double(), expected.double()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "features", "form", "expected"),
+    [
+        ("perceptron", (64,), "chain", directional.Way.LAYERS),  # passes of its own: nothing is traced
+        ("perceptron", (64,), "vmap", directional.Way.FORWARD),
+        ("positions", (4, 64), "chain", directional.Way.FORWARD),  # a gradient of each sample would be formed
+    ],
+)
+def test_the_way_that_is_measured_to_be_fastest_is_chosen(
+    model: str, features: tuple[int, ...], form: str, expected: directional.Way
+) -> None:
+    """``tests/benchmarks/choices.py`` measures."""
+    nets = {
+        "perceptron": lambda: nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)),
+        "positions": lambda: nn.Sequential(
+            nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.Flatten(), nn.Linear(4 * 64, 10)
+        ),
+    }
+    objective = Objective.of(data.seeded(nets[model]), functional.cross_entropy)
+    x, y = data.normal(317, 512, *features).float(), data.classes(318, 512, 10)
+    activations = {"perceptron": 2 * 32 + 10, "positions": 4 * (2 * 128 + 2 * 64) + 10}[model]
+    problem, _ = paired(Problem(objective, Forms(gradient=form), activations), x, y)
+    assert problem.pairing is not None
+    directions = torch.zeros(2 if model == "perceptron" else 4, objective.size)
+    assert directional.chosen(problem, x, directions) is expected
+
+
+def test_layers_of_a_chain_are_not_compared_with_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of which the chain knows something else than it does: here of a part put on it afterwards."""
+    objective = Objective.of(data.seeded(wide).double(), functional.cross_entropy)
+    monkeypatch.setattr(chain, "hooked", lambda module: False)
+    objective.module[2].register_forward_hook(lambda module, given, output: 1.5 * output)
+    train = data.normal(307, 9, 5), data.classes(308, 9, 3)
+    with pytest.warns(InfluenceWarning, match=r"layer 0, 2.* is not the product"):
+        problem, report = paired(Problem(objective, Forms(gradient="chain")), *train)
+    assert "0" not in report["layers"]
 
 
 class Averaged(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -51,20 +53,30 @@ def test_a_chain_has_seen_what_a_trace_sees(name: str, budget: int, monkeypatch:
             assert oracles.relative_error(own, other) <= 1e-13
 
 
-def test_a_sample_without_a_finite_loss_has_no_finite_derivative() -> None:
-    """However finite that of its loss is."""
+def endless(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target) + torch.where(target == ENDLESS, torch.inf, 0.0).mean()
 
-    def endless(output: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(output, target) + torch.where(target == 7, torch.inf, 0.0).mean()
 
+def summed(output: Tensor, target: Tensor) -> Tensor:
+    """Its gradient is one number in memory, whatever the sample."""
+    return output.sum() / len(output) + torch.where(target == ENDLESS, torch.inf, 0.0).mean()
+
+
+ENDLESS = 7.0
+
+
+@pytest.mark.parametrize("loss", [endless, summed])
+def test_a_sample_without_a_finite_loss_has_no_finite_derivative(loss: Any) -> None:
+    """However finite that of its loss is; no other sample pays for it."""
     objective = Objective.of(
-        data.seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), endless
+        data.seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), loss
     )
     x, y = data.normal(1, 4, 3).float(), data.normal(2, 4, 2).float()
-    y[2] = 7.0
+    y[2] = ENDLESS
     for parts in both(objective, x, y):
         for _, derivatives in joined(parts):
             assert derivatives.isnan().flatten(1).all(1).tolist() == [False, False, True, False]
+            assert derivatives.isnan().flatten(1).any(1).tolist() == [False, False, True, False]
 
 
 def test_a_chain_takes_one_pass_and_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +94,24 @@ def test_a_chain_takes_one_pass_and_is_not_traced(monkeypatch: pytest.MonkeyPatc
     (part,) = watched(problem, *specimen.samples(6), layout_of(problem.objective))
     assert [len(one.inputs) for one in part] == [6, 6]
     assert made == [{"twice": False}]
+
+
+def test_some_samples_at_a_time_and_one_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the values and derivatives of their layers leave room for; what was seen does not hold the chain."""
+    activations, alive = 10, weakref.WeakSet[chain.Chain]()
+
+    class Weighed(chain.Chain):
+        def __init__(self, *given: Any, **asked: Any) -> None:
+            assert not alive
+            alive.add(self)
+            super().__init__(*given, **asked)
+
+    monkeypatch.setattr(watching, "Chain", Weighed)
+    monkeypatch.setattr(watching, "CAPTURE_BUDGET", 2 * 4 * activations * 8)
+    specimen = CHAINS["perceptron"]
+    problem = Problem(specimen.objective(), Forms(gradient="chain"), activations=activations)
+    parts = watched(problem, *specimen.samples(5), layout_of(problem.objective))
+    assert [len(part[0].inputs) for part in parts] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("form", ["chain", "vmap"])

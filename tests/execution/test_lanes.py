@@ -167,6 +167,54 @@ def test_this_thread_shares_work_on_a_core_of_its_own(two_cores: set[int]) -> No
     assert os.sched_getaffinity(0) == two_cores
 
 
+def resting(calls: int = 2) -> dict[int, set[int]]:
+    """Lanes by their threads, once each has made a call, and where each may run now."""
+    meet = threading.Barrier(calls, timeout=60)
+    threads = in_lanes([lambda: (meet.wait(), threading.get_native_id())[1]] * calls, threads=1)
+    return {thread: os.sched_getaffinity(thread) for thread in set(threads)}
+
+
+def test_lanes_are_told_their_core_before_they_wake(two_cores: set[int]) -> None:
+    """A thread that wakes on the core where another computes waits for milliseconds to get away."""
+    lanes._pool.cache_clear()
+    own, meet = Shared(1, apart=True), threading.Barrier(2, timeout=60)
+    with own:
+        own.add([lambda: meet.wait() and None] * 2)  # starts the other lane
+        own.finish()
+    (thread,) = lanes._pool(1)._resting.values()
+    assert os.sched_getaffinity(thread) == two_cores
+    with own:
+        here, there = os.sched_getaffinity(0), os.sched_getaffinity(thread)
+        assert len(here) == len(there) == 1
+        assert here | there == two_cores
+    assert os.sched_getaffinity(thread) == two_cores
+    assert os.sched_getaffinity(0) == two_cores
+
+
+def test_a_lane_that_was_told_a_core_makes_plain_calls_on_any(two_cores: set[int]) -> None:
+    """Those of another thread, beside a call whose lanes are kept apart."""
+    threads = resting()
+    assert all(cores == two_cores for cores in threads.values())
+    apart = in_lanes([lambda: 0, lambda: 1], threads=1, apart=True)
+    next(apart)  # and it waits there
+    assert all(cores == two_cores for cores in in_lanes([lambda: os.sched_getaffinity(0)] * 4, threads=1))
+    apart.close()  # type: ignore[attr-defined] # a generator
+    assert all(cores == two_cores for cores in resting().values())
+
+
+def test_an_interrupt_on_the_way_in_gives_the_core_back(
+    two_cores: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(count: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lanes, "_pool", interrupted)
+    own = Shared(1, apart=True)
+    with pytest.raises(KeyboardInterrupt), own:
+        raise AssertionError("went in")
+    assert os.sched_getaffinity(0) == two_cores
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_of_calls_that_fail_the_first_that_was_added_is_raised(threads: int) -> None:
     """Not the one that was first to fail; those after it are not begun."""
