@@ -325,7 +325,7 @@ def test_layers_of_a_chain_are_not_compared_with_the_chain(monkeypatch: pytest.M
     objective.module[2].register_forward_hook(lambda module, given, output: 1.5 * output)
     train = data.normal(307, 9, 5), data.classes(308, 9, 3)
     with pytest.warns(InfluenceWarning, match=r"layer 0, 2.* is not the product"):
-        problem, report = paired(Problem(objective, Forms(gradient="chain")), *train)
+        _, report = paired(Problem(objective, Forms(gradient="chain")), *train)
     assert "0" not in report["layers"]
 
 
