@@ -36,6 +36,7 @@ from dask_influence.core.sizes import (
     gradient_cost,
     gradients_at_once,
 )
+from dask_influence.core.watching import along_a_chain
 
 # Further costs, in the unit of those of ``sizes``.
 _CAPTURED = 0.25  # the backward pass of a gradient, of which only what layers see is written
@@ -222,7 +223,7 @@ def chosen(problem: Problem, x: Tree, directions: Tensor) -> Way:
     count, parameters, activations = len(directions), problem.objective.size, problem.activations
     forward, formed = (cost(count, parameters, activations) for cost in (forward_cost, gradient_cost))
     general = Way.GRADIENTS if forward > formed else Way.FORWARD
-    passes = _CHAINED_PER_ACTIVATION if _along_a_chain(problem) else PASSES_PER_ACTIVATION
+    passes = _CHAINED_PER_ACTIVATION if along_a_chain(problem) else PASSES_PER_ACTIVATION
     contracted = (_CAPTURED + PRODUCT_PER_DIRECTION * count) * parameters + passes * activations
     saved = min(forward, formed) - contracted
     if not problem.pairs(x) or saved * leading_size(x) <= _beginning(problem):
@@ -234,13 +235,9 @@ def chosen(problem: Problem, x: Tree, directions: Tensor) -> Way:
     return Way.LAYERS
 
 
-def _along_a_chain(problem: Problem) -> bool:
-    return problem.forms.gradient == "chain"
-
-
 def _beginning(problem: Problem) -> float:
     """What a call that watches layers takes, however few the samples."""
-    return _CHAINED if _along_a_chain(problem) else _CAPTURE
+    return _CHAINED if along_a_chain(problem) else _CAPTURE
 
 
 def _layers(problem: Problem, directions: Tensor) -> Pairs:

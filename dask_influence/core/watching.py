@@ -45,9 +45,14 @@ def watched(problem: Problem, x: Tree, y: Tree, layout: Layout) -> Iterator[list
 
 def layers_seen(problem: Problem, x: Tree, y: Tree, layout: Layout) -> Iterator[list[Captured | None]]:
     """The same, with None for a layer that the model never calls."""
-    if problem.forms.gradient == "chain":
+    if along_a_chain(problem):
         return _along(problem, x, y, layout)
     return capture(problem, x, y, layout, _AT_TARGETS.columns)
+
+
+def along_a_chain(problem: Problem) -> bool:
+    """Whether it takes no more than the passes of a chain."""
+    return problem.forms.gradient == "chain"
 
 
 def _along(problem: Problem, x: Tree, y: Tree, layout: Layout) -> Iterator[list[Captured | None]]:

@@ -132,11 +132,8 @@ class Shared:
         self, threads: int, *, apart: bool = False, abandon: Callable[[], None] = lambda: None
     ) -> None:
         self._others = lanes_of(threads) - 1
-        self._cores, self._placed, self._abandon = (
-            cores_of(lanes_of(threads)) if apart else (),
-            ExitStack(),
-            abandon,
-        )
+        self._abandon, self._placed = abandon, ExitStack()
+        self._cores = cores_of(lanes_of(threads)) if apart else ()
         self._elsewhere = *self._cores[1:], *self._cores[:1]  # the first core is this thread's
         self._numbers, self._failed = itertools.count(), dict[int, Exception]()
         self._queue = deque[tuple[int, Callable[[], None]]]()

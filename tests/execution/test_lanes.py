@@ -167,11 +167,11 @@ def test_this_thread_shares_work_on_a_core_of_its_own(two_cores: set[int]) -> No
     assert os.sched_getaffinity(0) == two_cores
 
 
-def resting(calls: int = 2) -> dict[int, set[int]]:
-    """Lanes by their threads, once each has made a call, and where each may run now."""
-    meet = threading.Barrier(calls, timeout=60)
-    threads = in_lanes([lambda: (meet.wait(), threading.get_native_id())[1]] * calls, threads=1)
-    return {thread: os.sched_getaffinity(thread) for thread in set(threads)}
+def resting() -> list[set[int]]:
+    """Where each of two lanes may run, once it has made a call."""
+    meet = threading.Barrier(2, timeout=60)
+    threads = in_lanes([lambda: (meet.wait(), threading.get_native_id())[1]] * 2, threads=1)
+    return [os.sched_getaffinity(thread) for thread in threads]
 
 
 def test_lanes_are_told_their_core_before_they_wake(two_cores: set[int]) -> None:
@@ -193,13 +193,12 @@ def test_lanes_are_told_their_core_before_they_wake(two_cores: set[int]) -> None
 
 def test_a_lane_that_was_told_a_core_makes_plain_calls_on_any(two_cores: set[int]) -> None:
     """Those of another thread, beside a call whose lanes are kept apart."""
-    threads = resting()
-    assert all(cores == two_cores for cores in threads.values())
+    assert resting() == [two_cores, two_cores]
     apart = in_lanes([lambda: 0, lambda: 1], threads=1, apart=True)
     next(apart)  # and it waits there
     assert all(cores == two_cores for cores in in_lanes([lambda: os.sched_getaffinity(0)] * 4, threads=1))
     apart.close()  # type: ignore[attr-defined] # a generator
-    assert all(cores == two_cores for cores in resting().values())
+    assert resting() == [two_cores, two_cores]
 
 
 def test_an_interrupt_on_the_way_in_gives_the_core_back(
