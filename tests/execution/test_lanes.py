@@ -194,10 +194,8 @@ def test_lanes_are_told_their_core_before_they_wake(two_cores: set[int]) -> None
 def test_a_lane_that_was_told_a_core_makes_plain_calls_on_any(two_cores: set[int]) -> None:
     """Those of another thread, beside a call whose lanes are kept apart."""
     assert resting() == [two_cores, two_cores]
-    apart = in_lanes([lambda: 0, lambda: 1], threads=1, apart=True)
-    next(apart)  # and it waits there
-    assert all(cores == two_cores for cores in in_lanes([lambda: os.sched_getaffinity(0)] * 4, threads=1))
-    apart.close()  # type: ignore[attr-defined] # a generator
+    with lanes._pool(2).at_hand(sorted(two_cores)):  # and no call for them yet
+        assert all(cores == two_cores for cores in in_lanes([lambda: os.sched_getaffinity(0)] * 4, threads=1))
     assert resting() == [two_cores, two_cores]
 
 
