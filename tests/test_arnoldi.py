@@ -173,7 +173,7 @@ def test_the_residual_reported_is_that_of_the_eigenpairs(tol: float) -> None:
     assert (vectors @ vectors.mT - torch.eye(23, dtype=torch.float64)).abs().max() <= 1e-13
 
 
-@pytest.mark.parametrize("tol", [1e-2, 1e-3])
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
 def test_a_basis_in_float32_holds_pairs_to_a_coarse_tolerance(tol: float) -> None:
     """Their residual is that of the dense float64 Hessian, and V is orthonormal in float64."""
     case = data.digits_mlp()
@@ -185,7 +185,7 @@ def test_a_basis_in_float32_holds_pairs_to_a_coarse_tolerance(tol: float) -> Non
     left = (vectors @ case.hessian - values[:, None] * vectors).norm(dim=1)
     worst = float(left.max() / values[0].abs())
     assert worst <= tol
-    assert fitted.diagnostics["eigenpair_residual"] == pytest.approx(worst, rel=1e-2, abs=1e-5)
+    assert fitted.diagnostics["eigenpair_residual"] == pytest.approx(worst, rel=1e-2, abs=min(1e-5, tol / 5))
     assert (vectors @ vectors.mT - torch.eye(23, dtype=torch.float64)).abs().max() <= 1e-13
     assert fitted.diagnostics["krylov_dimension"] == 2 * fit(case, 23).diagnostics["krylov_dimension"]
 

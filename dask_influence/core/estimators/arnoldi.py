@@ -275,7 +275,7 @@ class Arnoldi(Estimator):
         Keep the orthogonal complement with eigenvalue λ.
     krylov_dimension : int, optional
         Vectors in the basis before a restart; default max(4R + 4B, 40), at most P. Twice as many where they
-        are held in float32, which is for models in float32 and a ``tol`` of at least 256 times their roundoff.
+        are held in float32, which is for models in float32 and a ``tol`` of at least 64 times their roundoff.
     tol : float
         ``‖H v − θ v‖ ≤ tol·|θ_max|`` for each kept pair; of no less than 4 roundoffs of the model's dtype.
     seed : int
@@ -473,7 +473,7 @@ class _Start:
         return kept / max(kept + others, torch.finfo(torch.float64).tiny)
 
 
-COARSE = 256.0
+COARSE = 64.0
 """Roundoffs of the model's arithmetic from which a tolerance leaves the basis in that arithmetic."""
 
 
