@@ -88,6 +88,15 @@ def test_what_layers_put_out_takes_time() -> None:
     assert wide.derivative_seconds >= 23 * 1e-9 * 10**6 > 100 * plan.derivative_seconds
 
 
+def test_in_perturbation_mode_they_take_it_along_each_direction() -> None:
+    pair = data.normal(1, 23, 4).float(), data.normal(2, 23, 2).float()
+    plan = DirectInfluence(*MODEL, 0.1).plan(pair, pair, before_fit=True, mode="perturbation")
+    wide = dataclasses.replace(plan, work=dataclasses.replace(plan.work, activations=10**6))
+    few = dataclasses.replace(wide, query_rows=1)
+    assert (wide.directions, few.directions) == (23, 1)
+    assert 23 / 2 < wide.derivative_seconds / (few.derivative_seconds / few.passes) < 23
+
+
 @pytest.mark.parametrize(
     ("argument", "wrong"),
     [
