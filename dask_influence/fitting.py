@@ -22,7 +22,7 @@ from dask_influence.core.factoring import PROBES
 from dask_influence.core.layers import layout_of
 from dask_influence.core.moments import Moments
 from dask_influence.core.pairs import Form, paired
-from dask_influence.core.precision import matmul_precision
+from dask_influence.core.precision import matmul_precision, spacing
 from dask_influence.core.problem import Problem, behaviour, prepare
 from dask_influence.errors import NotFittedError
 from dask_influence.execution import persistence, tasks
@@ -100,7 +100,8 @@ def fit(
         )
     with reporting(progress) as reported:
         rounds = _Counted(kept or answering, reported)
-        system = replace(known.system, pass_cost=resources.pass_cost(problem))
+        rounded = spacing(configuration.matmul_precision)
+        system = replace(known.system, pass_cost=resources.pass_cost(problem), rounded=rounded)
         inverse = drive(configuration.estimator.fit(system), rounds)
         tolerance = configuration.estimator.tolerance
         if tolerance is not None:

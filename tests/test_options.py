@@ -222,6 +222,25 @@ def test_products_that_are_off_by_more_than_the_regularization_covers_are_told(
 
 @COARSE
 @pytest.mark.usefixtures("able")
+@pytest.mark.parametrize("structure", [None, "layer"])
+def test_eigenpairs_are_asked_for_no_more_than_rounded_products_tell(structure: str | None) -> None:
+    """Or Arnoldi would go on to its last pass, where the hardware does round."""
+    case = data.digits_mlp()
+    model, train, _ = single(case)
+
+    def passes(tol: float, precision: str) -> int:
+        asked = ArnoldiInfluence(
+            model, case.loss, 0.1, rank=10, tol=tol, block_structure=structure, matmul_precision=precision
+        )
+        found = asked.fit(train).diagnostics
+        assert "eigenpair_residual" not in found or found["eigenpair_residual"] <= max(tol, 2**-10)
+        return found["passes"]
+
+    assert passes(1e-6, "medium") == passes(2**-10, "medium") < passes(1e-6, "highest")
+
+
+@COARSE
+@pytest.mark.usefixtures("able")
 def test_a_store_begun_in_another_precision_is_refused_by_that_name(tmp_path: Path) -> None:
     model, train, test = single(data.linear_regression())
     plain = GradientDotInfluence(model, nn.functional.mse_loss).fit(train)

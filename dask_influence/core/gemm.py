@@ -4,6 +4,9 @@ torch multiplies matrices by MKL, which uses half of the vector units of a proce
 an AMD EPYC with AVX-512 it reaches 100 GFLOP/s a core where oneDNN, which torch carries for its own layers,
 reaches 230. Both add up products in float32. Which one multiplies depends on the processor and on the shapes
 alone, hence the same bits from run to run.
+
+Where operands are to be rounded (:mod:`~dask_influence.core.precision`), torch goes to oneDNN by itself. It is let,
+but for stacks of products, of which it would copy what they share.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from dask_influence.core.precision import rounding
 
 WORTHWHILE = 2**20
 """Multiplications m k n from which oneDNN is called: it takes 12 µs to begin, and once 0.4 ms for a new shape."""
@@ -54,7 +59,7 @@ def _stacked(left: Tensor, right: Tensor) -> Tensor:
     shape = *left.shape[:-1], right.shape[1]
     if left.dim() > 3 or left.is_contiguous() or left.shape[-2] == 1:
         return product(left.reshape(-1, left.shape[-1]), right).view(shape)
-    if not _held_back(left[0], right, into=True):
+    if not (_held_back(left[0], right, into=True) or _copied(left, right)):
         return torch.matmul(left, right)
     found, ready = left.new_empty(shape), dense(right)
     for one, own in zip(left, found, strict=True):
@@ -86,7 +91,9 @@ def products(left: Tensor, right: Tensor, into: Tensor, *, add: bool = False) ->
     """
     lefts, rights = left.expand(len(into), *left.shape[-2:]), right.expand(len(into), *right.shape[-2:])
     count = left.shape[-2] * left.shape[-1] * right.shape[-1]
-    if len(into) and count >= SINGLY and _held_back(lefts[0], rights[0], into=True):
+    if len(into) and (
+        (count >= SINGLY and _held_back(lefts[0], rights[0], into=True)) or _copied(lefts, rights[0])
+    ):
         for one, own, to in zip(lefts, rights, into, strict=True):
             if add:
                 add_product(to, one, own)
@@ -125,6 +132,15 @@ def _held_back(left: Tensor, right: Tensor, *, into: bool = False) -> bool:
         and min(rows, inner, columns) > 1  # vectors are bound by reading the matrix
         and (inner >= DEEP or not into or rows * columns <= LARGE)
         and (rows >= FEW or _without_gaps(right))
+    )
+
+
+def _copied(stack: Tensor, right: Tensor) -> bool:
+    """Whether torch would copy what the products of a stack share, once for each: where it rounds operands."""
+    return (
+        stack.device.type == "cpu"
+        and rounding(stack.dtype) > torch.finfo(stack.dtype).eps
+        and stack.shape[-2] * stack.shape[-1] * right.shape[-1] >= WORTHWHILE
     )
 
 

@@ -120,6 +120,17 @@ def matmul_precision(name: str) -> Iterator[None]:
                 setting.free.notify_all()
 
 
+def spacing(name: str) -> float:
+    """The distance from 1 to the next operand of a precision that rounds them; 0 of the one that does not.
+
+    Examples
+    --------
+    >>> spacing("medium"), spacing("highest")
+    (0.0078125, 0.0)
+    """
+    return _UNITS.get(name, 0.0)
+
+
 def rounding(dtype: torch.dtype) -> float:
     """The distance from 1 to the next operand of a product of ``dtype``, as it is multiplied now.
 
@@ -129,7 +140,7 @@ def rounding(dtype: torch.dtype) -> float:
     True
     """
     own = float(torch.finfo(dtype).eps)
-    return max(own, _UNITS.get(_SETTING.name, own)) if dtype == torch.float32 else own
+    return max(own, spacing(_SETTING.name)) if dtype == torch.float32 else own
 
 
 # -- what the hardware has ---------------------------------------------------------------

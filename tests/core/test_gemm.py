@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dask_influence.core import gemm
+from dask_influence.core.precision import matmul_precision
 from tests import data, oracles
 
 CLOSE = 1e-6
@@ -174,3 +175,34 @@ def test_a_library_that_multiplies_wrongly_is_not_asked(monkeypatch: pytest.Monk
 def test_processors_of_intel_keep_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "_vendor", lambda: "GenuineIntel")
     assert not gemm.onednn_is_faster.__wrapped__()
+
+
+def test_stacks_of_rounded_products_copy_nothing_that_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each large one is a product of matrices of its own; small ones and full ones stay together."""
+    seen = list[tuple[int, ...]]()
+    multiply = torch.matmul
+
+    def matmul(left: Tensor, right: Tensor, **how: Tensor) -> Tensor:
+        seen.append(tuple(left.shape))
+        return multiply(left, right, **how)
+
+    monkeypatch.setattr(torch, "matmul", matmul)
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: False)
+    stack, right = (
+        data.normal(1, 5, 20_007).float()[:, :20_000].unflatten(1, (200, 100)),
+        data.normal(2, 100, 80),
+    )
+    expected, into = stack.double() @ right, torch.ones(5, 200, 80)
+    for precision, shapes in (("medium", [(200, 100)] * 5), ("highest", [(5, 200, 100)])):
+        seen.clear()
+        with matmul_precision(precision):
+            assert oracles.relative_error(gemm.product(stack, right.float()), expected) <= 2**-7
+            assert seen == shapes
+            gemm.product(stack[:, :2], right.float())
+            assert seen[len(shapes) :] == [(5, 2, 100)]
+    seen.clear()
+    with matmul_precision("medium"):
+        assert oracles.relative_error(gemm.products(stack, right.float(), into), expected) <= 2**-7
+        gemm.products(stack, right.float(), into, add=True)
+    assert oracles.relative_error(into, 2 * expected) <= 2**-7
+    assert seen == [(200, 100)] * 5

@@ -82,6 +82,8 @@ class System:
         θ in layers, for estimators that are built from layers; known where the model is at hand.
     pass_cost : float
         What a pass over the data costs beside its products with single vectors, in such products.
+    rounded : float
+        Distance from 1 to the next operand of products, where those are rounded for speed; 0 where they are not.
     """
 
     names: tuple[str, ...]
@@ -92,6 +94,7 @@ class System:
     dtype: torch.dtype
     layout: Layout | None = None
     pass_cost: float = 1.0
+    rounded: float = 0.0
 
     @property
     def size(self) -> int:
@@ -118,7 +121,7 @@ class System:
     def to_json(self) -> dict[str, Any]:
         """Values for :meth:`from_json`: an inverse that asks for rounds later has to keep its system."""
         values = asdict(replace(self, layout=None)) | {"dtype": str(self.dtype).removeprefix("torch.")}
-        del values["layout"], values["pass_cost"]  # of one fit, on one machine
+        del values["layout"], values["pass_cost"], values["rounded"]  # of one fit, on one machine
         return values
 
     @classmethod

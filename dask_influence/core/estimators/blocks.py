@@ -206,6 +206,7 @@ class BlockSystem(System):
                 self.samples,
                 self.dtype,
                 None if self.layout is None else self.layout.restricted(names),
+                rounded=self.rounded,
             )
             for block, names in self.blocks.items()
         }
