@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import optree
+import torch
 
 from dask_influence import arguments
 from dask_influence.arguments import InfluenceMode
 from dask_influence.configuration import Configuration
 from dask_influence.core.checks import check_samples
 from dask_influence.core.content import Content
+from dask_influence.core.elementary import differentiation
 from dask_influence.core.estimators import Inverse, SweepInverse, SweepSystem, System, estimates
 from dask_influence.core.estimators.blocks import Regularization
 from dask_influence.core.estimators.sweep import check_sweep
-from dask_influence.core.objective import Objective
+from dask_influence.core.objective import Objective, leading_size
 from dask_influence.core.problem import Problem, behaviour, with_mixed_form
 from dask_influence.errors import DataError, DataWarning, LossError, StoreMismatchError
 from dask_influence.execution import persistence, tasks
@@ -42,6 +44,8 @@ from dask_influence.storage.sources import ArraySource, Source, check_finite, no
 SAMPLES_CHECKED = 64
 """Samples on which the loss is checked before a fit; derivatives are checked on a few of them."""
 
+LAST_CHECKED = 16
+"""Samples from the end of the data on which layers are checked, too."""
 
 PROBED_RUNS = 16
 """Runs of samples that are looked at where the first ones may not be like the rest."""
@@ -53,6 +57,26 @@ def first_samples(objective: Objective, source: Source, argument: str) -> tuple[
     check_finite(batch, argument)
     x, y = to_tensors(batch, objective)
     return x, y
+
+
+def with_last(objective: Objective, source: Source, sample: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The same with the last samples behind: of sorted data the first ones may all be alike.
+
+    Without them where one has no finite loss, or fails: it is named where it is met in its turn.
+    """
+    start = max(len(source) - LAST_CHECKED, leading_size(sample[1]))
+    if start >= len(source):
+        return sample
+    try:
+        last = to_tensors(source.read(start, len(source)), objective)
+        with differentiation(), torch.no_grad():
+            losses = objective.sample_losses(objective.parameters(), *last)
+    except Exception:  # noqa: BLE001 - the user's own code runs in here
+        return sample
+    if not losses.isfinite().all():
+        return sample
+    joined: tuple[Any, Any] = optree.tree_map(lambda *parts: torch.cat(parts), sample, last)
+    return joined
 
 
 def probes(objective: Objective, source: Source, count: int) -> tuple[Any, Any]:

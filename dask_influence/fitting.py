@@ -35,7 +35,7 @@ from dask_influence.execution.options import Options
 from dask_influence.execution.progress import Report, check_progress, reporting
 from dask_influence.execution.resources import Resources
 from dask_influence.execution.shipping import Held
-from dask_influence.fitted import SAMPLES_CHECKED, Fitted, first_samples, probes
+from dask_influence.fitted import SAMPLES_CHECKED, Fitted, first_samples, probes, with_last
 from dask_influence.storage.sources import ArraySource, Source
 
 
@@ -66,9 +66,10 @@ class _Checked:
         estimator.validate(system)
         problem, report = prepare(objective, *sample)
         check_curvature(problem, *sample, configuration.curvature)
-        estimator.examine(system, problem, *sample)
+        spread = with_last(objective, source, sample)
+        estimator.examine(system, problem, *spread)
         if estimator.form(system) is not None or estimator.directions(system) is not None:
-            problem, report["pairs"] = paired(problem, *sample)
+            problem, report["pairs"] = paired(problem, *spread)
         called = contents(objective.module, objective.loss)
         shown = behaviour(objective, *sample)
         content = Content.of(fresh, called, contents(objective.module, objective.loss))

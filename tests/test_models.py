@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from dask_influence import ArnoldiInfluence, CgInfluence, DirectInfluence
-from dask_influence.errors import DerivativeError
+from dask_influence import (
+    ArnoldiInfluence,
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    GradientDotInfluence,
+)
+from dask_influence.errors import DerivativeError, InfluenceWarning
 from tests import data, oracles
 
 
@@ -194,3 +200,72 @@ def test_a_padding_row_counts_as_a_constant(
     assert (
         oracles.relative_error(fitted.influences(*test, *train), split.influences(*test, *train)) <= tolerance
     )
+
+
+class Albert(nn.Module):
+    """One layer object that is registered, and used, three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(4, 4)
+        self.layers, self.norm, self.head = nn.ModuleList([layer] * 3), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + self.norm(torch.tanh(layer(x)))
+        return self.head(x)
+
+
+def shared() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(
+        layer, nn.Tanh(), layer, nn.PReLU(), nn.Sequential(layer, nn.LayerNorm(4)), nn.Linear(4, 3)
+    )
+
+
+@pytest.mark.parametrize("make", [Albert, shared], ids=lambda make: make.__name__)
+def test_a_module_registered_twice_is_its_own_again_after_each_call(make: Callable[[], nn.Module]) -> None:
+    """torch leaves in it what was put in place for the call."""
+    model, loss = data.seeded(make).double(), nn.functional.cross_entropy
+    train, test = (
+        (data.normal(1, 23, 4), data.classes(2, 23, 3)),
+        (data.normal(3, 5, 4), data.classes(4, 5, 3)),
+    )
+    infl = DirectInfluence(model, loss, 10.0).fit(train)
+    inverse = oracles.inverse(oracles.hessian(model, loss, *train), 10.0)
+    expected = {"up": oracles.up(model, loss, inverse, test, train)}
+    expected["perturbation"] = oracles.perturbation(model, loss, inverse, test, train)
+    held = infl._require_fit().problem.objective
+    before = {name: value.clone() for name, value in held.parameters().items()}
+    for mode in ("up", "perturbation", "up"):
+        assert oracles.relative_error(infl.influences(*test, *train, mode=mode), expected[mode]) <= 1e-9
+    held.outputs({name: value + 1 for name, value in before.items()}, test[0])
+    assert all(isinstance(own, nn.Parameter) for own in held.module.parameters())
+    for name, value in held.parameters().items():
+        assert torch.equal(value, before[name])
+
+
+def test_layers_are_checked_at_the_end_of_the_data_too() -> None:
+    """Weights that are used in another way by the last samples alone, those of a loss that the first ones lack."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code, self.head = nn.Linear(5, 12), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.code(x)) @ self.code.weight)
+
+    def counted(output: Tensor, target: Tensor) -> Tensor:
+        return (nn.functional.mse_loss(output, target[:, :3], reduction="none") * target[:, 3:]).mean()
+
+    model = data.seeded(Tied).double()
+    x, y = data.normal(1, 100, 5), data.normal(2, 100, 4)
+    y[:, 3] = torch.arange(100) >= 90
+    plain = oracles.gradients(model, counted, x, y)
+    for place in (slice(None), torch.arange(99, -1, -1)):
+        with pytest.warns(InfluenceWarning, match="layer code is not the product"):
+            infl = GradientDotInfluence(model, counted).fit((x[place], y[place]))
+        assert oracles.relative_error(infl.influences(x, y, x, y), plain @ plain.mT) <= 1e-12
+        with pytest.raises(DerivativeError, match="used in another way"):
+            EkfacInfluence(model, counted, 0.1, curvature="empirical_fisher").fit((x[place], y[place]))

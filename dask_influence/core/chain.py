@@ -35,12 +35,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 
 from dask_influence.core.closed import FUNCTIONS, closed_loss
 from dask_influence.core.elementary import alone, differentiation
 from dask_influence.core.gemm import add_product, linear, product, products
-from dask_influence.core.objective import Objective, Tree, hooked
+from dask_influence.core.objective import Objective, Substituted, Tree, hooked
 from dask_influence.errors import ConfigurationError
 
 Along = Mapping[str, Tensor]
@@ -384,7 +384,7 @@ class General(Step):
 
     def __init__(self, module: nn.Module, theta: _Own, entering: Tensor, twice: bool) -> None:
         self.names, self._theta = theta.names, {name: theta.values[name] for name in theta.names}
-        self._call = lambda own, a: functional_call(module, own, (a,))
+        self._call = Substituted(module)
         super().__init__(entering, self._call(self._theta, entering))
         if not isinstance(self.output, Tensor):
             raise ConfigurationError(

@@ -47,7 +47,15 @@ def gradients(problem: Problem, x: Tree, y: Tree) -> Tensor:
 def _along(outputs: Any, seeds: tuple[Tensor, ...]) -> Tensor:
     """The mean of ⟨δ_j, f_j⟩, whose gradient is that of the loss."""
     pairs = zip(_numbers(outputs), seeds, strict=True)
-    return torch.stack([(value * seed).flatten(1).sum(1) for value, seed in pairs]).sum(0).mean()
+    return torch.stack([_rows(value * seed).sum(1) for value, seed in pairs]).sum(0).mean()
+
+
+def slopes(objective: Objective, x: Tree, y: Tree) -> Tensor:
+    """Σ |δ_j| of each sample, (n,): 0 where its gradient is zero whatever the model is."""
+    with differentiation(), torch.no_grad():
+        outputs = objective.outputs(objective.parameters(), x)
+        _, found = _differentiated(objective, outputs, y, objective.dtype)
+    return torch.stack([_rows(one).abs().sum(1) for one in found]).sum(0)
 
 
 def _seeds(objective: Objective, x: Tree, y: Tree) -> tuple[Tensor, ...] | None:
@@ -89,9 +97,14 @@ def _same(narrow: Tensor, wide: Tensor, outputs: list[Tensor], digits: float) ->
 
     A bound such as ``finfo(f.dtype).eps``, or rounding to whole numbers, makes the loss another function.
     """
-    sizes = [value.detach().to(torch.float64).flatten(1).abs().amax(1) for value in outputs]
+    sizes = [_rows(value.detach().to(torch.float64)).abs().amax(1) for value in outputs]
     scale = torch.stack([wide.abs(), *sizes]).amax(0)
     return (narrow.to(torch.float64) - wide).abs() <= digits * scale
+
+
+def _rows(values: Tensor) -> Tensor:
+    """One for each sample, which may have a single number and no axis for it."""
+    return values.reshape(len(values), -1)
 
 
 def _beside(flags: Tensor, values: Tensor) -> Tensor:

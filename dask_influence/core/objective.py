@@ -61,6 +61,27 @@ def select_parameters(module: nn.Module, patterns: Sequence[str] | None = None) 
     return selected
 
 
+class Substituted:
+    """Calls of a module with other values of its parameters, which are its own again afterwards.
+
+    A parameter is put in one place of each module that holds it: torch would put it in place, and back, once for each
+    path to a module, and of one that is registered twice what was put in place would stay.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        places = dict[int, list[str]]()
+        for path, owner in module.named_modules():
+            for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+                places.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+        self._places = {name: places[id(parameter)] for name, parameter in module.named_parameters()}
+
+    def __call__(self, parameters: Mapping[str, Tensor], *args: Any, **named: Any) -> Any:
+        """What the module returns with ``parameters``, by their names."""
+        held = {place: value for name, value in parameters.items() for place in self._places[name]}
+        return functional_call(self._module, held, args, named, tie_weights=False)
+
+
 class Objective:
     """The per-sample loss ℓ(θ; z) of one model, with θ as a flat vector of P entries.
 
@@ -94,6 +115,7 @@ class Objective:
         self.size = sum(self.sizes)
         first = held[self.names[0]]
         self.dtype, self.device = first.dtype, first.device
+        self._call = Substituted(module)
 
     @classmethod
     def of(
@@ -147,8 +169,8 @@ class Objective:
     def outputs(self, parameters: Mapping[str, Tensor], x: Tree) -> Any:
         """model(x) at ``parameters``: tuples are positional, mappings keyword arguments."""
         if isinstance(x, Mapping):
-            return functional_call(self.module, dict(parameters), (), dict(x))
-        return functional_call(self.module, dict(parameters), x if isinstance(x, tuple) else (x,))
+            return self._call(parameters, **x)
+        return self._call(parameters, *(x if isinstance(x, tuple) else (x,)))
 
     def total_loss(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
         """Σ_j ℓ(θ; z_j), a scalar."""
@@ -213,6 +235,6 @@ def leading_size(tree: Tree) -> int:
     return int(optree.tree_leaves(tree)[0].shape[0])
 
 
-def sliced(tree: Tree, part: slice) -> Tree:
-    """The samples ``part`` of every leaf."""
+def sliced(tree: Tree, part: slice | Tensor) -> Tree:
+    """The samples ``part`` of every leaf, or those of such numbers."""
     return optree.tree_map(lambda leaf: leaf[part], tree)

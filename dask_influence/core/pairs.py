@@ -35,6 +35,7 @@ import optree
 import torch
 from torch import Tensor
 
+from dask_influence.core import double
 from dask_influence.core.capture import Captured
 from dask_influence.core.factored import CHECKED as FEW
 from dask_influence.core.factored import Block, Factored, Span, directions_in
@@ -50,7 +51,7 @@ from dask_influence.errors import InfluenceWarning
 BUDGET = 64 * 2**20
 """Bytes of what one product makes on its way."""
 
-CHECKED = 2
+CHECKED = 4
 """Samples on which a layer's pair is compared with its gradient."""
 
 CANCELLATION = 32.0
@@ -704,7 +705,9 @@ def _part(layer: Layer, positions: int, spans: dict[str, Span]) -> _LayerPart:
 
 # -- which layers may be taken so ------------------------------------------------------
 def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]:
-    """The problem with the layers whose pairs agree with the gradient on a few samples.
+    """The problem with the layers whose pairs agree with the gradient on a few samples, those of the steepest loss.
+
+    Of a layer whose gradients are zero in all of these nothing is known; it is differentiated by the general way.
 
     Returns
     -------
@@ -720,10 +723,10 @@ def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]
         differentiated by the general way.
     """
     objective = problem.objective
-    few = slice(CHECKED)
-    x, y = sliced(x, few), sliced(y, few)
     layout = layout_of(objective)
     try:
+        few = double.slopes(objective, x, y).nan_to_num(-1.0).argsort(descending=True, stable=True)[:CHECKED]
+        x, y = sliced(x, few), sliced(y, few)
         captured = next(layers_seen(problem, x, y, layout))
     except Exception as error:  # noqa: BLE001 - the user's own code runs in here
         return problem, {"layers": [], "reason": f"{type(error).__name__}: {error}"[:200]}
@@ -732,11 +735,16 @@ def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]
     spans = _spans(objective)
     agreeing: list[tuple[str, int]] = []
     differing: list[tuple[str, int]] = []
+    unknown: list[str] = []
     for layer, one in zip(layout.layers, captured, strict=True):
         if one is None:  # never called: its gradient is zero by the general way
             continue
         positions = one.inputs.shape[1]
-        agrees = _agrees(_part(layer, positions, spans), one, true[: len(one.inputs)], objective.dtype)
+        part, own = _part(layer, positions, spans), true[: len(one.inputs)]
+        if not _gathered(own, part).any():  # 0 = 0 tells nothing
+            unknown.append(layer.path)
+            continue
+        agrees = _agrees(part, one, own, objective.dtype)
         (agreeing if agrees else differing).append((layer.path, positions))
     if differing:
         names = ", ".join(path for path, _ in differing)
@@ -747,7 +755,7 @@ def paired(problem: Problem, x: Tree, y: Tree) -> tuple[Problem, dict[str, Any]]
             ),
             stacklevel=2,
         )
-    report = {"layers": [path for path, _ in agreeing], "formed": [path for path, _ in differing]}
+    report = {"layers": [path for path, _ in agreeing], "formed": [path for path, _ in differing] + unknown}
     if not agreeing:
         return problem, report
     shapes = tuple(tuple(leaf.shape[1:]) for leaf in optree.tree_leaves(x))

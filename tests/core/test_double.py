@@ -138,6 +138,25 @@ def test_a_model_that_keeps_what_it_computes(form: str) -> None:
     assert torch.equal(once, again)
 
 
+@pytest.mark.parametrize("loss", [functional.mse_loss, functional.binary_cross_entropy_with_logits])
+def test_outputs_without_an_axis_of_their_own(loss: Any) -> None:
+    """One number a sample, as of ``squeeze(-1)``."""
+    torch.manual_seed(3)
+    net, x, y = nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), torch.randn(7, 5), torch.rand(7)
+    expected = exact(net, loss, x, y)
+    assert (
+        double.gradients(problem_of(net, loss), x, y).double() - expected
+    ).norm() <= ROUNDED * expected.norm()
+
+
+def test_slopes_are_zero_where_the_loss_is_flat() -> None:
+    objective = Objective.of(nn.Sequential(nn.Linear(5, 2), nn.ReLU()), functional.l1_loss)
+    x = torch.randn(7, 5)
+    targets = objective.module(x).detach()
+    targets[[2, 5]] += 1
+    assert double.slopes(objective, x, targets).nonzero()[:, 0].tolist() == [2, 5]
+
+
 def test_the_model_at_hand_stays_in_its_dtype() -> None:
     net, x, y = sure_network()
     problem = problem_of(net)

@@ -377,6 +377,39 @@ def test_a_layer_used_in_another_way_too_is_formed_with_a_warning() -> None:
     assert oracles.relative_error(pairs.scores(rows, rows), gradients @ gradients.mT) <= SAME
 
 
+def hinge(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared; exactly zero where the right output is the largest by 1."""
+    own = outputs.gather(1, targets[:, None])[:, 0]
+    others = outputs.scatter(1, targets[:, None], -torch.inf).amax(1)
+    return torch.relu(1 + others - own).square().mean()
+
+
+@pytest.mark.parametrize("place", [0, 8, 16])
+def test_it_is_found_by_samples_whose_gradients_are_not_zero(place: int) -> None:
+    """Zeros agree with anything."""
+    objective = Objective.of(data.seeded(Astray).double(), hinge)
+    x = data.normal(307, 17, 5)
+    with torch.no_grad():
+        objective.module.head.weight.mul_(1e4)  # far beyond the margin
+        y = objective.module(x).argmax(1)
+        y[place] = (y[place] + 1) % 3
+        assert objective.sample_losses(objective.parameters(), x, y).nonzero()[:, 0].tolist() == [place]
+    with pytest.warns(InfluenceWarning, match="layer first is not the product"):
+        _, report = paired(Problem(objective, Forms()), x, y)
+    assert report == {"layers": ["head"], "formed": ["first"]}
+
+
+def test_of_gradients_that_are_all_zero_nothing_is_known() -> None:
+    net = data.seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))).double()
+    with torch.no_grad():
+        net[0].bias.sub_(1e3)  # nothing gets through
+    train = data.normal(307, 9, 5), data.classes(308, 9, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, report = paired(Problem(Objective.of(net, functional.cross_entropy), Forms()), *train)
+    assert report == {"layers": ["2"], "formed": ["0"]}
+
+
 def test_a_kind_of_layer_that_reads_its_input_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is what stands between a wrong entry of ``layers.CALLS`` and a wrong score."""
     wrong = layers.Call(
