@@ -136,7 +136,13 @@ class Outputs:
         """A_j of every sample, (n, K, K) float64, from products with the K unit vectors."""
         n, size = self.flat.shape
         units = torch.eye(size, dtype=self.flat.dtype, device=self.flat.device)
-        columns = vmap(inner, out_dims=2)(units[:, None, :].expand(size, n, size)).to(torch.float64)
+
+        def column(unit: Tensor) -> Tensor:
+            return torch.zeros_like(unit) + inner(
+                unit
+            )  # which of a loss without curvature depends on no unit
+
+        columns = vmap(column, out_dims=2)(units[:, None, :].expand(size, n, size)).to(torch.float64)
         return (columns + columns.mT) / 2
 
 

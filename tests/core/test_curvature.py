@@ -203,6 +203,14 @@ def test_several_outputs() -> None:
     assert error(matrix(alone, (x, y), "fisher"), matrix(alone, (x, y), "ggn")) < 1e-12
 
 
+@pytest.mark.parametrize("samples", [2, 7])
+def test_a_loss_that_is_linear_in_pieces_has_no_gauss_newton_matrix(samples: int) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = data.normal(1, samples, 3), data.normal(2, samples, 2)
+    found = matrix(problem_of(net, nn.functional.l1_loss, (x, y)), (x, y), "ggn")
+    assert torch.equal(found, torch.zeros(26, 26, dtype=torch.float64))
+
+
 def test_losses_that_are_not_convex_in_the_output() -> None:
     """GGN of an indefinite output Hessian: rows of both signs."""
     model = data.seeded(lambda: nn.Linear(3, 2)).double()
