@@ -245,6 +245,19 @@ def test_a_module_registered_twice_is_its_own_again_after_each_call(make: Callab
         assert torch.equal(value, before[name])
 
 
+def test_inputs_may_have_any_name() -> None:
+    class Named(nn.Linear):
+        def forward(self, parameters: Tensor, module: Tensor) -> Tensor:
+            return super().forward(parameters) * module
+
+    model, loss = data.seeded(lambda: Named(4, 3)).double(), nn.functional.cross_entropy
+    x = {"parameters": data.normal(1, 23, 4), "module": data.normal(2, 23, 1)}
+    train = x, data.classes(3, 23, 3)
+    infl = GradientDotInfluence(model, loss).fit(train)
+    plain = oracles.gradients(model, loss, *train)
+    assert oracles.relative_error(infl.influences(*train, *train), plain @ plain.mT) <= 1e-12
+
+
 def test_layers_are_checked_at_the_end_of_the_data_too() -> None:
     """Weights that are used in another way by the last samples alone, those of a loss that the first ones lack."""
 

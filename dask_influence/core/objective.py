@@ -74,9 +74,9 @@ class Substituted:
         for path, owner in module.named_modules():
             for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
                 places.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-        self._places = {name: places[id(parameter)] for name, parameter in module.named_parameters()}
+        self._places = {name: places.get(id(own), [name]) for name, own in module.named_parameters()}
 
-    def __call__(self, parameters: Mapping[str, Tensor], *args: Any, **named: Any) -> Any:
+    def __call__(self, parameters: Mapping[str, Tensor], /, *args: Any, **named: Any) -> Any:
         """What the module returns with ``parameters``, by their names."""
         held = {place: value for name, value in parameters.items() for place in self._places[name]}
         return functional_call(self._module, held, args, named, tie_weights=False)
