@@ -234,8 +234,14 @@ def check_kind(module: nn.Module) -> None:
 
 
 def _check_repeatable(objective: Objective, x: Tree, output: Any) -> None:
+    before = optree.tree_map(torch.clone, x)
     for first, second in zip(_floating(output), _floating(_output(objective, x)), strict=True):
         if not _equal(first, second, _tolerance(first.dtype)):
+            if not all(map(torch.equal, optree.tree_leaves(x), optree.tree_leaves(before))):
+                raise ConfigurationError(
+                    "model writes to its input x, so that it gives another output when called again; let its first "
+                    "operation leave x alone (inplace=False)"
+                )
             raise ConfigurationError(
                 "model gives another output when called again on the same x in eval mode; remove its "
                 "randomness (dropout called with training=True, noise) and its state"

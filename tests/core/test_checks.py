@@ -252,6 +252,12 @@ def test_a_lost_sample_axis_is_refused() -> None:
         check(Squeezed(), F.mse_loss, X, X[:, 0])
 
 
+@pytest.mark.parametrize("first", [nn.ELU, nn.SiLU])
+def test_a_model_that_writes_to_its_input_is_refused_by_that_name(first: type[nn.Module]) -> None:
+    with pytest.raises(ConfigurationError, match=r"writes to its input x.*inplace=False"):
+        check(nn.Sequential(first(inplace=True), nn.Linear(6, 3)), F.cross_entropy, X.clone())
+
+
 def test_randomness_in_eval_mode_is_refused() -> None:
     check(Noisy(False), F.cross_entropy)
     with pytest.raises(ConfigurationError, match="training=True"):
