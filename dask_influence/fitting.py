@@ -66,9 +66,10 @@ class _Checked:
         estimator.validate(system)
         problem, report = prepare(objective, *sample)
         check_curvature(problem, *sample, configuration.curvature)
-        spread = with_last(objective, source, sample)
+        pairing = estimator.form(system) is not None or estimator.directions(system) is not None
+        spread = with_last(objective, source, sample) if pairing or estimator.by_layers else sample
         estimator.examine(system, problem, *spread)
-        if estimator.form(system) is not None or estimator.directions(system) is not None:
+        if pairing:
             problem, report["pairs"] = paired(problem, *spread)
         called = contents(objective.module, objective.loss)
         shown = behaviour(objective, *sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from dask_influence import (
     EkfacInfluence,
     GradientDotInfluence,
 )
-from dask_influence.errors import DerivativeError, InfluenceWarning
+from dask_influence.errors import DataError, DerivativeError, InfluenceWarning
+from dask_influence.storage.sources import ArraySource
 from tests import data, oracles
 
 
@@ -282,3 +284,40 @@ def test_layers_are_checked_at_the_end_of_the_data_too() -> None:
         assert oracles.relative_error(infl.influences(x, y, x, y), plain @ plain.mT) <= 1e-12
         with pytest.raises(DerivativeError, match="used in another way"):
             EkfacInfluence(model, counted, 0.1, curvature="empirical_fisher").fit((x[place], y[place]))
+
+
+def test_the_last_samples_are_looked_at_where_layers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who takes nothing from layers reads nothing for them."""
+    model, loss = data.seeded(lambda: nn.Linear(4, 3)).double(), nn.functional.cross_entropy
+    train, read, original = (data.normal(1, 100, 4), data.classes(2, 100, 3)), set[range](), ArraySource._read
+
+    def reading(source: ArraySource, start: int, stop: int) -> Any:
+        read.add(range(start, stop))
+        return original(source, start, stop)
+
+    monkeypatch.setattr(ArraySource, "_read", reading)
+    for kind, looks in ((DirectInfluence, False), (CgInfluence, False), (EkfacInfluence, True)):
+        for structure in (None, "layer"):
+            read.clear()
+            kind(model, loss, 0.1, block_structure=structure).fit(train)
+            assert (range(84, 100) in read) == looks
+    read.clear()
+    GradientDotInfluence(model, loss).fit(train)
+    assert range(84, 100) in read
+
+
+@pytest.mark.parametrize("wrong", ["label", "value"])
+def test_what_is_wrong_with_a_last_sample_is_said_as_of_any(wrong: str) -> None:
+    model = data.seeded(lambda: nn.Linear(4, 3)).double()
+    told = set[str]()
+    for place in (70, 97):  # beyond the first ones, and among the last
+        x, y = data.normal(1, 100, 4), data.classes(2, 100, 3)
+        if wrong == "label":
+            y[place] = 3
+        else:
+            x[place, 2] = torch.nan
+        with pytest.raises(DataError) as raised:
+            EkfacInfluence(model, nn.functional.cross_entropy, 0.1).fit((x, y))
+        assert str(place) in str(raised.value)
+        told.add(str(raised.value).replace(str(place), "j"))
+    assert len(told) == 1

@@ -138,9 +138,8 @@ class Outputs:
         units = torch.eye(size, dtype=self.flat.dtype, device=self.flat.device)
 
         def column(unit: Tensor) -> Tensor:
-            return torch.zeros_like(unit) + inner(
-                unit
-            )  # which of a loss without curvature depends on no unit
+            # of a loss without curvature it depends on no unit, and vmap would not know it for a column
+            return torch.zeros_like(unit) + inner(unit)
 
         columns = vmap(column, out_dims=2)(units[:, None, :].expand(size, n, size)).to(torch.float64)
         return (columns + columns.mT) / 2

@@ -66,9 +66,7 @@ CLIENT_BYTES = 64 * 2**20
 # product and its write. They only set how coarse strips are and the estimate shown to people.
 _NS_PER_PARAMETER = 2.5
 _NS_PER_DIRECTION = 0.05
-_NS_PER_MIXED_ACTIVATION = (
-    15.0  # along a direction, in perturbation mode: the model forward and back, each twice
-)
+_NS_PER_MIXED_ACTIVATION = 15.0  # along a direction, in perturbation mode
 _NS_PER_FORWARD_DIRECTION = 0.12  # pushed through the model instead, where there are few of them
 _NS_CAPTURED = 1.0  # a gradient's backward pass, of which only what layers see is written
 _NS_PER_PROJECTION = 0.1  # in float64

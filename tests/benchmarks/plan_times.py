@@ -24,12 +24,15 @@ from dask_influence import ArnoldiInfluence, EkfacInfluence, GradientDotInfluenc
 FITTED, TESTS, TRAINS = 256, 64, 1024
 WITHIN = 4.0
 
+DAMPED = {"hessian_regularization": 0.1}
+SKETCH = DAMPED | {"rank": 10, "tol": 1e-1}
+
 RUNS: dict[str, tuple[type[InfluenceFunctionModel], dict[str, Any], str]] = {
-    "Arnoldi": (ArnoldiInfluence, {"rank": 10, "tol": 1e-1}, "up"),
-    "complement kept": (ArnoldiInfluence, {"rank": 10, "tol": 1e-1, "complement": True}, "up"),
-    "EK-FAC": (EkfacInfluence, {}, "up"),
+    "Arnoldi": (ArnoldiInfluence, SKETCH, "up"),
+    "complement kept": (ArnoldiInfluence, SKETCH | {"complement": True}, "up"),
+    "EK-FAC": (EkfacInfluence, DAMPED, "up"),
     "gradient dot": (GradientDotInfluence, {}, "up"),
-    "Arnoldi, perturbation": (ArnoldiInfluence, {"rank": 10, "tol": 1e-1}, "perturbation"),
+    "Arnoldi, perturbation": (ArnoldiInfluence, SKETCH, "perturbation"),
 }
 
 
@@ -38,11 +41,8 @@ def measured(work: Work, run: str, repeats: int) -> tuple[float, float]:
     torch.manual_seed(0)
     estimator, own, mode = RUNS[run]
     model, x, y = work.model().eval(), work.inputs(TRAINS), torch.randint(10, (TRAINS,))
-    test, damped = (
-        (work.inputs(TESTS), y[:TESTS]),
-        {} if run == "gradient dot" else {"hessian_regularization": 0.1},
-    )
-    infl = estimator(model, cross_entropy, **damped, **own).fit((x[:FITTED], y[:FITTED]))
+    test = work.inputs(TESTS), y[:TESTS]
+    infl = estimator(model, cross_entropy, **own).fit((x[:FITTED], y[:FITTED]))
     plan = infl.plan(test, (x, y), mode=mode)
     times = []
     with tempfile.TemporaryDirectory() as folder:

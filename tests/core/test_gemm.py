@@ -188,10 +188,8 @@ def test_stacks_of_rounded_products_copy_nothing_that_they_share(monkeypatch: py
 
     monkeypatch.setattr(torch, "matmul", matmul)
     monkeypatch.setattr(gemm, "onednn_is_faster", lambda: False)
-    stack, right = (
-        data.normal(1, 5, 20_007).float()[:, :20_000].unflatten(1, (200, 100)),
-        data.normal(2, 100, 80),
-    )
+    stack = data.normal(1, 5, 20_007).float()[:, :20_000].unflatten(1, (200, 100))
+    right = data.normal(2, 100, 80)
     expected, into = stack.double() @ right, torch.ones(5, 200, 80)
     for precision, shapes in (("medium", [(200, 100)] * 5), ("highest", [(5, 200, 100)])):
         seen.clear()

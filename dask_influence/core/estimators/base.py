@@ -268,11 +268,14 @@ class Estimator(ABC):
         What ``residuals_need_rounds`` of it will be.
     inverts_products : bool
         Its inverse is one of products with the curvature, so that their error counts beside λ.
+    by_layers : bool
+        Its curvature is made of what layers see, which :meth:`examine` compares with gradients.
     """
 
     solves_by_rounds: ClassVar[bool] = False
     certifies_by_rounds: ClassVar[bool] = False
     inverts_products: ClassVar[bool] = True
+    by_layers: ClassVar[bool] = False
 
     @property
     def tolerance(self) -> float | None:

@@ -453,6 +453,11 @@ class BlockDiagonal(Estimator):
         """What that of the blocks does."""
         return self.estimator.certifies_by_rounds
 
+    @property
+    def by_layers(self) -> bool:  # type: ignore[override]
+        """What that of the blocks is."""
+        return self.estimator.by_layers
+
     def directions(self, system: System) -> int | None:
         """Those of all blocks; None where a block has none."""
         assert isinstance(system, BlockSystem)

@@ -387,6 +387,7 @@ class Ekfac(Estimator):
 
     certifies_by_rounds: ClassVar[bool] = True
     inverts_products: ClassVar[bool] = False
+    by_layers: ClassVar[bool] = True
 
     update_diagonal: bool = True
     skip_unsupported: bool = False
